@@ -1,0 +1,163 @@
+"""OneRec's configuration: the encoder-decoder of section 3.2 with sparse mixture-of-experts decoder FFNs (eq 2)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+NUM_SPECIAL_TOKENS = 5  # <pad>, <eos>, <bos>, <sep>, <unk>, at ids 0 to 4 in every vocabulary
+
+# Shapes by name. "debug" and "small" are for CPUs. The others have the paper's named sizes with its 24 experts, 2 active,
+# and three levels of 8,192 codes; the paper gives no widths: these follow the shapes its technical report publishes.
+_PAPER = {"codebook_sizes": [8192, 8192, 8192], "num_experts": 24, "encoder_layers": 4, "decoder_layers": 4}
+PRESETS: dict[str, dict[str, Any]] = {
+    "debug": {
+        "codebook_sizes": [8, 8, 8],
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "num_attention_heads": 2,
+        "num_experts": 4,
+    },
+    "small": {
+        "codebook_sizes": [256, 256, 256],
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "num_attention_heads": 4,
+        "num_experts": 8,
+    },
+    "0.05b": _PAPER
+    | {"hidden_size": 384, "intermediate_size": 1536, "moe_intermediate_size": 64, "num_attention_heads": 6},
+    "0.1b": _PAPER
+    | {"hidden_size": 512, "intermediate_size": 2048, "moe_intermediate_size": 256, "num_attention_heads": 8},
+    "0.2b": _PAPER
+    | {"hidden_size": 768, "intermediate_size": 3072, "moe_intermediate_size": 384, "num_attention_heads": 8},
+    "0.5b": _PAPER
+    | {"hidden_size": 1024, "intermediate_size": 4096, "moe_intermediate_size": 1152, "num_attention_heads": 8},
+    "1b": _PAPER
+    | {"hidden_size": 1024, "intermediate_size": 4096, "moe_intermediate_size": 2816, "num_attention_heads": 8},
+}
+
+
+@strict
+class OneRecConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`OneRecModel`] and [`OneRecForConditionalGeneration`].
+
+    Args:
+        codebook_sizes (`list[int]`):
+            Codes per semantic-ID level, K_1 to K_L; the vocabulary is these codes behind the five special tokens.
+        hidden_size, intermediate_size (`int`):
+            Width of the model and of the encoder's dense FFNs.
+        encoder_layers, decoder_layers, num_attention_heads (`int`):
+            The paper has N/2 encoder and N/2 decoder layers.
+        num_experts, num_experts_per_tok, moe_intermediate_size (`int`):
+            N_MoE, K_MoE and the width of one decoder expert (eq 2; the paper has 24 and 2).
+        history_items, session_items (`int`):
+            n = 256 behaviours that the encoder reads at most and m = 5 items of a target session.
+        history_positions (`"token"` or `"item"`):
+            `"token"` (the paper): every code token and separator of the history is an encoder position. `"item"`: the
+            L code embeddings of an item are projected together into one position, a quarter of the length at L = 3.
+        expert_bias_update_rate (`float`):
+            Step by which a router's selection bias moves towards balanced load after every optimizer step; 0 turns
+            the balancing off.
+        dropout (`float`):
+            Dropout on embeddings, attention weights and residual branches.
+
+    `vocab_size` follows from `codebook_sizes`; it is a field so that embeddings can be resized.
+    """
+
+    model_type = "onerec"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # Caches take the number of layers from `num_hidden_layers` of the decoder's view of this config, in which
+    # `decoder_layers` is written to it.
+    attribute_map = {"num_hidden_layers": "encoder_layers"}
+
+    codebook_sizes: list[int] | tuple[int, ...] = (8192, 8192, 8192)
+    vocab_size: int | None = None
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    num_attention_heads: int = 8
+    num_experts: int = 24
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 256
+    expert_bias_update_rate: float = 1e-3
+    history_items: int = 256
+    session_items: int = 5
+    history_positions: str = "token"
+    hidden_act: str = "silu"
+    dropout: float = 0.1
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    bos_token_id: int | None = 2
+    sep_token_id: int | None = 3
+    decoder_start_token_id: int | None = 2
+
+    def __post_init__(self, **kwargs):
+        self.codebook_sizes = list(self.codebook_sizes)
+        if self.vocab_size is None:
+            self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: fields that only make sense together."""
+        if not self.codebook_sizes or min(self.codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes must hold at least one positive size, got {self.codebook_sizes}.")
+        if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS} special tokens and the "
+                f"{sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}; leave it out to have it set."
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
+                f"({self.num_experts})."
+            )
+        if self.history_positions not in ("token", "item"):
+            raise ValueError(f"history_positions must be 'token' or 'item', got {self.history_positions!r}.")
+
+    @property
+    def num_levels(self) -> int:
+        """L, the codes of one semantic ID."""
+        return len(self.codebook_sizes)
+
+    @property
+    def tokens_per_item(self) -> int:
+        """L codes and the BOS or SEP that goes with an item."""
+        return self.num_levels + 1
+
+    @property
+    def level_offsets(self) -> list[int]:
+        """Token id of code 0 of every level."""
+        return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "OneRecConfig":
+        """A configuration by preset name (`"debug"`, `"small"`, `"0.05b"`, ..., `"1b"`) with fields overridden.
+
+        Raises:
+            ValueError: If there is no preset of that name; the message lists them.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**(PRESETS[name] | overrides))
+
+
+__all__ = ["NUM_SPECIAL_TOKENS", "PRESETS", "OneRecConfig"]

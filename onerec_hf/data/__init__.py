@@ -1,0 +1,60 @@
+"""Data: from raw logs to sessions with histories and labels (paper, 3.1 and 3.2)."""
+
+from .data_arguments import DataArguments
+from .feed import Feed, FeedbackPredicate, positive_mask
+from .readers import (
+    load_feed,
+    load_saved_feed,
+    read_amazon,
+    read_hub_dataset,
+    read_kuairand,
+    read_table,
+    save_feed,
+)
+from .schema import (
+    SESSION_LABELS,
+    DataError,
+    feedback_columns,
+    interaction_features,
+    item_features,
+    session_features,
+)
+from .sessions import (
+    FeedSplit,
+    evaluation_cases,
+    exposure_sessions,
+    positive_histories,
+    pretraining_sessions,
+    session_labels,
+    split_feed,
+)
+from .simulated_feed import SimulatedFeed, SimulatedFeedParameters
+
+__all__ = [
+    "SESSION_LABELS",
+    "DataArguments",
+    "DataError",
+    "Feed",
+    "FeedSplit",
+    "FeedbackPredicate",
+    "SimulatedFeed",
+    "SimulatedFeedParameters",
+    "evaluation_cases",
+    "exposure_sessions",
+    "feedback_columns",
+    "interaction_features",
+    "item_features",
+    "load_feed",
+    "load_saved_feed",
+    "positive_histories",
+    "positive_mask",
+    "pretraining_sessions",
+    "read_amazon",
+    "read_hub_dataset",
+    "read_kuairand",
+    "read_table",
+    "save_feed",
+    "session_features",
+    "session_labels",
+    "split_feed",
+]

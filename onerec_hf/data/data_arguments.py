@@ -1,0 +1,140 @@
+"""What a run reads and how it is cut into sessions: defined once, for every stage."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+
+DATASETS = ("simulated", "kuairand", "amazon", "table", "hub")
+SESSION_SOURCES = ("positive", "exposed")
+SESSION_CUTS = ("consecutive", "gap", "user_day", "session_id")
+QUALITY_JOINS = ("any", "all")
+SPLIT_METHODS = ("time", "leave_one_out")
+EVALUATION_SPLITS = ("test", "validation")
+
+
+@dataclass
+class DataArguments:
+    """Data, sessions and split. Fields are plain, for `transformers.HfArgumentParser` and `trl.TrlParser`.
+
+    Raises:
+        ValueError: a value that is not allowed; the message lists those that are.
+    """
+
+    dataset: str = field(
+        default="simulated",
+        metadata={"help": "Where the data comes from: simulated, kuairand, amazon, table (CSV or Parquet) or hub."},
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the data files, for kuairand, amazon and table."}
+    )
+    column_mapping: str | None = field(
+        default=None, metadata={"help": "YAML file that maps your columns to the schema, for table and hub."}
+    )
+    hub_dataset: str | None = field(default=None, metadata={"help": "Hub dataset repository id, for hub."})
+    simulated_users: int = field(default=2000, metadata={"help": "Users of the simulated world."})
+    simulated_items: int = field(default=2000, metadata={"help": "Items of the simulated world."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of the simulated world."})
+    positive_feedback: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Feedback that makes a behaviour positive, any of: a column (more than 0) or a comparison such as "
+            "watch_time>=60. Default: the data set's own."
+        },
+    )
+    history_items: int = field(
+        default=256, metadata={"help": "n: latest positive behaviours that make a history (paper, 3.1: 256)."}
+    )
+    session_items: int = field(default=5, metadata={"help": "m: items of a session (paper, 3.2: 5)."})
+    min_history_items: int = field(default=1, metadata={"help": "Shortest history of a session or evaluated user."})
+    min_session_items: int = field(default=1, metadata={"help": "Shortest session that is kept."})
+    session_source: str = field(
+        default="positive",
+        metadata={"help": "Cut target sessions from positive behaviours (positive) or from all exposures (exposed)."},
+    )
+    session_cut: str = field(
+        default="consecutive",
+        metadata={
+            "help": "What makes a session: consecutive (session_items in a row), gap (of session_gap_hours), user_day "
+            "or session_id (given by the data). Sessions longer than session_items are cut into several. Behaviours "
+            "without a time, or without a session_id, are cut by consecutive."
+        },
+    )
+    session_gap_hours: float = field(default=6.0, metadata={"help": "Inactivity [h] that ends a session, for gap."})
+    session_stride: int | None = field(
+        default=None,
+        metadata={"help": "For consecutive: behaviours from one session's start to the next. Default: session_items."},
+    )
+    quality_predicates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Keep sessions whose totals satisfy these, e.g. 'watch_time>=60' like follow (paper, 3.2). "
+            "Default: keep all."
+        },
+    )
+    quality_join: str = field(default="any", metadata={"help": "Whether any or all quality predicates must hold."})
+    split_method: str = field(
+        default="time",
+        metadata={"help": "time, or leave_one_out (each user's last items; for benchmarks: the future leaks)."},
+    )
+    validation_start: str | None = field(
+        default=None,
+        metadata={"help": "ISO date-time, e.g. 2022-05-05T00:00+08:00. Default: the 0.8 quantile of the times."},
+    )
+    test_start: str | None = field(
+        default=None, metadata={"help": "ISO date-time. Default: the 0.9 quantile of the times."}
+    )
+    evaluation_split: str = field(
+        default="test",
+        metadata={"help": "Period that is evaluated, test or validation; everything before it is fitted."},
+    )
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("dataset", DATASETS),
+            ("session_source", SESSION_SOURCES),
+            ("session_cut", SESSION_CUTS),
+            ("quality_join", QUALITY_JOINS),
+            ("split_method", SPLIT_METHODS),
+            ("evaluation_split", EVALUATION_SPLITS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {', '.join(allowed)}.")
+        smallest = {"simulated_users": 2, "simulated_items": 2, "history_items": 1, "session_items": 1}
+        smallest |= {"min_history_items": 0, "min_session_items": 1, "session_stride": 1, "data_seed": 0}
+        for name, least in smallest.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least {least}.")
+        if not self.session_gap_hours > 0:
+            raise ValueError(f"session_gap_hours={self.session_gap_hours} is not allowed; it must be more than 0.")
+        if self.min_session_items > self.session_items:
+            raise ValueError(
+                f"min_session_items={self.min_session_items} is more than session_items={self.session_items}, the "
+                "longest session: no session would be kept."
+            )
+        if self.min_history_items > self.history_items:
+            raise ValueError(
+                f"min_history_items={self.min_history_items} is more than history_items={self.history_items}."
+            )
+        needed = {"kuairand": ["data_dir"], "amazon": ["data_dir"], "table": ["data_dir", "column_mapping"]}
+        needed["hub"] = ["hub_dataset", "column_mapping"]
+        for name in needed.get(self.dataset, []):
+            if getattr(self, name) is None:
+                raise ValueError(f"dataset={self.dataset!r} needs {name}: give --{name}.")
+        for name in ("validation_start", "test_start"):
+            setattr(self, name, _iso(name, getattr(self, name)))
+        if self.positive_feedback is not None:
+            self.positive_feedback = [str(condition) for condition in self.positive_feedback]
+
+
+def _iso(name: str, value: str | datetime.date | None) -> str | None:
+    # An unquoted date in YAML arrives as a date object, not as text.
+    if value is None:
+        return None
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    try:
+        datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is not an ISO date-time such as 2022-05-05T00:00+08:00.") from None
+    return value

@@ -1,0 +1,162 @@
+"""A feed: the interactions of users with a catalogue of items, and what its columns mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+import pandas as pd
+from datasets import Features
+
+from .schema import (
+    DataError,
+    canonical_interactions,
+    canonical_items,
+    check_known_items,
+    feedback_columns,
+    id_type,
+    interaction_features,
+    item_features,
+    order_interactions,
+)
+
+if TYPE_CHECKING:
+    from .simulated_feed import SimulatedFeed
+
+
+PREDICATE = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:(>=|<=|==|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?))?\s*$")
+COMPARISONS = {">=": np.greater_equal, "<=": np.less_equal, "==": np.equal, ">": np.greater, "<": np.less}
+
+
+@dataclass(frozen=True)
+class FeedbackPredicate:
+    """A condition on one feedback column: "like" (more than 0) or a comparison such as "watch_time>=60"."""
+
+    column: str
+    comparison: str
+    threshold: float
+
+    @classmethod
+    def parse(cls, text: str, columns: list[str]) -> FeedbackPredicate:
+        """Reads `text`. Raises DataError if it is no such condition or its column is not among `columns`."""
+        match = PREDICATE.match(text)
+        if match is None:
+            raise DataError(
+                f"'{text}' is not a feedback condition: write a column, or a comparison like watch_time>=60."
+            )
+        column, comparison, threshold = match.groups()
+        if column not in columns:
+            raise DataError(
+                f"'{text}': there is no feedback column '{column}'; there are {', '.join(columns) or 'none'}."
+            )
+        return cls(column, comparison or ">", float(threshold or 0))
+
+    def holds(self, values: np.ndarray) -> np.ndarray:
+        """Elementwise, bool; an unknown (NaN) value does not satisfy any condition."""
+        return COMPARISONS[self.comparison](values, self.threshold) & ~np.isnan(values)
+
+
+@dataclass
+class Feed:
+    """Interactions and items in the canonical schema (see schema.py).
+
+    Args:
+        name: of the data set.
+        interactions: sorted by user, then position.
+        items: in catalogue order; `item_id` is the first column.
+        positive_feedback: conditions (see FeedbackPredicate), any of which makes a behaviour positive; none: every
+            interaction is positive.
+        text_column, categorical_columns, multi_categorical_columns, numeric_columns, embedding_column: of the items.
+        timezone: IANA name of the time zone whose midnight separates the days of a user.
+        world: the generator with its truth, for simulated data.
+    """
+
+    name: str
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    positive_feedback: list[str]
+    text_column: str | None = None
+    categorical_columns: list[str] = field(default_factory=list)
+    multi_categorical_columns: list[str] = field(default_factory=list)
+    numeric_columns: list[str] = field(default_factory=list)
+    embedding_column: str | None = None
+    timezone: str = "UTC"
+    world: SimulatedFeed | None = None
+
+    def __post_init__(self):
+        positive_mask(self.interactions[:0], self.positive_feedback)
+        try:
+            ZoneInfo(self.timezone)
+        except (ValueError, ZoneInfoNotFoundError):
+            raise DataError(
+                f"{self.name}: timezone '{self.timezone}' is not known; give an IANA name such as Europe/Berlin "
+                "(the package tzdata brings them where the system has none)."
+            ) from None
+
+    @classmethod
+    def from_frames(
+        cls,
+        name: str,
+        interactions: list[tuple[pd.DataFrame, str]],
+        items: tuple[pd.DataFrame, str],
+        positive_feedback: list[str],
+        **columns,
+    ) -> Feed:
+        """Checks and joins frames that already carry the schema's column names.
+
+        Args:
+            interactions: (frame, the file's name for errors), in an order that breaks ties of time.
+            items: (frame, the file's name).
+            columns: the roles of item columns, `timezone` and `world`, as in the class.
+
+        Raises:
+            DataError: see schema.py.
+        """
+        roles = {key: value for key, value in columns.items() if key not in ("timezone", "world")}
+        catalogue = canonical_items(*items, **roles)
+        parts = []
+        for frame, source in interactions:
+            part = canonical_interactions(frame, source)
+            check_known_items(part, catalogue, source, items[1])
+            parts.append(part)
+        first = parts[0]["user_id"]
+        for (_, source), part in zip(interactions, parts, strict=True):
+            ids = part["user_id"]
+            if id_type(ids) != id_type(first):
+                raise DataError(
+                    f"{source}: column 'user_id' is {id_type(ids)} (first at row 0: {ids.iloc[0]}) but "
+                    f"{id_type(first)} in {interactions[0][1]} ({first.iloc[0]}). Use one type in all files."
+                )
+        joined = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
+        ordered = order_interactions(joined, ", ".join(source for _, source in interactions))
+        return cls(name, ordered, catalogue, list(positive_feedback), **columns)
+
+    def item_roles(self) -> dict:
+        """The roles of the item columns, as keyword arguments of `item_features` and `canonical_items`."""
+        names = ("text_column", "categorical_columns", "multi_categorical_columns", "numeric_columns")
+        return {name: getattr(self, name) for name in (*names, "embedding_column")}
+
+    def interaction_features(self) -> Features:
+        return interaction_features(self.interactions)
+
+    def item_features(self) -> Features:
+        return item_features(self.items, **self.item_roles())
+
+    def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
+        """A copy with another meaning of a positive behaviour. Raises DataError for an unknown column."""
+        return dataclasses.replace(self, positive_feedback=list(positive_feedback))
+
+
+def positive_mask(interactions: pd.DataFrame, positive_feedback: list[str]) -> np.ndarray:
+    """Bool, one a row: any of the conditions holds; every row if there are no conditions."""
+    if not positive_feedback:
+        return np.ones(len(interactions), dtype=bool)
+    mask = np.zeros(len(interactions), dtype=bool)
+    for text in positive_feedback:
+        predicate = FeedbackPredicate.parse(text, feedback_columns(interactions))
+        mask |= predicate.holds(interactions[predicate.column].to_numpy())
+    return mask

@@ -1,0 +1,414 @@
+"""Readers: from files to a Feed.
+
+KuaiRand (the official CSV download, or the Parquet folder of this project), Amazon-style sequences, a person's own
+tables and `datasets` repositories by a column mapping, and the simulated feed; and a saved Feed.
+
+A column mapping is a YAML file:
+
+```yaml
+name: my_feed                          # optional
+timezone: Europe/Berlin                # optional, default UTC: whose midnight separates user days
+interactions:
+  file: log/*.csv                      # CSV or Parquet below data_dir, a pattern or a list; on the Hub:
+                                       # {config: ..., split: train} in the place of `file`
+  columns:                             # schema column: your column
+    user_id: uid
+    item_id: video
+    timestamp: time                    # or `position: rank` where there are no times, or both
+    session_id: request                # optional
+  timestamp_unit: ms                   # s (default), ms, us, ns or iso
+  feedback:                            # optional; name: column, or {column: ..., scale: factor}
+    watch_time: {column: play_ms, scale: 0.001}
+    duration: {column: length_ms, scale: 0.001}
+    view: is_view
+    rating: stars
+items:                                 # optional: without it the items are those that the interactions name
+  file: videos.parquet
+  columns: {item_id: video}
+  text: title                          # each optional: columns of your items
+  categorical: [author]
+  multi_categorical: [tags]            # lists, or comma-separated text
+  numeric: [age]
+  embedding: vector
+positive_feedback: [view, "rating>=4"] # optional, default: every interaction is positive
+```
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from .data_arguments import DataArguments
+from .feed import Feed
+from .schema import KEY_COLUMNS, DataError, require_columns
+from .simulated_feed import SimulatedFeed, atomic_directory
+
+KUAIRAND_POSITIVE = ["view", "like", "follow", "comment", "forward"]
+KUAIRAND_FEEDBACK = {
+    "view": "long_view",
+    "like": "is_like",
+    "follow": "is_follow",
+    "comment": "is_comment",
+    "forward": "is_forward",
+    "click": "is_click",
+    "profile_enter": "is_profile_enter",
+    "hate": "is_hate",
+}
+KUAIRAND_TIMEZONE = "Asia/Shanghai"
+TIMESTAMP_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "iso": None}
+DURATION_COLUMN = "video_duration"
+
+
+def load_feed(args: DataArguments) -> Feed:
+    """The feed that the arguments name, checked and in the canonical schema.
+
+    Raises:
+        DataError: files or columns are missing or hold what they must not (see schema.py).
+    """
+    if args.dataset == "simulated":
+        feed = SimulatedFeed.generate(args.simulated_users, args.simulated_items, args.data_seed).feed()
+    elif args.dataset == "kuairand":
+        feed = read_kuairand(args.data_dir)
+    elif args.dataset == "amazon":
+        feed = read_amazon(args.data_dir)
+    elif args.dataset == "table":
+        feed = read_table(args.data_dir, args.column_mapping)
+    else:
+        feed = read_hub_dataset(args.hub_dataset, args.column_mapping)
+    return feed if args.positive_feedback is None else feed.with_positive_feedback(args.positive_feedback)
+
+
+# --------------------------------------------------------------------------------------------------------- public data
+
+
+def read_kuairand(data_dir: str | Path) -> Feed:
+    """KuaiRand (Gao et al., CIKM 2022), from either of two folders.
+
+    Parquet: interactions.parquet, items.parquet and optionally history.parquet (behaviours before the log, in order
+    but without times, with long_view and is_like only). Official download, of any size: log_standard_*.csv and
+    video_features_basic_*.csv; the log of random exposures is not read. `view` is long_view. Times are time_ms; the
+    columns date and hourmin run some minutes ahead, so that by them the last behaviours of a day belong to the next.
+    Days end at Beijing's midnight.
+
+    Raises:
+        DataError: files or columns are missing.
+    """
+    folder = _folder(data_dir)
+    logs, catalogue = sorted(folder.glob("log_standard_*.csv")), sorted(folder.glob("video_features_basic_*.csv"))
+    if logs and catalogue:
+        item_column = "video_id"
+    elif (folder / "interactions.parquet").is_file():
+        logs, catalogue, item_column = [folder / "interactions.parquet"], [folder / "items.parquet"], "item_id"
+    else:
+        raise DataError(
+            f"{folder}: no KuaiRand data: neither interactions.parquet and items.parquet, nor log_standard_*.csv and "
+            "video_features_basic_*.csv. Give data_dir the folder that holds these files."
+        )
+    parts = []
+    if item_column == "item_id" and (folder / "history.parquet").is_file():
+        history = _read(folder / "history.parquet", ["user_id", "position", "item_id", "long_view", "is_like"])
+        parts.append((history.rename(columns={"long_view": "view", "is_like": "like"}), "history.parquet"))
+    columns = ["user_id", item_column, "time_ms", "play_time_ms", "duration_ms", *KUAIRAND_FEEDBACK.values()]
+    for path in logs:
+        raw = _read(path, columns)
+        frame = {"user_id": raw["user_id"], "item_id": raw[item_column], "timestamp": raw["time_ms"] / 1000}
+        frame |= {"watch_time": raw["play_time_ms"] / 1000, "duration": raw["duration_ms"] / 1000}
+        frame |= {name: raw[column] for name, column in KUAIRAND_FEEDBACK.items()}
+        parts.append((pd.DataFrame(frame), path.name))
+    # Music is unique to nearly every video, so it says nothing of what videos share.
+    categorical = ["author_id", "video_type", "upload_type", "music_type"]
+    columns = [item_column, *categorical, "tag", DURATION_COLUMN]
+    items = pd.concat([_read(path, columns) for path in catalogue], ignore_index=True)
+    items = items.rename(columns={item_column: "item_id"})
+    items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
+    return Feed.from_frames(
+        "kuairand",
+        parts,
+        (items, ", ".join(path.name for path in catalogue)),
+        KUAIRAND_POSITIVE,
+        categorical_columns=categorical,
+        multi_categorical_columns=["tag"],
+        numeric_columns=[DURATION_COLUMN],
+        timezone=KUAIRAND_TIMEZONE,
+    )
+
+
+def read_amazon(data_dir: str | Path) -> Feed:
+    """Amazon-style sequences: interactions.parquet (user_id, item_id, position, timestamp) and items.parquet (item_id,
+    title, attribute_ids). There is no feedback: every interaction is positive.
+
+    Raises:
+        DataError: files or columns are missing.
+    """
+    folder = _folder(data_dir)
+    interactions = _read(folder / "interactions.parquet", ["user_id", "item_id", "position", "timestamp"])
+    items = _read(folder / "items.parquet", ["item_id", "title", "attribute_ids"])
+    return Feed.from_frames(
+        "amazon",
+        [(interactions, "interactions.parquet")],
+        (items, "items.parquet"),
+        [],
+        text_column="title",
+        multi_categorical_columns=["attribute_ids"],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ column mapping
+
+
+def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
+    """A person's own CSV or Parquet files by a column mapping (see the module's docstring).
+
+    Raises:
+        DataError: a mapping that cannot be read, files or columns that are missing, values that cannot be used.
+    """
+    folder = _folder(data_dir)
+    mapping = _read_mapping(column_mapping, "file")
+
+    def read(section: dict, columns: list[str]) -> list[tuple[pd.DataFrame, str]]:
+        patterns = section["file"] if isinstance(section["file"], list) else [section["file"]]
+        paths = []
+        for pattern in map(str, patterns):
+            found = sorted(folder.glob(pattern))
+            if not found:
+                raise DataError(f"{column_mapping}: no file matches '{pattern}' below {folder}. Correct 'file'.")
+            paths += found
+        return [(_read(path, columns), str(path.relative_to(folder))) for path in paths]
+
+    return _map_feed(mapping, read, default_name=folder.name)
+
+
+def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
+    """A `datasets` repository (or anything else that `datasets.load_dataset` takes) by a column mapping.
+
+    Each section of the mapping has `config` (optional) and `split` (default train) in the place of `file`.
+
+    Raises:
+        DataError: a mapping that cannot be read, columns that are missing, values that cannot be used.
+    """
+    mapping = _read_mapping(column_mapping, None)
+
+    def read(section: dict, columns: list[str]) -> list[tuple[pd.DataFrame, str]]:
+        split = section.get("split", "train")
+        part = datasets.load_dataset(hub_dataset, section.get("config"), split=split)
+        source = f"{hub_dataset} ({section.get('config', 'default')}/{split})"
+        require_columns(pd.DataFrame(columns=part.column_names), columns, source)
+        return [(part.select_columns(columns).to_pandas(), source)]
+
+    return _map_feed(mapping, read, default_name=hub_dataset.split("/")[-1])
+
+
+MAPPING_KEYS = {
+    "": {"name", "timezone", "interactions", "items", "positive_feedback"},
+    "interactions": {"columns", "timestamp_unit", "feedback"},
+    "items": {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding"},
+}
+
+
+def _read_mapping(path: str | Path, file_key: str | None) -> dict:
+    """The mapping, with its shape checked."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such column mapping. Give column_mapping the path of a YAML file.")
+    try:
+        mapping = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise DataError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("interactions"), dict):
+        raise DataError(f"{path}: a column mapping needs a section 'interactions' with 'columns' in it.")
+    where_keys = {file_key} if file_key else {"config", "split"}
+    for section, allowed in MAPPING_KEYS.items():
+        if section and section not in mapping:
+            continue
+        part = mapping[section] if section else mapping
+        allowed = allowed | where_keys if section else allowed
+        if not isinstance(part, dict):
+            raise DataError(f"{path}: '{section}' must be a mapping with {', '.join(sorted(allowed))}.")
+        for key in part:
+            if key not in allowed:
+                place = f" in '{section}'" if section else ""
+                raise DataError(f"{path}: unknown key '{key}'{place}; use {', '.join(sorted(allowed))}.")
+        needed = ([file_key] if file_key else []) + ["columns"] if section else []
+        for key in needed:
+            if key not in part:
+                raise DataError(f"{path}: '{section}' needs '{key}'.")
+        if section and not isinstance(part["columns"], dict):
+            raise DataError(f"{path}: '{section}.columns' must map schema columns to yours, e.g. item_id: video.")
+    for section, allowed in (("interactions", KEY_COLUMNS), ("items", ("item_id",))):
+        columns = mapping.get(section, {}).get("columns", {})
+        for name in columns:
+            if name not in allowed:
+                raise DataError(f"{path}: unknown column '{name}' in '{section}.columns'; use {', '.join(allowed)}.")
+        for name in allowed[:2]:
+            if section in mapping and name not in columns:
+                raise DataError(f"{path}: '{section}.columns' needs '{name}'.")
+    if mapping["interactions"].get("timestamp_unit", "s") not in TIMESTAMP_UNITS:
+        unit = mapping["interactions"]["timestamp_unit"]
+        raise DataError(f"{path}: timestamp_unit '{unit}' is not known; use {', '.join(TIMESTAMP_UNITS)}.")
+    for key in ("categorical", "multi_categorical", "numeric"):
+        if not isinstance(mapping.get("items", {}).get(key, []), list):
+            raise DataError(f"{path}: 'items.{key}' must be a list of columns, e.g. [author].")
+    feedback = mapping["interactions"].get("feedback", {})
+    if not isinstance(feedback, dict):
+        raise DataError(f"{path}: 'interactions.feedback' must map names to columns, e.g. view: is_view.")
+    for name, column in feedback.items():
+        if name in KEY_COLUMNS:
+            raise DataError(f"{path}: feedback cannot be called '{name}'; that is a column of the schema.")
+        if isinstance(column, dict) and not ("column" in column and set(column) <= {"column", "scale"}):
+            raise DataError(f"{path}: feedback '{name}' needs 'column', and at most 'scale' beside it.")
+    if not isinstance(mapping.get("positive_feedback", []), list):
+        raise DataError(f"{path}: 'positive_feedback' must be a list, e.g. [view, 'rating>=4'].")
+    return mapping
+
+
+def _map_feed(mapping: dict, read, default_name: str) -> Feed:
+    """A feed of the mapped columns; `read(section, columns)` gives the frames of a section and their names."""
+    section = mapping["interactions"]
+    feedback = {
+        name: (column["column"], column.get("scale", 1)) if isinstance(column, dict) else (column, 1)
+        for name, column in section.get("feedback", {}).items()
+    }
+    wanted = [*section["columns"].values(), *(column for column, _ in feedback.values())]
+    parts = []
+    for raw, source in read(section, list(dict.fromkeys(wanted))):
+        frame = {name: raw[column] for name, column in section["columns"].items()}
+        if "timestamp" in frame:
+            frame["timestamp"] = _seconds(frame["timestamp"], section.get("timestamp_unit", "s"), source)
+        for name, (column, scale) in feedback.items():
+            number = pd.api.types.is_numeric_dtype(raw[column].dtype)
+            frame[name] = raw[column] * scale if number and scale != 1 else raw[column]
+        parts.append((pd.DataFrame(frame), source))
+    roles = {"categorical_columns": [], "multi_categorical_columns": [], "numeric_columns": []}
+    if "items" in mapping:
+        section = mapping["items"]
+        roles = {f"{key.removesuffix('_columns')}_columns": section.get(key[:-8], []) for key in roles}
+        roles |= {"text_column": section.get("text"), "embedding_column": section.get("embedding")}
+        wanted = [section["columns"]["item_id"], *(name for names in roles.values() for name in _as_list(names))]
+        tables = read(section, list(dict.fromkeys(wanted)))
+        items = pd.concat([table for table, _ in tables], ignore_index=True)
+        items.insert(0, "item_id", items.pop(section["columns"]["item_id"]))
+        items_source = ", ".join(source for _, source in tables)
+    else:
+        items = pd.concat([frame[["item_id"]] for frame, _ in parts]).dropna().drop_duplicates()
+        items_source = parts[0][1]
+    return Feed.from_frames(
+        str(mapping.get("name", default_name)),
+        parts,
+        (items, items_source),
+        [str(condition) for condition in mapping.get("positive_feedback", [])],
+        timezone=str(mapping.get("timezone", "UTC")),
+        **roles,
+    )
+
+
+def _as_list(value: str | list | None) -> list[str]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _seconds(values: pd.Series, unit: str, source: str) -> pd.Series:
+    """Unix time [s] of the mapped times; datetime columns need no unit."""
+    if unit == "iso" or pd.api.types.is_datetime64_any_dtype(values.dtype):
+        times = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601" if unit == "iso" else None)
+        unread = (times.isna() & values.notna()).to_numpy()
+        if unread.any():
+            row = int(np.flatnonzero(unread)[0])
+            raise DataError(
+                f"{source}: column '{values.name}' is not an ISO date-time, first at row {row} (rows counted from 0, "
+                f"without a header): {values.iloc[row]!r}. Correct timestamp_unit, or the values."
+            )
+        seconds = times.dt.tz_localize(None).astype("datetime64[us]").astype("int64") / 1e6
+        return seconds.where(times.notna())
+    if not pd.api.types.is_numeric_dtype(values.dtype):
+        raise DataError(
+            f"{source}: column '{values.name}' has dtype {values.dtype} where times are needed, first at row 0: "
+            f"{values.iloc[0]!r}. Set timestamp_unit: iso for date-times as text, or give numbers."
+        )
+    return values * TIMESTAMP_UNITS[unit]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _folder(data_dir: str | Path) -> Path:
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder. Give data_dir the folder that holds the data files.")
+    return folder
+
+
+def _read(path: Path, columns: list[str]) -> pd.DataFrame:
+    """The named columns of a CSV (also compressed) or Parquet file."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file. Put it there, or give another data_dir.")
+    try:
+        if path.suffix == ".parquet":
+            require_columns(pd.DataFrame(columns=pq.read_schema(path).names), columns, path.name)
+            return pd.read_parquet(path, columns=columns)
+        if ".csv" not in path.suffixes:
+            raise DataError(f"{path}: only .csv and .parquet files are read. Convert it to one of these.")
+        require_columns(pd.read_csv(path, nrows=0), columns, path.name)
+        # Ids such as "NA" or "null" are ids. low_memory would infer a column's type from each block anew.
+        return pd.read_csv(
+            path, usecols=columns, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
+        )
+    except (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}. Correct the file, or write it anew.") from None
+
+
+# --------------------------------------------------------------------------------------------------------- saved feeds
+
+_FEED_FIELDS = (
+    "name",
+    "positive_feedback",
+    "text_column",
+    "categorical_columns",
+    "multi_categorical_columns",
+    "numeric_columns",
+    "embedding_column",
+    "timezone",
+)
+
+
+def save_feed(feed: Feed, directory: str | Path) -> None:
+    """Writes interactions.parquet, items.parquet, feed.json and, if there is one, world/ into `directory`.
+
+    The folder appears whole or not at all, and replaces one of the same name.
+    """
+    with atomic_directory(directory) as folder:
+        tables = ((feed.interactions, feed.interaction_features()), (feed.items, feed.item_features()))
+        for name, (frame, features) in zip(("interactions", "items"), tables, strict=True):
+            table = pa.Table.from_pandas(frame, schema=features.arrow_schema, preserve_index=False)
+            pq.write_table(table.replace_schema_metadata(None), folder / f"{name}.parquet", compression="zstd")
+        fields = {name: getattr(feed, name) for name in _FEED_FIELDS}
+        (folder / "feed.json").write_text(json.dumps(fields, indent=2) + "\n")
+        if feed.world is not None:
+            feed.world.save(folder / "world")
+
+
+def load_saved_feed(directory: str | Path) -> Feed:
+    """Reads what `save_feed` wrote.
+
+    Raises:
+        DataError: `directory` holds no saved feed.
+    """
+    folder = Path(directory)
+    if not (folder / "feed.json").is_file():
+        raise DataError(f"{folder}: holds no saved feed (feed.json is missing). Run the stage that writes it first.")
+    fields = json.loads((folder / "feed.json").read_text())
+    world = SimulatedFeed.load(folder / "world") if (folder / "world").is_dir() else None
+    interactions = pd.read_parquet(folder / "interactions.parquet")
+    items = pd.read_parquet(folder / "items.parquet")
+    for column in fields["multi_categorical_columns"]:
+        items[column] = pd.Series([list(values) for values in items[column]], dtype=object)
+    if "session_id" in interactions and interactions["session_id"].isna().any():
+        text = not pd.api.types.is_numeric_dtype(interactions["session_id"].dtype)
+        interactions["session_id"] = interactions["session_id"].astype("string" if text else "Int64")
+    return Feed(interactions=interactions, items=items, world=world, **fields)

@@ -1,0 +1,360 @@
+"""The one schema of interactions, items and sessions, and the checks that stand at its door.
+
+Interactions (one row per exposure of an item to a user, sorted by user and then by position)
+
+| column | type | meaning |
+|---|---|---|
+| user_id | int64 or string | |
+| item_id | int64 or string | one of the items |
+| timestamp | float64 [s] | Unix time, NaN where unknown |
+| position | int64 | 0, 1, 2, ... within the user, over all of the user's rows; rows without a time come first |
+| session_id | int64 or string, optional | the request that exposed the item, null where unknown |
+| watch_time, duration | float32 [s], optional | seconds watched, length of the video |
+| view, follow, like | float32 in [0, 1], optional | effective view, follow, like |
+| any other | float32, optional | any other named feedback (comment, rating, ...) |
+
+Feedback is NaN where it is unknown, which is not the same as 0.
+
+Items (one row per item; the row number is the item's catalogue index)
+
+| column | type | meaning |
+|---|---|---|
+| item_id | int64 or string | unique, first column |
+| text | string, optional | null where missing |
+| categorical | string, optional | null where missing |
+| multi-categorical | list of string, optional | empty where missing |
+| numeric | float32, optional | NaN where missing |
+| embedding | list of float32, optional | the same length for every item, finite |
+
+Sessions (one row per training example)
+
+| column | type | meaning |
+|---|---|---|
+| user_id | | |
+| timestamp | float64 [s] | of the session's first behaviour, NaN where unknown |
+| history_item_ids | list of item ids | positive behaviours strictly before the session, oldest first |
+| session_item_ids | list of item ids | in the order of exposure |
+| watch_time | float32 [s] | total of the session |
+| swt, vtr, wtr, ltr | float32 in [0, 1] | the four labels of the reward model (paper, eq 6), NaN where unknown |
+
+swt (session watch time) is sum(min(watch_time, duration)) / sum(duration); vtr (view), wtr (follow) and ltr (like)
+are means over the session's items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from datasets import Features, List, Value
+
+SESSION_LABELS = ("swt", "vtr", "wtr", "ltr")
+SECONDS_COLUMNS = ("watch_time", "duration")
+PROBABILITY_COLUMNS = ("view", "follow", "like")
+KEY_COLUMNS = ("user_id", "item_id", "timestamp", "position", "session_id")
+
+
+class DataError(ValueError):
+    """Input data that cannot be used: the message names the file, column, first offending row and remedy."""
+
+
+def feedback_columns(interactions: pd.DataFrame) -> list[str]:
+    """Names of the feedback columns of canonical interactions, in their order."""
+    return [column for column in interactions.columns if column not in KEY_COLUMNS]
+
+
+def id_type(ids: pd.Series) -> str:
+    """The type ("int64" or "string") that these canonical ids keep in `datasets.Features`."""
+    return "int64" if pd.api.types.is_integer_dtype(ids.dtype) else "string"
+
+
+def interaction_features(interactions: pd.DataFrame) -> Features:
+    """`datasets.Features` of canonical interactions."""
+    features = {"user_id": Value(id_type(interactions["user_id"])), "item_id": Value(id_type(interactions["item_id"]))}
+    features |= {"timestamp": Value("float64"), "position": Value("int64")}
+    if "session_id" in interactions:
+        features["session_id"] = Value(id_type(interactions["session_id"]))
+    return Features(features | {column: Value("float32") for column in feedback_columns(interactions)})
+
+
+def item_features(
+    items: pd.DataFrame,
+    text_column: str | None = None,
+    categorical_columns: Iterable[str] = (),
+    multi_categorical_columns: Iterable[str] = (),
+    numeric_columns: Iterable[str] = (),
+    embedding_column: str | None = None,
+) -> Features:
+    """`datasets.Features` of canonical items."""
+    features = {"item_id": Value(id_type(items["item_id"]))}
+    if text_column is not None:
+        features[text_column] = Value("string")
+    features |= {column: Value("string") for column in categorical_columns}
+    features |= {column: List(Value("string")) for column in multi_categorical_columns}
+    features |= {column: Value("float32") for column in numeric_columns}
+    if embedding_column is not None:
+        features[embedding_column] = List(Value("float32"))
+    return Features(features)
+
+
+def session_features(user_type: str, item_type: str) -> Features:
+    """`datasets.Features` of sessions. The types are "int64" or "string"."""
+    features = {
+        "user_id": Value(user_type),
+        "timestamp": Value("float64"),
+        "history_item_ids": List(Value(item_type)),
+        "session_item_ids": List(Value(item_type)),
+        "watch_time": Value("float32"),
+    }
+    return Features(features | {label: Value("float32") for label in SESSION_LABELS})
+
+
+def _offence(source: str, column: str, bad: np.ndarray, values: pd.Series, problem: str, remedy: str) -> DataError:
+    row = int(np.flatnonzero(bad)[0])
+    value = values.iloc[row]
+    value = value.item() if isinstance(value, np.generic) else value
+    return DataError(
+        f"{source}: column '{column}' {problem}, first at row {row} (rows counted from 0, without a header): "
+        f"{value!r} ({int(bad.sum())} of {len(bad)} rows). {remedy}"
+    )
+
+
+def require_columns(frame: pd.DataFrame, columns: Iterable[str], source: str) -> None:
+    """Raises DataError if one of `columns` is not in `frame`."""
+    for column in columns:
+        if column not in frame.columns:
+            raise DataError(
+                f"{source}: column '{column}' is missing; the columns are {', '.join(map(str, frame.columns))}. "
+                "Rename the column or name it in the column mapping."
+            )
+
+
+def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = False) -> pd.Series:
+    """Ids as int64 or str, keeping their own kind.
+
+    Raises:
+        DataError: a missing id (unless `nullable`), or values that are neither all integers nor all strings.
+    """
+    missing = values.isna().to_numpy()
+    if missing.any() and not nullable:
+        raise _offence(source, column, missing, values, "has no id", "Drop these rows or give them an id.")
+    if missing.all() and len(values):
+        return pd.Series(pd.array([pd.NA] * len(values), dtype="Int64"), index=values.index)
+    known = values[~missing] if missing.any() else values
+    if pd.api.types.is_integer_dtype(known.dtype):
+        return values.astype("Int64") if missing.any() else values.astype(np.int64)
+    if nullable and pd.api.types.is_float_dtype(known.dtype) and bool((known % 1 == 0).all()):
+        return values.astype("Int64")  # integers with gaps, as most readers give them
+    text = np.fromiter((isinstance(value, str) for value in values), dtype=bool, count=len(values))
+    number = np.fromiter(
+        (isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)) for value in values),
+        dtype=bool,
+        count=len(values),
+    )
+    kind = text if (text & ~missing).any() else number
+    bad = ~kind & ~missing
+    if bad.any():
+        problem = f"has dtype {values.dtype} where ids, all integers or all strings, are needed"
+        raise _offence(source, column, bad, values, problem, "Convert the column to one of the two.")
+    if kind is text:
+        return values.astype("string") if missing.any() else values.astype("str")
+    return values.astype("Int64") if missing.any() else values.astype(np.int64)
+
+
+def canonical_numbers(values: pd.Series, column: str, source: str, dtype: str = "float32") -> pd.Series:
+    """Numbers (or booleans) as floats, NaN where missing.
+
+    Raises:
+        DataError: a value that is not a number, or is infinite.
+    """
+    if pd.api.types.is_numeric_dtype(values.dtype) or pd.api.types.is_bool_dtype(values.dtype):
+        numbers = pd.Series(values.to_numpy(dtype="float64", na_value=np.nan), index=values.index)
+    else:
+        numbers = pd.Series(
+            [np.nan if pd.isna(v) else v if isinstance(v, (int, float, np.number)) else None for v in values],
+            index=values.index,
+            dtype=object,
+        )
+        bad = np.fromiter((v is None for v in numbers), dtype=bool, count=len(numbers))
+        if bad.any():
+            problem = f"has dtype {values.dtype} where numbers are needed"
+            raise _offence(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
+        numbers = numbers.astype("float64")
+    infinite = np.isinf(numbers.to_numpy())
+    if infinite.any():
+        raise _offence(
+            source, column, infinite, values, "is infinite", "Replace these by numbers or leave them empty."
+        )
+    return numbers.astype(dtype)
+
+
+def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Checks one file's interactions, whose columns already carry the schema's names, and casts them.
+
+    The file's order is kept; `order_interactions` sorts. Columns `timestamp` and `position` may be missing, but not
+    both: they are then NaN.
+
+    Raises:
+        DataError: missing column, wrong dtype, missing id, negative watch time or duration, a view, follow or like
+            outside [0, 1], no rows.
+    """
+    require_columns(frame, ("user_id", "item_id"), source)
+    if not len(frame):
+        raise DataError(f"{source}: no interactions (0 rows). Check the path and the filters that wrote the file.")
+    if "timestamp" not in frame and "position" not in frame:
+        raise DataError(
+            f"{source}: columns 'timestamp' and 'position' are both missing; the columns are "
+            f"{', '.join(map(str, frame.columns))}. Map one of them: it gives the order of a user's behaviour."
+        )
+    frame = frame.reset_index(drop=True)
+    columns = {name: canonical_ids(frame[name], name, source) for name in ("user_id", "item_id")}
+    for name in ("timestamp", "position"):
+        unknown = pd.Series(np.full(len(frame), np.nan))
+        columns[name] = canonical_numbers(frame[name], name, source, "float64") if name in frame else unknown
+    unordered = (columns["timestamp"].isna() & columns["position"].isna()).to_numpy()
+    if unordered.any():
+        remedy = "Give these rows a time or a position."
+        raise _offence(source, "timestamp", unordered, columns["timestamp"], "and 'position' are both empty", remedy)
+    if "session_id" in frame:
+        columns["session_id"] = canonical_ids(frame["session_id"], "session_id", source, nullable=True)
+    for name in frame.columns:
+        if name in KEY_COLUMNS:
+            continue
+        columns[name] = canonical_numbers(frame[name], name, source)
+        values = columns[name].to_numpy()
+        if name in SECONDS_COLUMNS and (values < 0).any():
+            remedy = "Drop these rows or leave the value empty; the unit is seconds."
+            raise _offence(source, name, values < 0, frame[name], "is negative", remedy)
+        if name in PROBABILITY_COLUMNS and ((values < 0) | (values > 1)).any():
+            remedy = "Use 0 for no and 1 for yes; give other feedback a name of its own."
+            raise _offence(source, name, (values < 0) | (values > 1), frame[name], "is outside [0, 1]", remedy)
+    return pd.DataFrame(columns)
+
+
+def check_known_items(interactions: pd.DataFrame, items: pd.DataFrame, source: str, items_source: str) -> None:
+    """Raises DataError if an interaction's item is not among the items (or their ids have different types)."""
+    user_side, item_side = id_type(interactions["item_id"]), id_type(items["item_id"])
+    if user_side != item_side:
+        raise DataError(
+            f"{source}: column 'item_id' is {user_side} (first at row 0: {interactions['item_id'].iloc[0]}) but "
+            f"{items_source} has {item_side} ids ({items['item_id'].iloc[0]}). Use one type in both."
+        )
+    unknown = ~interactions["item_id"].isin(items["item_id"]).to_numpy()
+    if unknown.any():
+        remedy = f"Add the items to {items_source} or drop these interactions."
+        problem = f"names items that are not in {items_source}"
+        raise _offence(source, "item_id", unknown, interactions["item_id"], problem, remedy)
+
+
+def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Sorts canonical interactions by user and time and numbers the positions from 0 within each user.
+
+    A user's rows are ordered by time (ties by position, then by the file's order). Where some of a user's rows have no
+    time they are ordered by position if every one of them has one; otherwise the rows without a time come first, by
+    position, and the others follow by time.
+
+    Raises:
+        DataError: one user only.
+    """
+    users, unique_users = pd.factorize(interactions["user_id"], sort=True)
+    if len(unique_users) < 2:
+        raise DataError(
+            f"{source}: column 'user_id' holds one user only (first at row 0: {interactions['user_id'].iloc[0]}). "
+            "Recommending from the behaviour of others needs at least two users."
+        )
+    time = interactions["timestamp"].to_numpy()
+    position = interactions["position"].to_numpy()
+    timeless = np.bincount(users, np.isnan(time)) > 0
+    placed = np.bincount(users, np.isnan(position)) == 0
+    by_position = (timeless & placed)[users]
+    primary = np.where(by_position, 0.0, np.where(np.isnan(time), -np.inf, time))
+    order = np.lexsort((np.nan_to_num(position), primary, users))
+    interactions = interactions.iloc[order].reset_index(drop=True)
+    users = users[order]
+    first = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
+    counts = np.diff(np.r_[first, len(users)])
+    interactions["position"] = np.arange(len(users)) - np.repeat(first, counts)
+    return interactions
+
+
+def _value_list(value: object) -> list[str]:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [str(part) for part in value]
+    return [] if pd.isna(value) else [str(value)]
+
+
+def canonical_items(
+    frame: pd.DataFrame,
+    source: str,
+    text_column: str | None = None,
+    categorical_columns: Iterable[str] = (),
+    multi_categorical_columns: Iterable[str] = (),
+    numeric_columns: Iterable[str] = (),
+    embedding_column: str | None = None,
+) -> pd.DataFrame:
+    """Checks a table of items and casts it; columns that are not named are left out.
+
+    Multi-categorical values may be lists or comma-separated strings; both become lists of strings.
+
+    Raises:
+        DataError: missing column, wrong dtype, missing or duplicate id, an embedding that is missing, of another
+            length than the first, or not finite, no rows.
+    """
+    named = [name for name in (text_column, embedding_column) if name is not None]
+    named += [*categorical_columns, *multi_categorical_columns, *numeric_columns]
+    require_columns(frame, ["item_id", *named], source)
+    if not len(frame):
+        raise DataError(f"{source}: no items (0 rows). Check the path and the filters that wrote the file.")
+    frame = frame.reset_index(drop=True)
+    columns = {"item_id": canonical_ids(frame["item_id"], "item_id", source)}
+    duplicate = columns["item_id"].duplicated().to_numpy()
+    if duplicate.any():
+        remedy = "Keep one row per item."
+        raise _offence(source, "item_id", duplicate, columns["item_id"], "repeats an id", remedy)
+    if text_column is not None:
+        columns[text_column] = canonical_text(frame[text_column], text_column, source)
+    for name in categorical_columns:
+        columns[name] = canonical_categories(frame[name])
+    for name in multi_categorical_columns:
+        columns[name] = pd.Series([_value_list(value) for value in frame[name]], dtype=object)
+    for name in numeric_columns:
+        columns[name] = canonical_numbers(frame[name], name, source)
+    if embedding_column is not None:
+        columns[embedding_column] = canonical_embeddings(frame[embedding_column], embedding_column, source)
+    return pd.DataFrame(columns)
+
+
+def canonical_text(values: pd.Series, column: str, source: str) -> pd.Series:
+    """Text as str, null where missing or blank. Raises DataError where a value is not a string."""
+    bad = np.fromiter((not isinstance(v, str) and not pd.isna(v) for v in values), dtype=bool, count=len(values))
+    if bad.any():
+        raise _offence(
+            source, column, bad, values, f"has dtype {values.dtype} where text is needed", "Convert to text."
+        )
+    return pd.Series([v if isinstance(v, str) and v.strip() else None for v in values], dtype="str")
+
+
+def canonical_categories(values: pd.Series) -> pd.Series:
+    """Categories as str, null where missing; whole numbers carry no decimals."""
+    if pd.api.types.is_float_dtype(values.dtype) and bool((values.dropna() % 1 == 0).all()):
+        values = values.astype("Int64")
+    return values.astype("string").astype("str")
+
+
+def canonical_embeddings(values: pd.Series, column: str, source: str) -> pd.Series:
+    """One float32 vector per item, all finite and of one length. Raises DataError otherwise."""
+    rows = [np.asarray(v, dtype=np.float32) if isinstance(v, (list, tuple, np.ndarray)) else None for v in values]
+    width = next((len(row) for row in rows if row is not None), 0)
+    bad = np.fromiter((row is None or row.ndim != 1 or len(row) != width for row in rows), dtype=bool, count=len(rows))
+    if bad.any() or not width:
+        bad = bad if bad.any() else np.ones(len(rows), dtype=bool)
+        remedy = "Give every item an embedding of the same length, or leave the column out."
+        raise _offence(source, column, bad, values, f"is not a list of {width} numbers", remedy)
+    bad = ~np.isfinite(np.stack(rows)).all(axis=1)
+    if bad.any():
+        remedy = "Compute these embeddings anew, or leave the column out."
+        raise _offence(source, column, bad, values, "holds NaN or infinite values", remedy)
+    return pd.Series(rows, dtype=object)

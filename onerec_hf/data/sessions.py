@@ -1,0 +1,402 @@
+"""From a feed to training examples: split, histories, sessions, labels, evaluation cases (paper, 3.1 and 3.2).
+
+A history holds the positive behaviours strictly before the session's first behaviour. A session is cut from the
+positive behaviours or from all exposures; what is cut from them is never looked at when the history is made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from dataclasses import dataclass
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, List, Value
+from datasets.table import InMemoryTable
+
+from .data_arguments import DataArguments
+from .feed import Feed, FeedbackPredicate, positive_mask
+from .schema import SESSION_LABELS, DataError, feedback_columns, id_type, session_features
+
+DEFAULT_QUANTILES = {"validation": 0.8, "test": 0.9}
+LABEL_SOURCES = {"vtr": "view", "wtr": "follow", "ltr": "like"}
+# A user with fewer positive behaviours has no history left once the test and the validation item are taken away.
+LEAVE_ONE_OUT_MIN_POSITIVES = 3
+
+
+@dataclass
+class FeedSplit:
+    """Interactions that may be fitted, those of the evaluated period, and how they were parted (for the record)."""
+
+    fit: pd.DataFrame
+    evaluation: pd.DataFrame
+    description: dict
+
+
+# --------------------------------------------------------------------------------------------------------------- split
+
+
+def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
+    """Parts the feed into what may be fitted and what is evaluated.
+
+    By time: everything before the evaluated period is fitted; behaviours without a time count as before those that
+    follow them. Leave-one-out: each user's last (test) or last but one (validation) positive behaviour is evaluated,
+    all rows before it are fitted, and users with fewer than 3 positive behaviours are only fitted.
+
+    Raises:
+        DataError: no times in the data, periods in the wrong order, an empty part.
+    """
+    if args.split_method == "leave_one_out":
+        fit, evaluation, description = _leave_one_out(feed, args)
+    else:
+        fit, evaluation, description = _split_by_time(feed, args)
+    counts = {
+        "fit_interactions": len(fit),
+        "fit_users": int(fit["user_id"].nunique()),
+        "evaluation_interactions": len(evaluation),
+        "evaluation_users": int(evaluation["user_id"].nunique()),
+    }
+    description = {"method": args.split_method, "evaluation_split": args.evaluation_split} | description | counts
+    for part, name in ((fit, "before the evaluated period"), (evaluation, "in the evaluated period")):
+        if not len(part):
+            raise DataError(
+                f"{feed.name}: no interactions {name} ({description}). Move validation_start and test_start into the "
+                "time that the data covers."
+            )
+    return FeedSplit(fit, evaluation, description)
+
+
+def _order_time(interactions: pd.DataFrame) -> np.ndarray:
+    """Time at which each row has surely happened: never falls within a user, -inf before the first known time."""
+    users = _user_codes(interactions)
+    time = interactions["timestamp"].fillna(-np.inf)
+    return time.groupby(users).cummax().to_numpy()
+
+
+def _split_by_time(feed: Feed, args: DataArguments):
+    known = feed.interactions["timestamp"].dropna()
+    if known.empty:
+        raise DataError(
+            f"{feed.name}: column 'timestamp' is empty, so there is no split by time. Map the column that holds the "
+            "time, or use split_method: leave_one_out."
+        )
+    starts = {}
+    for name, text in (("validation", args.validation_start), ("test", args.test_start)):
+        quantile = DEFAULT_QUANTILES[name]
+        starts[name] = float(known.quantile(quantile)) if text is None else _timestamp(text, feed.timezone)
+    time = _order_time(feed.interactions)
+    start, end = starts[args.evaluation_split], np.inf
+    if args.evaluation_split == "validation":
+        end = starts["test"]
+        if start >= end:
+            raise DataError(
+                f"{feed.name}: the validation period starts at {_iso(start, feed)}, not before the test period, "
+                f"{_iso(end, feed)}. Give validation_start and test_start in that order."
+            )
+    fit, evaluation = feed.interactions[time < start], feed.interactions[(time >= start) & (time < end)]
+    latest = fit["timestamp"].max()
+    description = {
+        "evaluation_start": _iso(start, feed),
+        "evaluation_end": _iso(end, feed) if np.isfinite(end) else None,
+        "latest_fitted": None if pd.isna(latest) else _iso(latest, feed),
+        "data_start": _iso(known.min(), feed),
+        "data_end": _iso(known.max(), feed),
+    }
+    return fit.reset_index(drop=True), evaluation.reset_index(drop=True), description
+
+
+def _timestamp(text: str, timezone: str) -> float:
+    moment = datetime.datetime.fromisoformat(text)
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=ZoneInfo(timezone))
+    return moment.timestamp()
+
+
+def _iso(timestamp: float, feed: Feed) -> str:
+    return datetime.datetime.fromtimestamp(timestamp, ZoneInfo(feed.timezone)).isoformat(timespec="seconds")
+
+
+def _leave_one_out(feed: Feed, args: DataArguments):
+    warnings.warn(
+        "leave-one-out leaks the future: what other users did after a user's held-out item is fitted. Its figures "
+        "compare with published ones only; split_method: time says how well a running service would do.",
+        stacklevel=3,
+    )
+    interactions = feed.interactions
+    users = _user_codes(interactions)
+    positive = positive_mask(interactions, feed.positive_feedback)
+    later = pd.Series(positive[::-1].astype(np.int64)).groupby(users[::-1]).cumsum().to_numpy()[::-1]
+    later = later - positive  # positive behaviours of the user after this row
+    held_out = 0 if args.evaluation_split == "test" else 1
+    left_out = np.bincount(users, positive)[users] >= LEAVE_ONE_OUT_MIN_POSITIVES
+    evaluated = left_out & positive & (later == held_out)
+    fitted = ~left_out | (later > held_out)
+    fit, evaluation = interactions[fitted], interactions[evaluated]
+    return fit.reset_index(drop=True), evaluation.reset_index(drop=True), {"leaks_future": True}
+
+
+# ---------------------------------------------------------------------------------------------- histories and sessions
+
+
+def _user_codes(interactions: pd.DataFrame) -> np.ndarray:
+    """0, 1, 2, ... by runs of the same user; interactions are sorted by user."""
+    ids = interactions["user_id"].to_numpy()
+    changes = np.zeros(len(ids), dtype=np.int64)
+    changes[1:] = ids[1:] != ids[:-1]
+    return np.cumsum(changes)
+
+
+def positive_histories(interactions: pd.DataFrame, positive_feedback: list[str]) -> pd.Series:
+    """Positive behaviours of each user that has any: user_id -> array of item ids, oldest first."""
+    rows = interactions[positive_mask(interactions, positive_feedback)]
+    return _item_lists(rows)
+
+
+def _item_lists(rows: pd.DataFrame) -> pd.Series:
+    items, users = rows["item_id"].to_numpy(), rows["user_id"].to_numpy()
+    first = np.flatnonzero(np.diff(_user_codes(rows), prepend=-1)) if len(rows) else np.zeros(0, dtype=np.int64)
+    lists = pd.Series(np.split(items, first[1:]) if len(first) else [], index=pd.Index(users[first]), dtype=object)
+    lists.index.name = "user_id"
+    return lists
+
+
+def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
+    """Sessions to be generated, with their histories and labels (schema.session_features).
+
+    `args.session_source` says whether they are cut from positive behaviours or from all exposures; labels are means
+    over the session's own items.
+
+    Raises:
+        DataError: no session is left, or a cut or predicate needs a column that is missing.
+    """
+    if args.session_source == "exposed":
+        return exposure_sessions(fit, feed, args)
+    positive = np.flatnonzero(positive_mask(fit, feed.positive_feedback))
+    return _sessions(fit, positive, feed, args)
+
+
+def exposure_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
+    """Sessions of all exposures, negatives included, in the same schema: what the reward model learns from.
+
+    Raises:
+        DataError: no session is left, or a cut or predicate needs a column that is missing.
+    """
+    return _sessions(fit, np.arange(len(fit)), feed, args)
+
+
+def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArguments) -> Dataset:
+    """Sessions of the given rows (ascending) of `fit`."""
+    positive = np.flatnonzero(positive_mask(fit, feed.positive_feedback))
+    users = _user_codes(fit)
+    user_start = np.searchsorted(positive, np.searchsorted(users, np.arange(users[-1] + 1 if len(users) else 0)))
+
+    groups, timed = _session_groups(fit, args, feed.timezone)
+    if len(rows):
+        # Windows of consecutive behaviours begin where the history is long enough, not before.
+        enough = np.searchsorted(positive, rows) - user_start[users[rows]] >= args.min_history_items
+        rows = rows[timed[rows] | enough]
+    members, lengths = _cut(rows, groups, timed, args)
+    candidates = len(members)
+    first = members[:, 0]
+    history_end = np.searchsorted(positive, first)
+    history_length = history_end - user_start[users[first]]
+    kept = (history_length >= args.min_history_items) & (lengths >= args.min_session_items)
+    long_enough = int(kept.sum())
+    kept &= _quality(fit, members, args)
+    if not kept.any():
+        raise DataError(
+            f"{feed.name}: no sessions: of {len(fit)} interactions, {len(rows)} were cut into {candidates} "
+            f"candidates, {long_enough} of them with min_session_items={args.min_session_items} and "
+            f"min_history_items={args.min_history_items}, none of those by "
+            f"quality_predicates={args.quality_predicates}. Lower these, or choose another session_cut than "
+            f"{args.session_cut} or another positive_feedback than {feed.positive_feedback}."
+        )
+    members, lengths, first = members[kept], lengths[kept], first[kept]
+    history_length, history_end = np.minimum(history_length[kept], args.history_items), history_end[kept]
+
+    item_ids = fit["item_id"].to_numpy()
+    user_ids = pd.Series(fit["user_id"].to_numpy()[first])
+    columns = {
+        "user_id": _id_array(user_ids),
+        "timestamp": pa.array(fit["timestamp"].to_numpy()[first]),
+        "history_item_ids": _list_array(item_ids[positive], history_end - history_length, history_length),
+        "session_item_ids": _padded_list_array(item_ids, members, lengths),
+        "watch_time": pa.array(_total(fit, "watch_time", members).astype(np.float32)),
+    }
+    labels = session_labels(fit, members)
+    columns |= {label: pa.array(labels[label]) for label in SESSION_LABELS}
+    return _dataset(columns, session_features(id_type(user_ids), id_type(fit["item_id"])))
+
+
+def _session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tuple[np.ndarray, np.ndarray]:
+    """For each row: the session that the cut puts it in, numbered by first row, and whether the cut applies to it.
+
+    Rows to which it does not apply (no time, no session_id, or the cut is `consecutive`) form one group per user.
+    """
+    users = _user_codes(fit)
+    time = fit["timestamp"].to_numpy()
+    timed = ~np.isnan(time)
+    if args.session_cut == "consecutive":
+        return users, np.zeros(len(fit), dtype=bool)
+    if args.session_cut == "session_id":
+        if "session_id" not in fit:
+            raise DataError(
+                "session_cut: session_id needs a column 'session_id' in the interactions, which is missing. Map it, "
+                "or cut by gap, user_day or consecutive."
+            )
+        timed = fit["session_id"].notna().to_numpy()
+        keys = pd.factorize(fit["session_id"])[0]
+    elif not timed.any():
+        raise DataError(
+            f"session_cut: {args.session_cut} needs times, and column 'timestamp' is empty. Cut by consecutive."
+        )
+    elif args.session_cut == "gap":
+        opens = np.zeros(len(fit), dtype=np.int64)
+        gaps = np.diff(time) > args.session_gap_hours * 3600
+        opens[1:] = gaps | (timed[1:] != timed[:-1])
+        keys = np.cumsum(opens)
+    else:
+        local = pd.to_datetime(np.nan_to_num(time), unit="s", utc=True).tz_convert(timezone).tz_localize(None)
+        keys = local.values.astype("datetime64[D]").astype(np.int64)
+    groups, _ = pd.factorize(pd.MultiIndex.from_arrays([users, timed, np.where(timed, keys, 0)]))
+    return groups, timed
+
+
+def _cut(
+    rows: np.ndarray, groups: np.ndarray, timed: np.ndarray, args: DataArguments
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks of at most session_items rows of one group: (rows [S, m] padded with -1, lengths [S])."""
+    m = args.session_items
+    # Groups are numbered by their first row, so a session that is interleaved with another is gathered again.
+    rows = rows[np.argsort(groups[rows], kind="stable")]
+    group = groups[rows]
+    opens = np.flatnonzero(np.diff(group, prepend=-1)) if len(rows) else np.zeros(0, dtype=np.int64)
+    sizes = np.diff(np.r_[opens, len(rows)])
+    within = np.arange(len(rows)) - np.repeat(opens, sizes)
+    left = np.repeat(sizes, sizes) - within
+    stride = np.where(timed[rows], m, args.session_stride or m)
+    starts = np.flatnonzero(within % stride == 0)
+    lengths = np.minimum(left[starts], m)
+    offsets = np.arange(m)
+    inside_row = offsets < lengths[:, None]
+    members = np.where(inside_row, rows[np.where(inside_row, starts[:, None] + offsets, 0)] if len(rows) else 0, -1)
+    return members.reshape(len(starts), m), lengths
+
+
+def _gather(fit: pd.DataFrame, column: str, members: np.ndarray, fill: float) -> np.ndarray:
+    """Values [S, m] of a feedback column, `fill` where padded; NaN where unknown or where there is no such column."""
+    if column not in fit:
+        return np.where(members >= 0, np.nan, fill)
+    return np.where(members >= 0, fit[column].to_numpy(dtype=np.float64)[members], fill)
+
+
+def _total(fit: pd.DataFrame, column: str, members: np.ndarray) -> np.ndarray:
+    return _gather(fit, column, members, 0.0).sum(axis=1)
+
+
+def session_labels(interactions: pd.DataFrame, members: np.ndarray) -> dict[str, np.ndarray]:
+    """The four labels of sessions.
+
+    Args:
+        interactions: canonical interactions.
+        members: int [S, m], row numbers of `interactions`, padded with -1.
+
+    Returns:
+        swt, vtr, wtr, ltr (see schema.py), each float32 [S]; NaN where the feedback of one of the items is unknown.
+    """
+    members = np.asarray(members)
+    watched = _gather(interactions, "watch_time", members, 0.0)
+    duration = _gather(interactions, "duration", members, 0.0)
+    total = duration.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        labels = {"swt": np.where(total > 0, np.minimum(watched, duration).sum(axis=1) / total, np.nan)}
+    lengths = (members >= 0).sum(axis=1)
+    for label, source in LABEL_SOURCES.items():
+        labels[label] = _total(interactions, source, members) / lengths
+    return {label: values.astype(np.float32) for label, values in labels.items()}
+
+
+def _quality(fit: pd.DataFrame, members: np.ndarray, args: DataArguments) -> np.ndarray:
+    """Whether each session satisfies the quality predicates on its totals (unknown values count as 0)."""
+    if not args.quality_predicates:
+        return np.ones(len(members), dtype=bool)
+    held = []
+    for text in args.quality_predicates:
+        predicate = FeedbackPredicate.parse(text, feedback_columns(fit))
+        values = _gather(fit, predicate.column, members, 0.0)
+        held.append(predicate.holds(np.nansum(values, axis=1)))
+    return np.logical_and.reduce(held) if args.quality_join == "all" else np.logical_or.reduce(held)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Dataset:
+    """One case a user: given all positive behaviours before the evaluated period, the first one in it.
+
+    Returns:
+        Dataset of user_id, history_item_ids (in order, not truncated), next_item_id; users with a positive behaviour
+        in the period and at least `args.min_history_items` before it.
+
+    Raises:
+        DataError: there is no such user.
+    """
+    histories = positive_histories(split.fit, feed.positive_feedback)
+    later = split.evaluation[positive_mask(split.evaluation, feed.positive_feedback)].drop_duplicates("user_id")
+    lengths = histories.map(len).reindex(later["user_id"]).fillna(0).to_numpy().astype(np.int64)
+    enough = lengths >= args.min_history_items
+    if not enough.any():
+        raise DataError(
+            f"{feed.name}: nobody to evaluate: {len(later)} users have a positive behaviour in the evaluated period, "
+            f"none of them {args.min_history_items} (min_history_items) before it. Lower min_history_items, or move "
+            "the period."
+        )
+    later, lengths = later[enough].reset_index(drop=True), lengths[enough]
+    lists = histories.reindex(later["user_id"])
+    flat = [items for items in lists if isinstance(items, np.ndarray)]
+    flat = np.concatenate(flat) if flat else np.zeros(0, dtype=later["item_id"].to_numpy().dtype)
+    columns = {
+        "user_id": _id_array(later["user_id"]),
+        "history_item_ids": _list_array(flat, np.cumsum(lengths) - lengths, lengths),
+        "next_item_id": _id_array(later["item_id"]),
+    }
+    item_value = Value(id_type(later["item_id"]))
+    features = {"user_id": Value(id_type(later["user_id"])), "history_item_ids": List(item_value)}
+    return _dataset(columns, Features(features | {"next_item_id": item_value}))
+
+
+# --------------------------------------------------------------------------------------------------------------- Arrow
+
+
+def _id_array(ids: pd.Series) -> pa.Array:
+    return pa.array(ids.to_numpy(), type=pa.int64() if id_type(ids) == "int64" else pa.string())
+
+
+def _list_array(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    """A list of values[start : start + length] for each pair."""
+    offsets = np.r_[0, np.cumsum(lengths)]
+    index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths)
+    return _lists_by_index(values, index, offsets)
+
+
+def _padded_list_array(values: np.ndarray, members: np.ndarray, lengths: np.ndarray) -> pa.Array:
+    return _lists_by_index(values, members[members >= 0], np.r_[0, np.cumsum(lengths)])
+
+
+def _lists_by_index(values: np.ndarray, index: np.ndarray, offsets: np.ndarray) -> pa.Array:
+    value_type = pa.int64() if np.issubdtype(values.dtype, np.integer) else pa.string()
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise DataError(
+            f"the lists hold {offsets[-1]} items, more than Arrow's 32-bit offsets reach. Raise session_stride or "
+            "lower history_items."
+        )
+    taken = pa.array(values, type=value_type).take(pa.array(index))
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), taken)
+
+
+def _dataset(columns: dict[str, pa.Array], features: Features) -> Dataset:
+    table = pa.table(columns).cast(features.arrow_schema)
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))

@@ -1,0 +1,522 @@
+"""The run's report: one self-contained HTML file with pictures, and the table for the terminal.
+
+Both read the dictionary that the evaluate stage writes as metrics.json; a part that the run did not have (no
+alignment, no truth) is left out of the report, never filled in.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+METHOD_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE", "sasrec": "SASRec"}
+JUDGE_NAMES = {"reward_model": "Reward model", "independent_judge": "Independent judge", "truth": "Simulated truth"}
+HEAD_NAMES = {
+    "reward": "Reward",
+    "swt": "Session watch time (swt)",
+    "vtr": "View (vtr)",
+    "wtr": "Follow (wtr)",
+    "ltr": "Like (ltr)",
+}
+RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
+SESSION_COLUMNS = ("intra_session_diversity", "illegal_rate", "duplicate_rate")
+
+_INK, _MUTED, _GRID = "#1d2733", "#66717f", "#e4e8ed"
+_ACCENT, _SECOND, _OTHERS = "#2f6fde", "#8fb4f3", "#b9c2cc"
+_LONGEST_LIST = 16
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0; background: #fff; color: #1d2733; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 28px 72px; }
+h1 { font-size: 27px; margin: 0 0 2px; letter-spacing: -.01em; }
+h2 { font-size: 19px; margin: 44px 0 6px; padding-top: 14px; border-top: 1px solid #e4e8ed; }
+h3 { font-size: 15px; margin: 22px 0 4px; }
+p { margin: 4px 0 12px; max-width: 78ch; } .note { color: #66717f; }
+nav { margin: 14px 0 0; display: flex; flex-wrap: wrap; gap: 4px 16px; }
+nav a { color: #2f6fde; text-decoration: none; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; margin: 22px 0 4px; }
+.card { border: 1px solid #e4e8ed; border-radius: 10px; padding: 12px 16px; }
+.card b { display: block; font-size: 25px; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.card span { color: #66717f; font-size: 13px; }
+img { max-width: 100%; height: auto; display: block; margin: 8px 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; margin: 8px 0 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 12px 4px 0; text-align: right; border-bottom: 1px solid #e4e8ed; white-space: nowrap; }
+th { color: #66717f; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+table.plain td, table.plain th { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+tr.ours td { font-weight: 650; background: #f2f6fe; }
+.user { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px; margin-bottom: 10px; }
+.user h3 { grid-column: 1 / -1; } .user > div { min-width: 0; } .user table { width: 100%; }
+.user th, .user td { text-align: left; } .user td { white-space: normal; overflow-wrap: anywhere; }
+.user td:nth-child(3) { text-align: right; }
+tr.hit td { background: #e8f6ec; font-weight: 650; }
+details { margin: 8px 0; } summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 720px) { .user { grid-template-columns: 1fr; } }
+"""
+
+
+def write_report(
+    path: str | Path,
+    metrics: Mapping[str, Any],
+    training_curves: Mapping[str, Sequence[tuple[float, float]]],
+    code_use: Sequence[np.ndarray],
+    examples: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write the report, atomically.
+
+    Args:
+        path: the HTML file; its folder is created.
+        metrics: what the evaluate stage writes as metrics.json. "onerec" and "baselines" hold recall@c, ndcg@c and
+            coverage (and optionally "<metric>_interval", [low, high]); "alignment" is a list by round from 0, each
+            with judges -> {"reward_mean", "reward_max", "swt_mean", ...}.
+        training_curves: title of a curve -> (step, value) pairs.
+        code_use: for each level an int array [K_l], the number of items that have each code.
+        examples: one mapping a user: "user"; "history", rows {"item", "label"}, oldest first; "recommendations", rows
+            {"item", "label", "score"}, best first; optionally "next_item", what the user really took next.
+            "label" is text beside the id, such as title or tags, and may be empty.
+        settings: the run's configuration, nested as it likes.
+
+    Returns:
+        The path written.
+    """
+    alignment = list(metrics.get("alignment") or [])
+    sections = [
+        ("Recommendation quality", _quality_section(metrics, alignment)),
+        ("Rewards by alignment round", _reward_section(alignment)),
+        ("Losses", _figure_section(_curves_figure(training_curves), "Training and validation curves")),
+        ("Semantic IDs", _code_section(code_use, metrics.get("tokenizer") or {})),
+        ("Histories and recommendations", _examples_section(examples)),
+        ("Reward models", _reward_model_section(metrics.get("reward_models") or {})),
+        ("All numbers and settings", _details_section(metrics, settings)),
+    ]
+    sections = [(title, body) for title, body in sections if body]
+    links = "".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title, _ in sections)
+    body = "".join(f'<h2 id="{_anchor(title)}">{escape(title)}</h2>{text}' for title, text in sections)
+    name = (metrics.get("dataset") or {}).get("name", "")
+    title = f"OneRec on {name}" if name else "OneRec"
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
+        '<p class="note">From raw logs to aligned recommendations: what this run learned and how good it is.</p>'
+        f"<nav>{links}</nav>{_cards(metrics, alignment)}{body}</main></body></html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are private to their owner; a report should be as readable as its neighbours.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def print_table(metrics: Mapping[str, Any]) -> str:
+    """The run's figures as plain text for a terminal: methods, then rewards by round and judge."""
+    columns = ("recall@10", "recall@50", "ndcg@10", "coverage")
+    rows = [[name, *(_number(row.get(column)) for column in columns)] for name, row in _methods(metrics)]
+    blocks = [_text_table(["", *columns], rows)]
+    onerec = metrics.get("onerec") or {}
+    rates = [f"{name.replace('_', ' ')} {_number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
+    if rates:
+        blocks.append("Sessions: " + ", ".join(rates))
+    alignment = list(metrics.get("alignment") or [])
+    judges = _judges(alignment)
+    if judges:
+        heads = _heads(alignment)
+        rows = []
+        for judge in judges:
+            for entry in alignment:
+                scores = entry.get("judges", {}).get(judge, {})
+                cells = [f"{_number(scores.get(f'{h}_mean'))}/{_number(scores.get(f'{h}_max'))}" for h in heads]
+                rows.append([JUDGE_NAMES.get(judge, judge), str(entry.get("round", "")), *cells])
+        blocks.append("Rewards of generated sessions, mean/max:\n" + _text_table(["judge", "round", *heads], rows))
+    return "\n\n".join(blocks)
+
+
+def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Rows of the comparison: OneRec after and before alignment, then the baselines."""
+    alignment = list(metrics.get("alignment") or [])
+    rows = []
+    if metrics.get("onerec"):
+        rows.append(("OneRec, aligned" if len(alignment) > 1 else "OneRec", metrics["onerec"]))
+    if len(alignment) > 1:
+        rows.append(("OneRec, pre-trained", alignment[0]))
+    for name, values in (metrics.get("baselines") or {}).items():
+        rows.append((METHOD_NAMES.get(name, name), values))
+    return rows
+
+
+def _judges(alignment: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = {judge: None for entry in alignment for judge in entry.get("judges", {})}
+    return [judge for judge in JUDGE_NAMES if judge in found] + [judge for judge in found if judge not in JUDGE_NAMES]
+
+
+def _heads(alignment: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = {key for entry in alignment for scores in entry.get("judges", {}).values() for key in scores}
+    return [head for head in HEAD_NAMES if f"{head}_mean" in keys]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if isinstance(value, (float, np.floating)):
+        if not math.isfinite(value):
+            return "–"
+        if value == 0:
+            return "0"
+        # Rates such as follow are small: keep three significant digits of them.
+        return f"{value:.4f}" if 0.01 <= abs(value) < 10 else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3g}"
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, (int, np.integer)) else str(value)
+
+
+def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [list(header), *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# HTML
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _html_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", classes: Sequence[str] | None = None
+) -> str:
+    classes = classes or [""] * len(rows)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f'<tr class="{escape(name)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row, name in zip(rows, classes, strict=True)
+    )
+    head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
+    return f'<div class="wide"><table class="{escape(kind)}">{head}<tbody>{body}</tbody></table></div>'
+
+
+def _cards(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str, Any]]) -> str:
+    onerec = metrics.get("onerec") or {}
+    cards = []
+    if "recall@10" in onerec:
+        before = alignment[0].get("recall@10") if len(alignment) > 1 else None
+        note = f"Recall@10, {_number(before)} before alignment" if before is not None else "Recall@10"
+        cards.append((_number(onerec["recall@10"]), note))
+    baselines = {n: v["recall@10"] for n, v in (metrics.get("baselines") or {}).items() if "recall@10" in v}
+    if baselines:
+        best = max(baselines, key=baselines.__getitem__)
+        cards.append((_number(baselines[best]), f"Recall@10 of the best baseline, {METHOD_NAMES.get(best, best)}"))
+    if len(alignment) > 1:
+        for judge in _judges(alignment):
+            values = [entry.get("judges", {}).get(judge, {}).get("reward_mean") for entry in alignment]
+            if judge != "reward_model" and values[0] and values[-1] is not None:
+                change = values[-1] / values[0] - 1
+                cards.append((f"{change:+.1%}", f"mean reward by alignment, {JUDGE_NAMES.get(judge, judge).lower()}"))
+    if "illegal_rate" in onerec:
+        cards.append((_number(onerec["illegal_rate"]), "illegal items generated"))
+    if not cards:
+        return ""
+    return (
+        '<div class="cards">'
+        + "".join(
+            f'<div class="card"><b>{escape(value)}</b><span>{escape(note)}</span></div>' for value, note in cards
+        )
+        + "</div>"
+    )
+
+
+def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str, Any]]) -> str:
+    methods = _methods(metrics)
+    if not methods:
+        return ""
+    rows = [[name, *(_number(values.get(column)) for column in RANKING_COLUMNS)] for name, values in methods]
+    classes = ["ours" if name.startswith("OneRec") else "" for name, _ in methods]
+    text = (
+        '<p class="note">Each user\'s next item, ranked among the full catalogue, all methods on the same split and '
+        "users. Coverage: share of the catalogue in the top 10 of at least one user.</p>"
+    )
+    text += _image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
+    text += _html_table(["", *RANKING_COLUMNS], rows, classes=classes)
+    if len(alignment) > 1:
+        columns = [c for c in (*RANKING_COLUMNS, *SESSION_COLUMNS) if any(c in entry for entry in alignment)]
+        text += "<h3>By alignment round</h3>"
+        text += _image(_rounds_figure(alignment), "Recall@10 and NDCG@10 by alignment round")
+        rows = [
+            [str(entry.get("round", i)), *(_number(entry.get(c)) for c in columns)]
+            for i, entry in enumerate(alignment)
+        ]
+        text += _html_table(["round", *columns], rows)
+    else:
+        onerec = metrics.get("onerec") or {}
+        columns = [column for column in SESSION_COLUMNS if column in onerec]
+        if columns:
+            text += _html_table(["", *columns], [["OneRec", *(_number(onerec[column]) for column in columns)]])
+    return text
+
+
+def _reward_section(alignment: Sequence[Mapping[str, Any]]) -> str:
+    judges, heads = _judges(alignment), _heads(alignment)
+    if not judges or not heads:
+        return ""
+    text = (
+        '<p class="note">Mean and maximum over the sessions generated for a user, averaged over users. Alignment '
+        "optimises the reward model; the independent judge was trained on other users"
+        + (", and the truth is the simulated world's own expectation" if "truth" in judges else "")
+        + ".</p>"
+    )
+    text += _image(_reward_figure(alignment, judges, heads), "Rewards by round and judge")
+    for judge in judges:
+        header = ["round", *(f"{head} {kind}" for head in heads for kind in ("mean", "max"))]
+        rows = []
+        for index, entry in enumerate(alignment):
+            scores = entry.get("judges", {}).get(judge, {})
+            cells = [_number(scores.get(f"{head}_{kind}")) for head in heads for kind in ("mean", "max")]
+            rows.append([str(entry.get("round", index)), *cells])
+        text += f"<h3>{escape(JUDGE_NAMES.get(judge, judge))}</h3>" + _html_table(header, rows)
+    return text
+
+
+def _figure_section(figure: Figure | None, description: str) -> str:
+    return "" if figure is None else _image(figure, description)
+
+
+def _code_section(code_use: Sequence[np.ndarray], report: Mapping[str, Any]) -> str:
+    text = ""
+    if len(code_use):
+        text += (
+            '<p class="note">Items that have each code, codes sorted by use. The dashed line is even use, which '
+            "balanced clustering aims at.</p>" + _image(_code_figure(code_use), "Use of codes by level")
+        )
+    if report:
+        text += _html_table(["", ""], _flatten(report), kind="plain")
+    return text
+
+
+def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
+    text = ""
+    for example in examples:
+        history = list(example["history"])
+        next_item = example.get("next_item")
+        title = f"User {example['user']}"
+        if next_item is not None:
+            title += f", who took {next_item} next"
+        left = _html_table(
+            ["history, oldest first", ""], [[str(row["item"]), str(row.get("label", ""))] for row in history]
+        )
+        recommendations = list(example["recommendations"])
+        right = _html_table(
+            ["recommended", "", "score"],
+            [[str(row["item"]), str(row.get("label", "")), _number(float(row["score"]))] for row in recommendations],
+            classes=["hit" if next_item is not None and row["item"] == next_item else "" for row in recommendations],
+        )
+        text += f'<div class="user"><h3>{escape(title)}</h3><div>{left}</div><div>{right}</div></div>'
+    return text
+
+
+def _reward_model_section(reward_models: Mapping[str, Any]) -> str:
+    text = ""
+    for name, report in reward_models.items():
+        if isinstance(report, Mapping) and report:
+            text += f"<h3>{escape(JUDGE_NAMES.get(name, name))}</h3>" + _html_table(
+                ["", ""], _flatten(report), "plain"
+            )
+    return text
+
+
+def _details_section(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    shown = ("onerec", "baselines", "alignment", "tokenizer", "reward_models")
+    parts = [("Settings", settings)]
+    parts += [(key.replace("_", " ").capitalize(), value) for key, value in metrics.items() if key not in shown]
+    text = ""
+    for title, value in parts:
+        rows = _flatten(value if isinstance(value, Mapping) else {title.lower(): value})
+        if rows:
+            table = _html_table(["", ""], rows, kind="plain")
+            text += f"<details><summary>{escape(title)}</summary>{table}</details>"
+    return text
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
+    rows = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{name}.")
+        elif isinstance(value, (list, tuple)) and any(isinstance(element, Mapping) for element in value):
+            for index, element in enumerate(value):
+                rows += _flatten(element if isinstance(element, Mapping) else {"": element}, f"{name}.{index}.")
+        elif isinstance(value, (list, tuple, np.ndarray)):
+            shown = ", ".join(_number(element) for element in list(value)[:_LONGEST_LIST])
+            rows.append([name, shown if len(value) <= _LONGEST_LIST else f"{shown}, … ({len(value)} values)"])
+        else:
+            rows.append([name, _number(value)])
+    return rows
+
+
+# Pictures. Figures are made without pyplot, which would keep them in a global list and choose a global backend.
+
+
+def _image(figure: Figure, description: str) -> str:
+    buffer = io.BytesIO()
+    # The salt and the missing date make the same run write the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "onerec"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def _axes(figure: Figure, rows: int, columns: int) -> np.ndarray:
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_GRID)
+        axis.tick_params(colors=_MUTED, labelsize=8.5, length=0)
+        axis.grid(axis="y", color=_GRID, linewidth=0.7)
+        axis.set_axisbelow(True)
+    return axes
+
+
+def _title(axis: Axes, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10, color=_INK, fontweight="bold")
+
+
+def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
+    figure = Figure(figsize=(10.6, 0.8 + 0.42 * len(methods)), layout="constrained")
+    places = np.arange(len(methods))[::-1]
+    ours = [name.startswith("OneRec") for name, _ in methods]
+    colours = [_OTHERS if not own else _ACCENT if i == 0 else _SECOND for i, own in enumerate(ours)]
+    for axis, metric in zip(_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
+        values = np.array([values.get(metric, math.nan) for _, values in methods], dtype=float)
+        axis.barh(places, np.nan_to_num(values), color=colours, height=0.66)
+        reach = np.nan_to_num(values)
+        for index, (_, row) in enumerate(methods):
+            interval = row.get(f"{metric}_interval")
+            if interval is not None:
+                axis.plot(interval, [places[index]] * 2, color=_INK, linewidth=1.1, solid_capstyle="butt")
+                reach[index] = max(reach[index], interval[1])
+        for place, value, end in zip(places, values, reach, strict=True):
+            axis.annotate(
+                _number(float(value)),
+                (end, place),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=_INK,
+            )
+        axis.set_xlim(0, max(float(reach.max()) * 1.16, 1e-6))
+        axis.set_yticks(places, [name for name, _ in methods], fontsize=9.5, color=_INK)
+        axis.grid(axis="y", visible=False)
+        axis.grid(axis="x", color=_GRID, linewidth=0.7)
+        _title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
+    return figure
+
+
+def _rounds_figure(alignment: Sequence[Mapping[str, Any]]) -> Figure:
+    figure = Figure(figsize=(10.6, 2.6), layout="constrained")
+    rounds = [entry.get("round", index) for index, entry in enumerate(alignment)]
+    for axis, metric in zip(_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
+        values = np.array([entry.get(metric, math.nan) for entry in alignment], dtype=float)
+        axis.plot(rounds, values, color=_ACCENT, marker="o", markersize=4.5, linewidth=1.8)
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            axis.set_ylim(0, float(finite.max()) * 1.2 or 1.0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel("round", fontsize=9, color=_MUTED)
+        _title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
+    return figure
+
+
+def _reward_figure(alignment: Sequence[Mapping[str, Any]], judges: Sequence[str], heads: Sequence[str]) -> Figure:
+    figure = Figure(figsize=(11.4, 2.15 * len(judges) + 0.25), layout="constrained")
+    rounds = [entry.get("round", index) for index, entry in enumerate(alignment)]
+    axes = _axes(figure, len(judges), len(heads))
+    for row, judge in zip(axes, judges, strict=True):
+        for axis, head in zip(row, heads, strict=True):
+            for kind, colour in (("max", _SECOND), ("mean", _ACCENT)):
+                values = [entry.get("judges", {}).get(judge, {}).get(f"{head}_{kind}") for entry in alignment]
+                values = [math.nan if value is None else float(value) for value in values]
+                axis.plot(rounds, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=kind)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.yaxis.set_major_locator(MaxNLocator(4))
+            axis.margins(y=0.15)
+            if judge == judges[0]:
+                _title(axis, HEAD_NAMES[head])
+            if judge == judges[-1]:
+                axis.set_xlabel("round", fontsize=9, color=_MUTED)
+        row[0].set_ylabel(JUDGE_NAMES.get(judge, judge), fontsize=9.5, color=_INK)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
+    return figure
+
+
+def _curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure | None:
+    curves = {name: curve for name, curve in curves.items() if len(curve)}
+    if not curves:
+        return None
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.55 * columns if columns > 1 else 6.0, 2.4 * rows), layout="constrained")
+    axes = _axes(figure, rows, columns)
+    for axis, (name, curve) in zip(axes.flat, curves.items(), strict=False):
+        steps, values = np.array(curve, dtype=float).T
+        few = len(steps) <= 20
+        axis.plot(steps, values, color=_ACCENT, linewidth=1.4, marker="o" if few else None, markersize=3.5)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.set_xlabel("step", fontsize=9, color=_MUTED)
+        _title(axis, name)
+    for axis in list(axes.flat)[len(curves) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _code_figure(code_use: Sequence[np.ndarray]) -> Figure:
+    columns = min(4, len(code_use))
+    rows = math.ceil(len(code_use) / columns)
+    figure = Figure(figsize=(10.6, 2.5 * rows), layout="constrained")
+    axes = _axes(figure, rows, columns)
+    for level, (axis, counts) in enumerate(zip(axes.flat, code_use, strict=False)):
+        counts = np.sort(np.asarray(counts))[::-1]
+        # One outline instead of a bar a code keeps the picture small for thousands of codes.
+        axis.stairs(counts, np.arange(len(counts) + 1), fill=True, color=_SECOND)
+        axis.axhline(counts.mean(), color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        axis.set_xlim(0, len(counts))
+        axis.set_ylim(0, max(1.0, float(counts.max()) * 1.1))
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_xlabel(f"{int((counts > 0).sum())} of {len(counts)} codes used", fontsize=9, color=_MUTED)
+        _title(axis, f"Level {level + 1}")
+    for axis in list(axes.flat)[len(code_use) :]:
+        axis.set_visible(False)
+    return figure

@@ -1,0 +1,323 @@
+"""Item embeddings from text, behaviour and features, and their fusion.
+
+OneRec (section 3.1) starts from multimodal embeddings aligned with real user-item behaviour. Here each source gives
+`(embeddings, present)`: a float32 array [N, d] with one row per item of the catalogue, and a bool array [N] that is
+False where the source knows nothing of an item (its row is zero). [`fuse_embeddings`] makes of them one vector for
+every item.
+
+Nothing here may see the test period: histories passed to [`behaviour_embeddings`] end before the split.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from sklearn.utils.extmath import randomized_svd
+from tqdm.auto import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+NORMALISATIONS = ("whiten", "l2")
+
+
+def text_embeddings(
+    texts: Sequence[str | None],
+    model_name_or_path: str,
+    batch_size: int = 64,
+    max_length: int = 128,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    show_progress: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean-pooled last hidden states of a text encoder.
+
+    Args:
+        texts: N texts; None, NaN and blank ones count as missing.
+        model_name_or_path: any checkpoint of `AutoModel`; of an encoder-decoder the encoder is used.
+        max_length: tokens per text, the rest is cut off.
+        device: where the encoder runs; a GPU if there is one when None.
+
+    Returns:
+        Embeddings float32 [N, hidden size], present bool [N].
+
+    Raises:
+        ValueError: no text at all; the encoder gives NaN, with the row.
+    """
+    texts = ["" if text is None or text != text else str(text).strip() for text in texts]
+    present = np.array([bool(text) for text in texts], dtype=bool)
+    if not present.any():
+        raise ValueError(f"none of the {len(texts)} texts holds anything; check the text column")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModel.from_pretrained(model_name_or_path, dtype=dtype)
+    encoder = (model.get_encoder() if model.config.is_encoder_decoder else model).to(device).eval()
+
+    rows = np.flatnonzero(present)
+    # Texts of like length share a batch, so that little is spent on padding.
+    rows = rows[np.argsort([-len(texts[row]) for row in rows], kind="stable")]
+    embeddings = None
+    for start in tqdm(range(0, len(rows), batch_size), desc="text embeddings", disable=not show_progress):
+        batch = rows[start : start + batch_size]
+        inputs = tokenizer(
+            [texts[row] for row in batch], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        ).to(device)
+        with torch.inference_mode():
+            hidden = encoder(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"][..., None].float()
+        pooled = ((hidden * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
+        if embeddings is None:
+            embeddings = np.zeros((len(texts), pooled.shape[1]), dtype=np.float32)
+        embeddings[batch] = pooled
+    _require_finite(embeddings, present, f"text embeddings of {model_name_or_path}")
+    return embeddings, present
+
+
+def behaviour_embeddings(
+    histories: Sequence[np.ndarray],
+    num_items: int,
+    dim: int = 64,
+    window: int = 10,
+    negatives: float = 1.0,
+    context_smoothing: float = 0.75,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Item embeddings from co-occurrence: shifted positive PMI and truncated SVD.
+
+    Two items co-occur when they stand at most `window` places apart in a user's positive history. With counts n_ij the
+    matrix is max(0, log(n_ij n / (n_i n_j^a)) - log(negatives)), a = `context_smoothing` (the smoothed counts are
+    rescaled to sum to n); items are the rows of U sqrt(S).
+
+    Args:
+        histories: per user an array of catalogue indices, in order of time.
+        num_items: N, size of the catalogue.
+        dim: at most N dimensions are given.
+
+    Returns:
+        Embeddings float32 [N, min(dim, N)], present bool [N]; False where an item has no positive association.
+
+    Raises:
+        ValueError: an index outside [0, N), with the history; no two items in one window anywhere.
+    """
+    histories = [np.asarray(history, dtype=np.int64) for history in histories]
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    items = np.concatenate(histories) if len(histories) else np.zeros(0, dtype=np.int64)
+    users = np.repeat(np.arange(len(histories)), lengths)
+    wrong = np.flatnonzero((items < 0) | (items >= num_items))
+    if len(wrong):
+        raise ValueError(
+            f"histories[{users[wrong[0]]}] holds {items[wrong[0]]}, which is no catalogue index in [0, {num_items})"
+        )
+    counts = sp.csr_matrix((num_items, num_items), dtype=np.float64)
+    for offset in range(1, min(window, int(lengths.max(initial=1)) - 1) + 1):
+        pairs = (users[offset:] == users[:-offset]) & (items[offset:] != items[:-offset])
+        left, right = items[:-offset][pairs], items[offset:][pairs]
+        counts = counts + sp.csr_matrix((np.ones(len(left)), (left, right)), shape=counts.shape)
+    counts = (counts + counts.T).tocoo()
+    if counts.nnz == 0:
+        raise ValueError(
+            f"no two different items lie within {window} places in any of the {len(histories)} histories; "
+            "behaviour embeddings need users with at least two positive behaviours"
+        )
+    total = counts.data.sum()
+    item_counts = np.bincount(counts.row, counts.data, minlength=num_items)
+    context_counts = item_counts**context_smoothing
+    context_counts *= total / context_counts.sum()
+    pmi = np.log(counts.data * total / (item_counts[counts.row] * context_counts[counts.col])) - math.log(negatives)
+    positive = pmi > 0
+    matrix = sp.csr_matrix((pmi[positive], (counts.row[positive], counts.col[positive])), shape=counts.shape)
+    embeddings = _truncated_svd(matrix, min(dim, num_items), power=0.5, seed=seed)
+    present = np.diff(matrix.indptr) > 0
+    embeddings[~present] = 0
+    return embeddings, present
+
+
+def feature_embeddings(
+    items: pd.DataFrame,
+    categorical_columns: Sequence[str] = (),
+    multi_categorical_columns: Sequence[str] = (),
+    numeric_columns: Sequence[str] = (),
+    dim: int = 64,
+    min_count: int = 2,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Item embeddings from categorical and numeric columns.
+
+    A categorical value is one column, weighted by log(N / count); values of fewer than `min_count` items say nothing
+    about likeness and are left out. A numeric column is standardised, after log(1 + x) where it is never negative
+    and its skewness is above 1; an unknown number counts as the mean. Every input column weighs the same. More than
+    `dim` columns are projected by truncated SVD.
+
+    Args:
+        items: one row per item of the catalogue.
+        categorical_columns: one value each, of any type.
+        multi_categorical_columns: a list of values, or a string of values between commas.
+
+    Returns:
+        Embeddings float32 [N, at most dim], present bool [N]; False where an item has no known value in any
+        column, or only rare ones.
+
+    Raises:
+        ValueError: a column that is not there, a numeric column that is not numeric or holds infinity (with the row),
+            no column that tells items apart.
+    """
+    for column in (*categorical_columns, *multi_categorical_columns, *numeric_columns):
+        if column not in items.columns:
+            raise ValueError(f"items have no column {column!r}; the columns are {list(items.columns)}")
+    blocks = []
+    present = np.zeros(len(items), dtype=bool)
+    for column in (*categorical_columns, *multi_categorical_columns):
+        values = items[column].reset_index(drop=True)
+        if column in multi_categorical_columns:
+            values = values.map(_split_values).explode()
+        values = values.dropna()
+        values = values[values.astype(str) != ""]
+        rows = values.index.to_numpy()
+        present[rows] = True
+        codes, _ = pd.factorize(values.astype(str))
+        pairs = np.unique(np.stack([rows, codes], axis=1), axis=0)
+        counts = np.bincount(pairs[:, 1]) if len(pairs) else np.zeros(0, dtype=np.int64)
+        weights = np.where(counts >= min_count, np.log(len(items) / np.maximum(counts, 1)), 0.0)
+        block = sp.csr_matrix(
+            (weights[pairs[:, 1]], (pairs[:, 0], pairs[:, 1])), shape=(len(items), len(counts)), dtype=np.float64
+        )
+        blocks.append(block[:, np.flatnonzero(weights > 0)])
+    for column in numeric_columns:
+        if not pd.api.types.is_numeric_dtype(items[column]):
+            raise ValueError(
+                f"column {column!r} is {items[column].dtype}, not numeric; cast it or make it categorical"
+            )
+        values = items[column].to_numpy(dtype=np.float64, na_value=np.nan).copy()
+        if np.isinf(values).any():
+            raise ValueError(
+                f"column {column!r} row {np.flatnonzero(np.isinf(values))[0]} is infinite; repair or drop it"
+            )
+        known = ~np.isnan(values)
+        present |= known
+        if known.any() and values[known].min() >= 0 and pd.Series(values[known]).skew() > 1:
+            values = np.log1p(values)
+        if known.any() and np.nanstd(values) > 0:
+            values = np.where(known, (values - np.nanmean(values)) / np.nanstd(values), 0.0)
+            blocks.append(sp.csr_matrix(values[:, None]))
+    # Each input column's block has a mean squared row norm of 1.
+    blocks = [block * math.sqrt(len(items) / block.power(2).sum()) for block in blocks if block.nnz]
+    if not blocks:
+        raise ValueError(
+            f"no column of {[*categorical_columns, *multi_categorical_columns, *numeric_columns]} tells items apart "
+            f"(each value has fewer than {min_count} items, or all items are the same)"
+        )
+    matrix = sp.hstack(blocks, format="csr")
+    if matrix.shape[1] <= dim:
+        embeddings = matrix.toarray().astype(np.float32)
+    else:
+        embeddings = _truncated_svd(matrix, min(dim, len(items)), power=1.0, seed=seed)
+    embeddings[~present] = 0
+    # An item with rare values only is known by name but not by likeness.
+    return embeddings, present & embeddings.any(axis=1)
+
+
+def fuse_embeddings(sources: Sequence[tuple[np.ndarray, np.ndarray, float]], normalisation: str = "l2") -> np.ndarray:
+    """One vector per item from several sources: each normalised, weighted, and concatenated.
+
+    Args:
+        sources: (embeddings [N, d_s], present bool [N], weight) of each source.
+        normalisation: "whiten": centred, decorrelated and scaled so that all its directions have the same variance and
+            a row has a mean squared norm of 1; "l2": rows of unit length. On a real feed log with behaviour and
+            features, l2 gave more even codes, fewer collisions and codes that predict the next item's better.
+
+    Returns:
+        float32 [N, sum of d_s]. Whitening leaves out directions without variance. Where a source does not know an
+        item, its part is predicted from the other sources by ridge regression over the items that have it; an item
+        that no source knows gets the vector of the item nearest to the mean.
+
+    Raises:
+        ValueError: NaN or infinity in a known row, named; sources of different lengths; a source that knows no item.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}")
+    if not sources:
+        raise ValueError("fuse_embeddings needs at least one source")
+    num_items = len(sources[0][0])
+    parts, known = [], []
+    for number, (embeddings, present, weight) in enumerate(sources):
+        name = f"source {number}"
+        embeddings, present = np.asarray(embeddings, dtype=np.float64), np.asarray(present, dtype=bool)
+        if embeddings.ndim != 2 or len(embeddings) != num_items or present.shape != (num_items,):
+            raise ValueError(
+                f"{name}: embeddings of shape {embeddings.shape} and present of shape {present.shape}, expected "
+                f"[{num_items}, d] and [{num_items}]"
+            )
+        if not present.any() or weight <= 0:
+            raise ValueError(f"{name} has weight {weight} and knows {present.sum()} items; leave it out")
+        _require_finite(embeddings, present, name)
+        part = np.where(present[:, None], embeddings, 0.0)
+        part = _whiten(part, present, name) if normalisation == "whiten" else _unit_rows(part)
+        parts.append(weight * part)
+        known.append(present)
+
+    fused = []
+    for number, (part, present) in enumerate(zip(parts, known, strict=True)):
+        if not present.all():
+            inputs = [np.ones((num_items, 1))]
+            for other in range(len(parts)):
+                if other != number:
+                    inputs += [known[other][:, None].astype(np.float64), parts[other]]
+            part = np.where(present[:, None], part, _ridge_prediction(np.concatenate(inputs, axis=1), part, present))
+        fused.append(part)
+    fused = np.concatenate(fused, axis=1).astype(np.float32)
+    unknown = ~np.any(known, axis=0)
+    if unknown.any():
+        # The mean itself may be zero, which has no direction to compare items by.
+        known_rows = np.flatnonzero(~unknown)
+        distances = np.square(fused[known_rows] - fused[known_rows].mean(0)).sum(1)
+        fused[unknown] = fused[known_rows[distances.argmin()]]
+    return fused
+
+
+def _require_finite(embeddings: np.ndarray, present: np.ndarray, name: str) -> None:
+    broken = np.flatnonzero(present & ~np.isfinite(embeddings).all(1))
+    if len(broken):
+        raise ValueError(
+            f"{name}: row {broken[0]} holds NaN or infinity ({len(broken)} rows in all); repair the embedding or mark "
+            "the item as not present"
+        )
+
+
+def _truncated_svd(matrix: sp.csr_matrix, dim: int, power: float, seed: int) -> np.ndarray:
+    """U S^power of the `dim` largest singular values, float32 [N, dim]."""
+    left, singular_values, _ = randomized_svd(matrix, dim, n_iter=4, random_state=seed)
+    return (left * singular_values**power).astype(np.float32)
+
+
+def _split_values(value) -> list:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    if isinstance(value, list | tuple | np.ndarray):
+        return list(value)
+    return [] if pd.isna(value) else [value]
+
+
+def _whiten(part: np.ndarray, present: np.ndarray, name: str) -> np.ndarray:
+    centred = part - part[present].mean(0)
+    variances, directions = np.linalg.eigh(centred[present].T @ centred[present] / present.sum())
+    kept = variances > 1e-6 * variances[-1]
+    if variances[-1] <= 0:
+        raise ValueError(f"{name}: all embeddings are equal, which tells no items apart; leave this source out")
+    whitened = centred @ (directions[:, kept] / np.sqrt(variances[kept] * kept.sum()))
+    return np.where(present[:, None], whitened, 0.0)
+
+
+def _unit_rows(part: np.ndarray) -> np.ndarray:
+    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
+
+
+def _ridge_prediction(inputs: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
+    """Linear prediction of targets [N, d] from inputs [N, p], whose column 0 is 1, fitted on the rows `fitted`."""
+    x, y = inputs[fitted], targets[fitted]
+    mean = y.mean(0)
+    gram = x.T @ x
+    penalty = 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return inputs @ np.linalg.solve(gram + penalty, x.T @ (y - mean)) + mean

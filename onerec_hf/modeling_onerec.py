@@ -1,0 +1,689 @@
+"""OneRec's session generator (section 3.2, figure 2): a T5-like encoder-decoder with RMSNorm whose decoder FFNs are a
+sparse mixture of experts (eq 2), trained by next-token prediction over the session's codes (eq 3 and 4)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationConfig
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqMoEModelOutput,
+    Seq2SeqMoEOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_onerec import OneRecConfig
+
+
+class OneRecRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class OneRecAttention(nn.Module):
+    """Multi-head attention: bidirectional (encoder), causal (decoder) or over the encoder's output (cross)."""
+
+    def __init__(self, config: OneRecConfig, layer_idx: int, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        # A module, so that trainers which turn dropout off by module reach the attention weights too.
+        self.dropout = nn.Dropout(config.dropout)
+
+    def _project_keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (*states.shape[:-1], -1, self.head_dim)
+        return self.k_proj(states).view(shape).transpose(1, 2), self.v_proj(states).view(shape).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        input_shape = hidden_states.shape[:-1]
+        if key_value_states is None:
+            keys, values = self._project_keys_values(hidden_states)
+            if past_key_values is not None:
+                keys, values = past_key_values.self_attention_cache.update(keys, values, self.layer_idx)
+        elif past_key_values is None:
+            keys, values = self._project_keys_values(key_value_states)
+        elif past_key_values.is_updated.get(self.layer_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            keys, values = layer.keys, layer.values
+        else:
+            keys, values = self._project_keys_values(key_value_states)
+            keys, values = past_key_values.cross_attention_cache.update(keys, values, self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+
+        queries = self.q_proj(hidden_states)
+        if key_value_states is not None:
+            # Beams of one user share that user's keys and values: they become query positions of one attention, so
+            # the history is neither projected nor stored once per beam.
+            queries = queries.reshape(keys.shape[0], -1, queries.shape[-1])
+        queries = queries.view(*queries.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class OneRecMLP(nn.Module):
+    """The encoder's dense gated FFN."""
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class OneRecExperts(nn.Module):
+    """The N_MoE expert FFNs of one decoder layer as 3-D tensors, on transformers' experts interface."""
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            token, choice = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            expert_output = expert_output * top_k_weights[token, choice, None]
+            output.index_add_(0, token, expert_output.to(output.dtype))
+        return output
+
+
+class OneRecTopKRouter(nn.Module):
+    """Router of eq 2: a softmax over *all* experts, then the top K of it, without renormalisation.
+
+    Experts are balanced without a loss: `expert_bias`, which is added for the selection alone and never to the gates,
+    is moved after every optimizer step by [`OneRecModel.update_expert_bias`] from the load counted while training.
+    """
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+        self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        router_logits = nn.functional.linear(hidden_states, self.weight)  # (tokens, experts)
+        scores = nn.functional.softmax(router_logits, dim=-1, dtype=torch.float32)
+        top_k_index = torch.topk(scores + self.expert_bias, self.top_k, dim=-1).indices
+        top_k_weights = scores.gather(-1, top_k_index).to(hidden_states.dtype)
+        if self.training:
+            with torch.no_grad():
+                chosen = top_k_index.flatten()
+                self.tokens_per_expert.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+        return router_logits, top_k_weights, top_k_index
+
+
+class OneRecSparseMoeBlock(nn.Module):
+    """The sum of eq 2; its residual is added by the layer."""
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.gate = OneRecTopKRouter(config)
+        self.experts = OneRecExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+
+
+class OneRecEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: OneRecConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = OneRecAttention(config, layer_idx)
+        self.mlp = OneRecMLP(config)
+        self.self_attn_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        attended, _ = self.self_attn(self.self_attn_norm(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class OneRecDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: OneRecConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = OneRecAttention(config, layer_idx, is_causal=True)
+        self.cross_attn = OneRecAttention(config, layer_idx)
+        self.moe = OneRecSparseMoeBlock(config)
+        self.self_attn_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.cross_attn_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.moe_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            self.self_attn_norm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        attended, _ = self.cross_attn(
+            self.cross_attn_norm(hidden_states),
+            key_value_states=encoder_hidden_states,
+            attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.moe(self.moe_norm(hidden_states)))
+
+
+class OneRecPreTrainedModel(PreTrainedModel):
+    config: OneRecConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OneRecEncoderLayer", "OneRecDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, OneRecExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, OneRecTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.expert_bias)
+            init.zeros_(module.tokens_per_expert)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """Shifts labels to the right behind BOS, which gives eq 3's BOS before *every* item; -100 becomes padding."""
+        decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
+        decoder_input_ids[:, 1:] = labels[:, :-1]
+        return decoder_input_ids.masked_fill_(decoder_input_ids == -100, self.config.pad_token_id)
+
+
+class OneRecEncoder(OneRecPreTrainedModel):
+    """Full self-attention over the user's positive behaviours, oldest first.
+
+    Positions are learned and counted in items from the latest behaviour, so that the same history gives the same
+    output under left and right padding.
+    """
+
+    _can_record_outputs = {
+        "hidden_states": OneRecEncoderLayer,
+        "attentions": OutputRecorder(OneRecAttention, index=1, layer_name="self_attn"),
+    }
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_recency = nn.Embedding(config.history_items, config.hidden_size)
+        if config.history_positions == "item":
+            self.item_proj = nn.Linear(config.num_levels * config.hidden_size, config.hidden_size, bias=False)
+        self.layers = nn.ModuleList([OneRecEncoderLayer(config, index) for index in range(config.encoder_layers)])
+        self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _to_item_slots(self, tokens: torch.Tensor, fill: int) -> torch.Tensor:
+        """(batch, tokens) to (batch, items, L): drops the separators; the last item has none, so one is added."""
+        width = self.config.tokens_per_item
+        # A batch of empty histories has a single token, which must still make a whole slot.
+        tokens = nn.functional.pad(tokens, (max(width - 1 - tokens.shape[1], 0), 1), value=fill)
+        if tokens.shape[1] % width:
+            raise ValueError(
+                f"history_positions='item' reads whole items: the length of input_ids must be a multiple of {width} "
+                f"less one, got {tokens.shape[1] - 1}. Use OneRecTokenizer.encode_histories."
+            )
+        return tokens.view(tokens.shape[0], -1, width)[..., :-1]
+
+    def position_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask over encoder positions: `attention_mask` (batch, tokens), or (batch, items) with item positions."""
+        if attention_mask is None or self.config.history_positions == "token":
+            return attention_mask
+        return self._to_item_slots(attention_mask, 0).amax(dim=-1)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """Encodes histories.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Code and SEP tokens.
+            attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 0 on padding, which may be left or right.
+            inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if input_ids is not None and attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = self.position_mask(attention_mask)
+        per_item = 1
+        if inputs_embeds is None:
+            if self.config.history_positions == "item":
+                slots = self._to_item_slots(input_ids, self.config.pad_token_id)
+                inputs_embeds = self.item_proj(self.embed_tokens(slots).flatten(2))
+            else:
+                inputs_embeds = self.embed_tokens(input_ids)
+                per_item = self.config.tokens_per_item
+        if mask is None:
+            mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        from_latest = mask.flip(1).cumsum(1).flip(1) - 1
+        recency = (from_latest // per_item).clamp(0, self.config.history_items - 1)
+        hidden_states = self.dropout(inputs_embeds + self.embed_recency(recency))
+        layer_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=None
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layer_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
+
+
+class OneRecDecoder(OneRecPreTrainedModel):
+    """Causal self-attention over the session's tokens, cross-attention over the history, mixture of experts."""
+
+    _can_record_outputs = {
+        "hidden_states": OneRecDecoderLayer,
+        "attentions": OutputRecorder(OneRecAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(OneRecAttention, index=1, layer_name="cross_attn"),
+        "router_logits": OutputRecorder(OneRecTopKRouter, index=0),
+    }
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_positions = nn.Embedding(config.session_items * config.tokens_per_item, config.hidden_size)
+        self.layers = nn.ModuleList([OneRecDecoderLayer(config, index) for index in range(config.decoder_layers)])
+        self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decodes sessions.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch * beams, tokens)`): BOS and code tokens (eq 3).
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, positions, hidden_size)`): The beams of a user
+                stand in consecutive rows of `input_ids` and share one row here.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch, positions)`): 0 on padding.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either decoder input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length)[None]
+        hidden_states = self.dropout(inputs_embeds + self.embed_positions(position_ids))
+
+        self_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+            position_ids=position_ids,
+        )
+        queries_per_user = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
+        cross_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=queries_per_user,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, encoder_hidden_states, self_mask, cross_mask, past_key_values, **kwargs
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.dropout(self.norm(hidden_states)),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class OneRecModel(OneRecPreTrainedModel):
+    """Encoder and decoder without the output head."""
+
+    _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__(config)
+        self.encoder = OneRecEncoder(config)
+        self.decoder = OneRecDecoder(config)
+        self.post_init()
+
+    def get_encoder(self, modality: str | None = None) -> OneRecEncoder:
+        return self.encoder
+
+    def get_decoder(self) -> OneRecDecoder:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.encoder.embed_tokens = value
+        self.decoder.embed_tokens = value
+
+    @torch.no_grad()
+    def update_expert_bias(self) -> dict[str, float]:
+        """Moves every router's selection bias towards balanced load and starts a new count.
+
+        The counts are summed over the processes of a distributed run first, so that all ranks keep the same bias.
+
+        Returns:
+            `dict[str, float]`: `expert_load_max`, the busiest expert's load relative to the mean (1 is balance), and
+            `dead_experts`, the share of experts with no token, both over all decoder layers.
+        """
+        routers = [layer.moe.gate for layer in self.decoder.layers]
+        counts = torch.stack([router.tokens_per_expert for router in routers])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        mean = counts.mean(dim=1, keepdim=True)
+        step = self.config.expert_bias_update_rate * torch.sign(mean - counts)
+        for router, change in zip(routers, step, strict=True):
+            router.expert_bias += change
+            router.tokens_per_expert.zero_()
+        return {
+            "expert_load_max": (counts.amax(dim=1) / mean.squeeze(1).clamp(min=1)).max().item(),
+            "dead_experts": (counts == 0).float().mean().item(),
+        }
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqMoEModelOutput:
+        """Runs encoder and decoder.
+
+        With k * batch decoder rows for `batch` histories, row i of the histories serves the decoder rows
+        i, batch + i, 2 * batch + i, ...: sessions of the same history are scored with one encoding of it.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        encoder_hidden_states = encoder_outputs.last_hidden_state
+        encoder_attention_mask = self.encoder.position_mask(attention_mask)
+
+        decoder_rows = (decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds).shape[0]
+        copies, remainder = divmod(decoder_rows, encoder_hidden_states.shape[0])
+        if remainder:
+            raise ValueError(
+                f"{decoder_rows} decoder rows are not a multiple of the {encoder_hidden_states.shape[0]} histories."
+            )
+        if copies > 1:
+            encoder_hidden_states = encoder_hidden_states.repeat(copies, 1, 1)
+            if encoder_attention_mask is not None:
+                encoder_attention_mask = encoder_attention_mask.repeat(copies, 1)
+
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            inputs_embeds=decoder_inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqMoEModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            decoder_router_logits=decoder_outputs.get("router_logits"),
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
+    """The session generator: encoder-decoder with a head over the code vocabulary.
+
+    [`onerec_hf.recommend`] turns histories of item ids into sessions and ranked item ids; plain `generate` with an
+    [`ItemTrieLogitsProcessor`] gives the same sessions as tokens.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__(config)
+        self.model = OneRecModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self.generation_config = session_generation_config(config)
+
+    def get_encoder(self, modality: str | None = None) -> OneRecEncoder:
+        return self.model.encoder
+
+    def get_decoder(self) -> OneRecDecoder:
+        return self.model.decoder
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqMoEOutput:
+        """Next-token prediction over session codes (eq 4).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Histories from
+                [`OneRecTokenizer.encode_histories`].
+            labels (`torch.LongTensor` of shape `(batch, session tokens)`): From [`OneRecTokenizer.encode_sessions`]:
+                codes with BOS between items. BOS and -100 carry no loss: a BOS is certain, not predicted.
+            num_items_in_batch (`int`, *optional*): Divides the summed loss in place of the number of predicted codes.
+
+        Returns:
+            `Seq2SeqMoEOutput`: `logits` has shape `(batch, session tokens, vocab_size)`.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_position_ids=decoder_position_ids,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            targets = labels.masked_fill(labels == self.config.bos_token_id, -100).flatten()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+            loss = loss / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return Seq2SeqMoEOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            decoder_router_logits=outputs.decoder_router_logits,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+def session_generation_config(config: OneRecConfig) -> GenerationConfig:
+    """The decoding that recommending needs: deterministic beam search over exactly `session_items` items.
+
+    Scores are plain sums of log-probabilities, every session has the same length, and no sampling filter may cut
+    beams that the item constraint keeps.
+    """
+    new_tokens = config.session_items * config.tokens_per_item - 1
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=128,
+        num_return_sequences=1,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        length_penalty=0.0,
+        early_stopping=True,
+        renormalize_logits=False,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        decoder_start_token_id=config.decoder_start_token_id,
+    )
+
+
+__all__ = [
+    "OneRecDecoder",
+    "OneRecEncoder",
+    "OneRecForConditionalGeneration",
+    "OneRecModel",
+    "OneRecPreTrainedModel",
+    "session_generation_config",
+]

@@ -1,0 +1,81 @@
+"""Stage `pretrain`: session-wise next-token prediction to the seed model M_0 (section 3.2, eq 4)."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, set_seed
+
+from ..configuration_onerec import OneRecConfig
+from ..modeling_onerec import OneRecForConditionalGeneration
+from ..pretraining import OneRecPretrainer, index_sessions, latest_complete_checkpoint
+from ..tokenization_onerec import OneRecTokenizer
+from .data_stage import PRETRAINING_SESSIONS, prepared_data
+from .recipe_arguments import RecipeArguments
+from .stage_runner import run_stage, stage_dir
+
+TRAINING_DEFAULTS = {
+    "report_to": "none",
+    "save_total_limit": 2,
+    "save_strategy": "epoch",
+    "logging_steps": 50,
+    "remove_unused_columns": True,
+    "dataloader_drop_last": False,
+    # The experts' load is counted in buffers of every process, which must not be overwritten by the first one's.
+    "ddp_broadcast_buffers": False,
+}
+
+
+def training_log(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trainer's log rows that are figures, for the report's curves."""
+    return [{name: value for name, value in row.items() if isinstance(value, (int, float))} for row in log_history]
+
+
+def pretrain(args: RecipeArguments) -> Path:
+    """Trains M_0; returns the stage's folder, which holds the model and its tokenizer."""
+
+    def work(folder: Path) -> dict | None:
+        set_seed(args.run.seed)
+        tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "pretrain"))
+        sessions = index_sessions(prepared_data(args, "pretrain").read(PRETRAINING_SESSIONS), tokenizer)
+        holdout = min(args.training.holdout_sessions, len(sessions) // 10)
+        parts = sessions.train_test_split(holdout, seed=args.run.seed) if holdout else {"train": sessions}
+        config = OneRecConfig.from_preset(
+            args.training.preset,
+            **{
+                "history_items": args.data.history_items,
+                "session_items": args.data.session_items,
+                **args.training.model,
+                "codebook_sizes": list(tokenizer.codebook_sizes),
+            },
+        )
+        model = OneRecForConditionalGeneration(config)
+        trainer = OneRecPretrainer(
+            model=model,
+            tokenizer=tokenizer,
+            args=Seq2SeqTrainingArguments(
+                **{
+                    **TRAINING_DEFAULTS,
+                    "train_sampling_strategy": "group_by_length",
+                    "eval_strategy": "epoch" if holdout else "no",
+                    "seed": args.run.seed,
+                    **args.training.pretrain,
+                    "output_dir": str(folder / "checkpoints"),
+                }
+            ),
+            train_dataset=parts["train"],
+            eval_dataset=parts["test"] if holdout else None,
+        )
+        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / "checkpoints"))
+        trainer.save_model(str(folder))
+        return {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
+
+    settings = args.settings(
+        "data.history_items",
+        "data.session_items",
+        "training.preset",
+        "training.model",
+        "training.pretrain",
+        "training.holdout_sessions",
+        "run.seed",
+    )
+    return run_stage("pretrain", args.output_dir, settings, ["data", "tokenize"], work)

@@ -1,0 +1,167 @@
+"""Arguments of the recipes: one YAML file, read by `TrlParser`, serves every stage and the whole pipeline."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from trl import TrlParser
+
+from ..data import DataArguments
+
+
+def _as_dict(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]:
+    """A mapping that came from YAML as it is, or from the command line as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{name} must be a JSON object such as '{{\"seed\": 1}}': {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} must be a mapping, got {value!r}.")
+    return dict(value or {})
+
+
+@dataclass
+class RunArguments:
+    """Where a run writes."""
+
+    output_dir: str = field(metadata={"help": "Folder of the run; every stage writes one folder in it."})
+    seed: int = field(default=0, metadata={"help": "Seed of quantization, training, sampling and baselines."})
+
+
+@dataclass
+class TokenizeArguments:
+    """Item embeddings and semantic IDs (section 3.1). A source with weight 0 is left out."""
+
+    content_weight: float = field(default=1.0, metadata={"help": "Weight of the items' own embedding column."})
+    text_weight: float = field(default=1.0, metadata={"help": "Weight of the text embedding; needs text_encoder."})
+    text_encoder: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of any AutoModel text encoder, for the items' text column."}
+    )
+    behaviour_weight: float = field(default=1.0, metadata={"help": "Weight of the co-occurrence embedding."})
+    behaviour_dim: int = field(default=64, metadata={"help": "Dimensions of the co-occurrence embedding."})
+    feature_weight: float = field(default=1.0, metadata={"help": "Weight of the item feature columns."})
+    feature_dim: int = field(default=32, metadata={"help": "Dimensions of the feature embedding."})
+    embedding_normalisation: str = field(
+        default="l2", metadata={"help": "What is done to each source before the fusion: l2 or whiten."}
+    )
+    codebook_sizes: list[int] = field(
+        default_factory=lambda: [128, 128, 128],
+        metadata={"help": "Codes K of every level (the paper: three levels of 8192)."},
+    )
+    collision_policy: str = field(
+        default="nearest_free", metadata={"help": "What happens to items with one ID: error, nearest_free or suffix."}
+    )
+
+
+@dataclass
+class TrainingStagesArguments:
+    """Model and trainers. The mappings hold fields of the class that their help names."""
+
+    preset: str = field(default="small", metadata={"help": "Preset of OneRecConfig."})
+    model: dict[str, Any] | str | None = field(default=None, metadata={"help": "OneRecConfig fields to override."})
+    pretrain: dict[str, Any] | str | None = field(default=None, metadata={"help": "Seq2SeqTrainingArguments fields."})
+    holdout_sessions: int = field(
+        default=512, metadata={"help": "Sessions kept out of pretraining for the curve of the held-out loss."}
+    )
+    reward_model: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "OneRecRewardConfig fields of the reward model that aligns."}
+    )
+    judge_model: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "OneRecRewardConfig fields of the independent judge."}
+    )
+    reward: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "TrainingArguments fields, for the reward model and the judge."}
+    )
+    align_rounds: int = field(default=2, metadata={"help": "Rounds of preference alignment (epochs, Algorithm 2)."})
+    r_dpo: float = field(default=0.01, metadata={"help": "Share of users with a preference pair per round (1%)."})
+    num_candidates: int = field(default=128, metadata={"help": "N, sessions drawn by beam per user (128)."})
+    min_reward_margin: float = field(
+        default=0.0, metadata={"help": "Pairs whose rewards differ by no more than this are dropped."}
+    )
+    align: dict[str, Any] | str | None = field(default=None, metadata={"help": "OneRecDPOConfig fields."})
+
+    def __post_init__(self):
+        for name in ("model", "pretrain", "reward_model", "judge_model", "reward", "align"):
+            setattr(self, name, _as_dict(getattr(self, name), name))
+        if not 0 < self.r_dpo <= 1:
+            raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
+
+
+@dataclass
+class EvaluationArguments:
+    """Recommending and evaluating."""
+
+    exclude_consumed: bool = field(
+        default=True, metadata={"help": "Whether items of a user's history are left out, for every method alike."}
+    )
+    evaluation_users: int | None = field(
+        default=None, metadata={"help": "Evaluated users, drawn by seed; all by default."}
+    )
+    ranking_beams: int = field(default=128, metadata={"help": "Beams of the ranked list."})
+    judged_users: int = field(default=500, metadata={"help": "Users whose generated sessions are judged."})
+    judged_sessions: int = field(default=32, metadata={"help": "Sessions generated by beam for each of them."})
+    baselines: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options by baseline (popularity, item_knn, ease, sasrec); a baseline set to false is left out."
+        },
+    )
+    histories: str | None = field(
+        default=None,
+        metadata={
+            "help": "For recommend: Parquet with user_id and history_item_ids. Default: the evaluated users' histories."
+        },
+    )
+    top_k: int = field(default=50, metadata={"help": "For recommend: length of the ranked list."})
+
+    def __post_init__(self):
+        self.baselines = _as_dict(self.baselines, "baselines")
+
+
+@dataclass
+class RecipeArguments:
+    """All of a recipe's arguments."""
+
+    run: RunArguments
+    data: DataArguments
+    tokenize: TokenizeArguments
+    training: TrainingStagesArguments
+    evaluation: EvaluationArguments
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.run.output_dir)
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        """Fields of the named groups (or `group.field`), by name: what a stage's output depends on."""
+        chosen: dict[str, Any] = {}
+        for name in names:
+            group, _, single = name.partition(".")
+            values = asdict(getattr(self, group))
+            chosen |= {single: values[single]} if single else values
+        return chosen
+
+
+def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
+    """Reads `--config FILE.yaml` and flags; a flag overrides the file."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "filelock", "fsspec", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    groups = (RunArguments, DataArguments, TokenizeArguments, TrainingStagesArguments, EvaluationArguments)
+    parsed = TrlParser(groups).parse_args_and_config(args=argv)
+    PartialState()
+    return RecipeArguments(*parsed)
+
+
+__all__ = [
+    "EvaluationArguments",
+    "RecipeArguments",
+    "RunArguments",
+    "TokenizeArguments",
+    "TrainingStagesArguments",
+    "parse_recipe_arguments",
+]

@@ -1,0 +1,85 @@
+"""Stage `tokenize`: item embeddings, balanced residual quantization and the tokenizer (section 3.1)."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from ..data import Feed
+from ..item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
+from ..pretraining import catalogue_index_lists
+from ..semantic_ids import ResidualQuantizer
+from ..tokenization_onerec import OneRecTokenizer
+from .data_stage import USER_HISTORIES, PreparedData, prepare_data, prepared_data
+from .recipe_arguments import RecipeArguments
+from .stage_runner import run_stage
+
+ITEM_EMBEDDINGS = "item_embeddings.safetensors"
+
+
+def tokenize(args: RecipeArguments) -> Path:
+    """Fits the tokenizer on what is known before the evaluated period; returns the stage's folder."""
+    prepare_data(args)
+    options = args.tokenize
+
+    def work(folder: Path) -> dict | None:
+        if not PartialState().is_main_process:
+            return None
+        prepared = prepared_data(args, "tokenize")
+        feed = prepared.feed()
+        embeddings = embed_items(feed, prepared, args)
+        quantizer = ResidualQuantizer(
+            options.codebook_sizes,
+            collision_policy=options.collision_policy,
+            seed=args.run.seed,
+            show_progress=True,
+        )
+        tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
+        tokenizer.save_pretrained(folder)
+        save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
+        return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
+
+    return run_stage("tokenize", args.output_dir, args.settings("tokenize", "run.seed"), ["data"], work)
+
+
+def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np.ndarray:
+    """Embeddings of the whole catalogue from every source that the data has and the options weigh, fused.
+
+    Raises:
+        ValueError: If there is no source at all.
+    """
+    options = args.tokenize
+    sources = []
+    if options.content_weight and feed.embedding_column:
+        content = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
+        sources.append((content, np.ones(len(content), dtype=bool), options.content_weight))
+    if options.text_weight and options.text_encoder:
+        if feed.text_column is None:
+            raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
+        sources.append(
+            (*text_embeddings(feed.items[feed.text_column].tolist(), options.text_encoder), options.text_weight)
+        )
+    if options.behaviour_weight:
+        histories = catalogue_index_lists(
+            prepared.read(USER_HISTORIES).with_format("arrow")[:]["history_item_ids"],
+            pd.Index(feed.items["item_id"]).get_indexer,
+        )
+        lists = [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
+        sources.append(
+            (
+                *behaviour_embeddings(lists, len(feed.items), dim=options.behaviour_dim),
+                options.behaviour_weight,
+            )
+        )
+    columns = (feed.categorical_columns, feed.multi_categorical_columns, feed.numeric_columns)
+    if options.feature_weight and any(columns):
+        sources.append((*feature_embeddings(feed.items, *columns, dim=options.feature_dim), options.feature_weight))
+    if not sources:
+        raise ValueError(
+            f"The items of {feed.name} have no embedding: give one of content_weight (with an embedding column), "
+            "text_encoder, behaviour_weight or feature_weight (with feature columns)."
+        )
+    return fuse_embeddings(sources, normalisation=options.embedding_normalisation)

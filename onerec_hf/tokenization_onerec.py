@@ -1,0 +1,625 @@
+"""Tokenizer between item ids and semantic-ID tokens (OneRec sections 3.1 and 3.2, figure 2).
+
+An item is L code tokens, `<a_12><b_7><c_200>`: the letter is the level of the residual quantization, the number the
+code within it.
+Token ids: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<sep>` 3, `<unk>` 4, then the codes of level 0, of level 1, and so on.
+The layout of the two sequences of the model is defined here and nowhere else:
+
+- history (encoder): `a b c <sep> a b c <sep> a b c`, oldest item first, LEFT padded;
+- session (decoder labels): `a b c <bos> a b c <bos> a b c`. Shifted right with `<bos>` as the start token it gives
+  the decoder's input `<bos> a b c <bos> a b c`, that is `<bos>` before every item (eq 3).
+
+"Catalogue index" means the row of an item in the catalogue, 0..N-1. Item ids, integers or strings, keep their type.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import string
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import BatchEncoding, TokenizersBackend
+
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<sep>", "<unk>")
+PAD_TOKEN_ID, EOS_TOKEN_ID, BOS_TOKEN_ID, SEP_TOKEN_ID, UNK_TOKEN_ID = range(5)
+NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
+IGNORE_INDEX = -100
+
+VOCAB_FILES_NAMES = {
+    "tokenizer_file": "tokenizer.json",
+    "item_index_file": "item_index.parquet",
+    "codebooks_file": "codebooks.safetensors",
+    "semantic_id_report_file": "semantic_id_report.json",
+}
+
+
+def code_token(level: int, code: int) -> str:
+    """Text of one code token: `code_token(1, 7)` is `<b_7>`."""
+    return f"<{string.ascii_lowercase[level]}_{code}>"
+
+
+def _build_backend(codebook_sizes: Sequence[int]) -> Tokenizer:
+    vocabulary = list(SPECIAL_TOKENS)
+    for level, size in enumerate(codebook_sizes):
+        vocabulary.extend(code_token(level, code) for code in range(size))
+    backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"<[^<>]*>"), "isolated")]
+    )
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return backend
+
+
+def _as_item_ids(values: Iterable, what: str) -> np.ndarray:
+    """Item ids as int64 [N] or as an object array of str [N]; ValueError for anything else."""
+    if not isinstance(values, np.ndarray):
+        values = values.to_numpy() if isinstance(values, (pd.Series, pd.Index)) else list(values)
+        if len(values) and isinstance(values[0], str):
+            values = np.fromiter(values, dtype=object, count=len(values))
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{what} must be one-dimensional, got shape {array.shape}")
+    if array.size == 0:
+        return array.astype(np.int64)
+    if array.dtype.kind in "iu":
+        return array.astype(np.int64)
+    # numpy turns [1, "a"] into strings without a word, so strings are checked in the values as they were given.
+    as_given = array if isinstance(values, np.ndarray) else np.fromiter(values, dtype=object, count=len(values))
+    if array.dtype.kind in "OUT":
+        kind = pd.api.types.infer_dtype(as_given, skipna=False)
+        if kind == "string":
+            return as_given.astype(object)
+        if kind == "integer":
+            return as_given.astype(np.int64)
+        wrong = next(
+            i for i, value in enumerate(as_given) if not isinstance(value, type(as_given[0])) or value != value
+        )
+        raise ValueError(
+            f"{what} must be all integers or all strings; row {wrong} holds {as_given[wrong]!r} "
+            f"({type(as_given[wrong]).__name__}). Cast the ids to one type and drop missing ones"
+        )
+    raise ValueError(f"{what} must be integers or strings, got dtype {array.dtype}; cast the ids first")
+
+
+def _as_python(ids: np.ndarray, position: int) -> int | str:
+    """An id as its user wrote it, for messages: 7, not np.int64(7)."""
+    return ids[position : position + 1].tolist()[0]
+
+
+class OneRecTokenizer(TokenizersBackend):
+    """Item ids <-> semantic-ID tokens, with the item index and the codebooks it was built from.
+
+    Build one with [`OneRecTokenizer.fit`] or [`OneRecTokenizer.from_semantic_ids`]; `save_pretrained`, `push_to_hub`
+    and `AutoTokenizer.from_pretrained` carry `tokenizer.json`, `item_index.parquet` (item_id and one code column per
+    level, in catalogue order), `codebooks.safetensors` (`level_0`, ... [K_l, d]) and `semantic_id_report.json`.
+
+    Args:
+        codebook_sizes: K_l, number of codes of each of the L levels.
+        item_ids: N integers or N strings, in catalogue order.
+        codes: integers [N, L], codes[i, l] in [0, K_l).
+        codebooks: centroids [K_l, d] of each quantized level. May have fewer levels than `codebook_sizes`: a last
+            level that only tells items with equal codes apart ("suffix") has no centroids.
+        report: JSON-able quality report of the semantic IDs.
+        tokenizer_object: backend that was read from `tokenizer.json`; built from `codebook_sizes` when None.
+
+    Attributes:
+        item_ids (int64 or object array of str [N]), codes (int64 array [N, L]), codebook_sizes (tuple),
+        codebooks (list of float tensors), report (dict), num_items, num_levels, tokens_per_item (L + 1: the codes and
+        one separator), level_offsets (token id of code 0 of each level), item_token_ids (LongTensor [N, L]).
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        codebook_sizes: Sequence[int] | None = None,
+        item_ids: Iterable | None = None,
+        codes: np.ndarray | None = None,
+        codebooks: Sequence[torch.Tensor] | None = None,
+        report: Mapping | None = None,
+        tokenizer_object: Tokenizer | None = None,
+        semantic_id_fingerprint: str | None = None,
+        **kwargs,
+    ):
+        if codebook_sizes is None or item_ids is None or codes is None:
+            raise ValueError(
+                "OneRecTokenizer needs codebook_sizes, item_ids and codes; use OneRecTokenizer.fit(...), "
+                "OneRecTokenizer.from_semantic_ids(...) or OneRecTokenizer.from_pretrained(DIR)"
+            )
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        if not 0 < len(self.codebook_sizes) <= len(string.ascii_lowercase) or min(self.codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes must be 1 to 26 positive integers, got {list(codebook_sizes)}")
+        self.num_levels = len(self.codebook_sizes)
+        self.tokens_per_item = self.num_levels + 1
+        self.level_offsets = tuple(
+            NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)
+        )
+        self._set_items(item_ids, codes)
+        self.codebooks = [torch.as_tensor(codebook, dtype=torch.float32).contiguous() for codebook in codebooks or []]
+        for level, codebook in enumerate(self.codebooks):
+            if codebook.ndim != 2 or level >= self.num_levels or codebook.shape[0] != self.codebook_sizes[level]:
+                raise ValueError(
+                    f"codebooks[{level}] has shape {tuple(codebook.shape)}, which does not fit codebook_sizes "
+                    f"{list(self.codebook_sizes)}"
+                )
+        self.report = dict(report or {})
+
+        self.semantic_id_fingerprint = self._compute_fingerprint()
+        if semantic_id_fingerprint is not None and semantic_id_fingerprint != self.semantic_id_fingerprint:
+            raise ValueError(
+                "item_index.parquet or codebooks.safetensors do not belong to this tokenizer_config.json: their "
+                "content has another fingerprint. Files of two tokenizers are mixed; save or download "
+                "the tokenizer again"
+            )
+        if tokenizer_object is None:
+            tokenizer_object = _build_backend(self.codebook_sizes)
+        expected = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
+        last_token = code_token(self.num_levels - 1, self.codebook_sizes[-1] - 1)
+        if (
+            tokenizer_object.get_vocab_size(with_added_tokens=False) != expected
+            or tokenizer_object.token_to_id(last_token) != expected - 1
+            or any(tokenizer_object.token_to_id(token) != i for i, token in enumerate(SPECIAL_TOKENS))
+        ):
+            raise ValueError(
+                f"tokenizer.json does not hold the {expected} tokens of codebook_sizes {list(self.codebook_sizes)}: "
+                "it belongs to another tokenizer; save or download the tokenizer again"
+            )
+        for name, token in zip(("pad", "eos", "bos", "sep", "unk"), SPECIAL_TOKENS, strict=True):
+            kwargs.setdefault(f"{name}_token", token)
+        # The latest behaviours are the ones to keep, in text as in encode_histories.
+        kwargs.setdefault("padding_side", "left")
+        kwargs.setdefault("truncation_side", "left")
+        super().__init__(
+            tokenizer_object=tokenizer_object,
+            codebook_sizes=list(self.codebook_sizes),
+            semantic_id_fingerprint=self.semantic_id_fingerprint,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_semantic_ids(
+        cls,
+        item_ids: Iterable,
+        codes: np.ndarray,
+        codebooks: Sequence[torch.Tensor] | None = None,
+        report: Mapping | None = None,
+        codebook_sizes: Sequence[int] | None = None,
+    ) -> "OneRecTokenizer":
+        """Tokenizer of items whose codes are known.
+
+        Args:
+            item_ids: N unique integers or N unique strings, in catalogue order.
+            codes: integers [N, L].
+            codebooks: L tensors [K_l, d]; optional when `codebook_sizes` is given.
+            report: JSON-able report of the semantic IDs.
+            codebook_sizes: L sizes; taken from `codebooks` when None.
+
+        Raises:
+            ValueError: duplicate or missing ids, a code out of range, shapes that do not fit.
+        """
+        if codebook_sizes is None:
+            if not codebooks:
+                raise ValueError("from_semantic_ids needs codebooks or codebook_sizes")
+            codebook_sizes = [len(codebook) for codebook in codebooks]
+        return cls(codebook_sizes, item_ids, codes, codebooks, report)
+
+    @classmethod
+    def fit(cls, item_ids: Iterable, embeddings, quantizer) -> "OneRecTokenizer":
+        """Fits `quantizer` on item embeddings [N, d] and builds the tokenizer of its semantic IDs.
+
+        `quantizer` is a `onerec_hf.semantic_ids.ResidualQuantizer`: an object whose `fit(embeddings)` returns codes,
+        codebooks, codebook_sizes and report.
+        """
+        item_ids = _as_item_ids(item_ids, "item_ids")
+        if len(item_ids) != len(embeddings):
+            raise ValueError(f"{len(item_ids)} item_ids but {len(embeddings)} embeddings; one row per item is needed")
+        result = quantizer.fit(embeddings)
+        return cls(result.codebook_sizes, item_ids, result.codes, result.codebooks, result.report)
+
+    def _set_items(self, item_ids: Iterable, codes) -> None:
+        self.item_ids = _as_item_ids(item_ids, "item_ids")
+        codes = np.asarray(codes)
+        if len(self.item_ids) == 0:
+            raise ValueError("item_ids is empty: a tokenizer needs at least one item")
+        if codes.shape != (len(self.item_ids), self.num_levels) or codes.dtype.kind not in "iu":
+            raise ValueError(
+                f"codes must be integers of shape [{len(self.item_ids)}, {self.num_levels}] (items, levels), "
+                f"got {codes.dtype} of shape {list(codes.shape)}"
+            )
+        out_of_range = (codes < 0) | (codes >= np.asarray(self.codebook_sizes))
+        if out_of_range.any():
+            row, level = np.argwhere(out_of_range)[0]
+            raise ValueError(
+                f"codes row {row} (item {_as_python(self.item_ids, row)!r}): code {codes[row, level]} of level "
+                f"{level} is outside [0, {self.codebook_sizes[level]})"
+            )
+        self._id_lookup = pd.Index(self.item_ids, dtype=self.item_ids.dtype)
+        if not self._id_lookup.is_unique:
+            row = int(np.flatnonzero(self._id_lookup.duplicated())[0])
+            first = int(np.flatnonzero(self.item_ids == self.item_ids[row])[0])
+            raise ValueError(
+                f"item_ids holds {_as_python(self.item_ids, row)!r} twice, in rows {first} and {row}; drop "
+                "duplicate items"
+            )
+        self.codes = codes.astype(np.int64)
+        self.item_token_ids = torch.from_numpy(self.codes + np.asarray(self.level_offsets))
+        # Sorted keys of the prefixes of each length: a key is (rank of the prefix before) * K + code, so that codes of
+        # any number of levels are found without a product of all K, which overflows int64.
+        self._prefix_keys: list[np.ndarray] = []
+        rank = np.zeros(len(self.codes), dtype=np.int64)
+        for level, size in enumerate(self.codebook_sizes):
+            keys, first, rank = np.unique(rank * size + self.codes[:, level], return_index=True, return_inverse=True)
+            self._prefix_keys.append(keys)
+        self._first_item_of_code = first
+
+    def _compute_fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([str(self.item_ids.dtype), self.codebook_sizes]).encode())
+        if self.item_ids.dtype == np.int64:
+            digest.update(self.item_ids.astype("<i8").tobytes())
+        else:
+            digest.update("\0".join(self.item_ids).encode())
+        digest.update(self.codes.astype("<i8").tobytes())
+        for codebook in self.codebooks:
+            digest.update(codebook.numpy().astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    # Items
+
+    def item_index(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
+        """Catalogue indices of item ids.
+
+        Args:
+            item_ids: M item ids of the catalogue's type.
+            unknown: "error" raises for an id that is not in the catalogue, "skip" gives it the index -1.
+
+        Returns:
+            int64 array [M].
+
+        Raises:
+            ValueError: names the first unknown id and its position.
+        """
+        if unknown not in ("error", "skip"):
+            raise ValueError(f'unknown must be "error" or "skip", got {unknown!r}')
+        wanted = _as_item_ids(item_ids, "item_ids")
+        if wanted.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if wanted.dtype != self.item_ids.dtype:
+            kinds = {np.dtype(np.int64): "integers", np.dtype(object): "strings"}
+            raise ValueError(
+                f"item ids of this catalogue are {kinds[self.item_ids.dtype]}, got {kinds[wanted.dtype]} "
+                f"(first: {_as_python(wanted, 0)!r}); cast the ids"
+            )
+        indices = self._id_lookup.get_indexer(pd.Index(wanted, dtype=wanted.dtype)).astype(np.int64)
+        if unknown == "error" and (indices < 0).any():
+            position = int(np.flatnonzero(indices < 0)[0])
+            raise ValueError(
+                f"item id {_as_python(wanted, position)!r} (position {position}) is not in the catalogue of "
+                f"{self.num_items} items; drop it or pass unknown='skip'"
+            )
+        return indices
+
+    def codes_to_index(self, codes) -> np.ndarray:
+        """Catalogue indices [...] of code tuples [..., L]; -1 where no item has these codes.
+
+        Where several items share the codes, the first in catalogue order is given.
+        """
+        codes = np.asarray(codes, dtype=np.int64)
+        if codes.shape[-1] != self.num_levels:
+            raise ValueError(
+                f"codes must have {self.num_levels} levels in the last dimension, got shape {codes.shape}"
+            )
+        rank = np.zeros(codes.shape[:-1], dtype=np.int64)
+        found = ((codes >= 0) & (codes < np.asarray(self.codebook_sizes))).all(-1)
+        for level, size in enumerate(self.codebook_sizes):
+            key = rank * size + codes[..., level]
+            keys = self._prefix_keys[level]
+            rank = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+            found &= keys[rank] == key
+        return np.where(found, self._first_item_of_code[rank], -1)
+
+    def semantic_id(self, item_id: int | str) -> str:
+        """Text of an item's semantic ID, such as `<a_12><b_7><c_200>`."""
+        codes = self.codes[self.item_index([item_id])[0]]
+        return "".join(code_token(level, code) for level, code in enumerate(codes.tolist()))
+
+    def items_of_semantic_id(self, semantic_id: str | Sequence[int]) -> list[int | str]:
+        """Ids of the items with this semantic ID, given as text or as a tuple of L codes; empty if there are none."""
+        if isinstance(semantic_id, str):
+            token_ids = self(semantic_id, add_special_tokens=False)["input_ids"]
+            semantic_id = np.asarray(token_ids) - np.asarray(self.level_offsets[: len(token_ids)] or 0)
+        if len(semantic_id) != self.num_levels:
+            raise ValueError(f"a semantic ID of this tokenizer has {self.num_levels} codes, got {len(semantic_id)}")
+        return self.item_ids[(self.codes == np.asarray(semantic_id)).all(1)].tolist()
+
+    # Sequences
+
+    def _flatten(
+        self, sequences: Sequence[Sequence], unknown: str, catalogue_indices: bool, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Catalogue indices of all the items in one row, and the number of them in each sequence."""
+        lengths = np.fromiter((len(sequence) for sequence in sequences), dtype=np.int64, count=len(sequences))
+        non_empty = [sequence for sequence in sequences if len(sequence)]
+        if non_empty and all(isinstance(sequence, np.ndarray) for sequence in non_empty):
+            flat = np.concatenate(non_empty)
+        else:
+            flat = list(itertools.chain.from_iterable(non_empty))
+        if catalogue_indices:
+            flat = np.asarray(flat, dtype=np.int64)
+            wrong = (flat < 0) | (flat >= self.num_items)
+            if wrong.any():
+                position = int(np.flatnonzero(wrong)[0])
+                row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+                raise ValueError(f"{name}[{row}]: {flat[position]} is no catalogue index in [0, {self.num_items})")
+            return flat, lengths
+        indices = self.item_index(flat, unknown="skip")
+        if (indices < 0).any():
+            if unknown == "error":
+                position = int(np.flatnonzero(indices < 0)[0])
+                row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+                unknown_id = _as_python(np.asarray(flat, dtype=object), position)
+                raise ValueError(
+                    f"{name}[{row}] holds item id {unknown_id!r}, which is not in the catalogue of "
+                    f"{self.num_items} items; drop it or pass unknown='skip'"
+                )
+            rows = np.repeat(np.arange(len(lengths)), lengths)[indices >= 0]
+            indices, lengths = indices[indices >= 0], np.bincount(rows, minlength=len(lengths))
+        return indices, lengths
+
+    def encode_histories(
+        self,
+        histories: Sequence[Sequence],
+        max_items: int | None = None,
+        unknown: str = "error",
+        catalogue_indices: bool = False,
+    ) -> BatchEncoding:
+        """Encoder input of B histories.
+
+        Args:
+            histories: B sequences of item ids, oldest first.
+            max_items: keeps the latest `max_items` of each history (n of the paper: 256); None keeps all.
+            unknown: "error" raises for an id outside the catalogue, "skip" leaves it out.
+            catalogue_indices: the histories hold catalogue indices, not item ids.
+
+        Returns:
+            `input_ids` and `attention_mask`, LongTensors [B, T], T = longest * (L + 1) - 1, left padded with
+            `<pad>` and 0. An empty history is the single token `<sep>`, so that attention always has a place to go.
+
+        Raises:
+            ValueError: names the history and the first unknown id.
+        """
+        if max_items is not None and max_items < 1:
+            raise ValueError(f"max_items must be at least 1, got {max_items}")
+        indices, lengths = self._flatten(histories, unknown, catalogue_indices, "histories")
+        from_end = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(indices))
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        if max_items is not None:
+            kept = from_end < max_items
+            indices, rows, from_end = indices[kept], rows[kept], from_end[kept]
+            lengths = np.minimum(lengths, max_items)
+        longest = max(int(lengths.max(initial=0)), 1)
+        tokens = np.full((len(lengths), longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
+        tokens[rows, longest - 1 - from_end, :-1] = self.item_token_ids.numpy()[indices]
+        tokens[rows, longest - 1 - from_end, -1] = SEP_TOKEN_ID
+        # The separator after the last item is cut off; an empty history keeps one in the last place.
+        tokens = tokens.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1]
+        tokens[lengths == 0, -1] = SEP_TOKEN_ID
+        input_ids = torch.from_numpy(np.ascontiguousarray(tokens))
+        return BatchEncoding({"input_ids": input_ids, "attention_mask": (input_ids != PAD_TOKEN_ID).long()})
+
+    def encode_sessions(
+        self, sessions: Sequence[Sequence], max_items: int | None = None, catalogue_indices: bool = False
+    ) -> torch.Tensor:
+        """Decoder labels of B sessions.
+
+        Args:
+            sessions: B sequences of item ids, first shown first; none may be empty.
+            max_items: keeps the first `max_items` of each session (m of the paper: 5); None keeps all.
+            catalogue_indices: the sessions hold catalogue indices, not item ids.
+
+        Returns:
+            LongTensor [B, longest * (L + 1) - 1]: `a b c <bos> a b c ...`, right padded with -100.
+
+        Raises:
+            ValueError: an empty session, or an unknown id; names the session.
+        """
+        if max_items is not None and max_items < 1:
+            raise ValueError(f"max_items must be at least 1, got {max_items}")
+        indices, lengths = self._flatten(sessions, "error", catalogue_indices, "sessions")
+        if (lengths == 0).any():
+            row = int(np.flatnonzero(lengths == 0)[0])
+            raise ValueError(f"sessions[{row}] is empty; a target session needs at least one item")
+        positions = np.arange(len(indices)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        if max_items is not None:
+            kept = positions < max_items
+            indices, rows, positions = indices[kept], rows[kept], positions[kept]
+            lengths = np.minimum(lengths, max_items)
+        longest = max(int(lengths.max(initial=0)), 1)
+        labels = np.full((len(lengths), longest, self.tokens_per_item), IGNORE_INDEX, dtype=np.int64)
+        labels[rows, positions, :-1] = self.item_token_ids.numpy()[indices]
+        has_next = positions + 1 < lengths[rows]
+        labels[rows[has_next], positions[has_next], -1] = BOS_TOKEN_ID
+        return torch.from_numpy(
+            np.ascontiguousarray(labels.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1])
+        )
+
+    def decode_sessions(self, token_ids, illegal: str = "error") -> list[list[int | str | None]]:
+        """Item ids of B token sequences; special tokens and -100 are passed over.
+
+        Args:
+            token_ids: LongTensor [B, T] or B lists of token ids: generated sequences, labels or encoded histories.
+            illegal: what happens to codes that name no item (not L codes in the order of the levels, or codes that no
+                item has): "error" raises, "none" puts None in the item's place.
+
+        Returns:
+            B lists of item ids. Items that share a semantic ID decode to the first of them in catalogue order.
+        """
+        if illegal not in ("error", "none"):
+            raise ValueError(f'illegal must be "error" or "none", got {illegal!r}')
+        if isinstance(token_ids, torch.Tensor):
+            token_ids = token_ids.cpu().numpy()
+        arrays = [np.asarray(row, dtype=np.int64) for row in token_ids]
+        flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+        rows = np.repeat(np.arange(len(arrays)), [len(array) for array in arrays])
+        is_code = flat >= NUM_SPECIAL_TOKENS
+        if (flat >= self.vocab_size).any():
+            raise ValueError(f"token id {flat.max()} is outside the vocabulary of {self.vocab_size} tokens")
+
+        # An item starts at a code of level 0, after a special token and at the start of a row.
+        positions = np.flatnonzero(is_code)
+        tokens, rows = flat[positions], rows[positions]
+        levels = np.searchsorted(self.level_offsets, tokens, side="right") - 1
+        starts = levels == 0
+        starts[:1] = True
+        starts[1:] |= (np.diff(positions) > 1) | (np.diff(rows) > 0)
+        first = np.flatnonzero(starts)
+        sizes = np.diff(np.append(first, len(tokens)))
+        group = np.cumsum(starts) - 1
+        in_order = levels == np.arange(len(tokens)) - first[group]
+        legal = (sizes == self.num_levels) & (np.bincount(group, ~in_order, minlength=len(first)) == 0)
+        codes = tokens[legal[group]].reshape(-1, self.num_levels) - np.asarray(self.level_offsets)
+        items = np.full(len(first), -1, dtype=np.int64)
+        items[legal] = self.codes_to_index(codes)
+
+        if illegal == "error" and (items < 0).any():
+            wrong = int(np.flatnonzero(items < 0)[0])
+            text = "".join(self.convert_ids_to_tokens(tokens[group == wrong].tolist()))
+            raise ValueError(
+                f"token_ids[{rows[first[wrong]]}] holds {text}, which is no item's semantic ID; generate with the "
+                "trie of real items, or pass illegal='none'"
+            )
+        ids = self.item_ids[items].tolist()
+        for position in np.flatnonzero(items < 0):
+            ids[position] = None
+        bounds = np.searchsorted(rows[first], np.arange(len(arrays) + 1))
+        return [ids[start:end] for start, end in itertools.pairwise(bounds)]
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> tuple[str, ...]:
+        """Saves the tokenizer, its item index, codebooks and report; each file appears whole or not at all."""
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"{target} is a file; save_pretrained needs a directory")
+        target.mkdir(parents=True, exist_ok=True)
+        hub_arguments = {key: kwargs.pop(key) for key in list(kwargs) if push_to_hub and key != "save_jinja_files"}
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            super().save_pretrained(staging, legacy_format, filename_prefix, push_to_hub=False, **kwargs)
+            # tokenizer_config.json holds the fingerprint of the other files, so it comes last.
+            names = sorted(os.listdir(staging), key=lambda name: (name.endswith("tokenizer_config.json"), name))
+            for name in names:
+                os.replace(Path(staging) / name, target / name)
+        if push_to_hub:
+            self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
+        return tuple(str(target / name) for name in names)
+
+    def _save_pretrained(
+        self, save_directory, file_names, legacy_format=None, filename_prefix=None
+    ) -> tuple[str, ...]:
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return file_names + self.save_vocabulary(save_directory, filename_prefix)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Writes item_index.parquet, codebooks.safetensors and semantic_id_report.json."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        index_path, codebooks_path, report_path = (
+            os.path.join(save_directory, prefix + VOCAB_FILES_NAMES[key])
+            for key in ("item_index_file", "codebooks_file", "semantic_id_report_file")
+        )
+        id_type = pa.int64() if self.item_ids.dtype == np.int64 else pa.large_string()
+        columns = {"item_id": pa.array(self.item_ids, type=id_type)}
+        for level in range(self.num_levels):
+            columns[f"code_{string.ascii_lowercase[level]}"] = pa.array(self.codes[:, level], type=pa.int32())
+        pq.write_table(pa.table(columns), index_path, compression="zstd")
+        save_file(
+            {f"level_{i}": codebook for i, codebook in enumerate(self.codebooks)}, codebooks_path, {"format": "pt"}
+        )
+        with open(report_path, "w", encoding="utf-8") as file:
+            json.dump(self.report, file, indent=2)
+            file.write("\n")
+        return index_path, codebooks_path, report_path
+
+    @classmethod
+    def _from_pretrained(cls, resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs):
+        for key, name in cls.vocab_files_names.items():
+            if resolved_vocab_files.get(key) is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds no {name}: it is no complete OneRecTokenizer. Save it "
+                    "with OneRecTokenizer.save_pretrained"
+                )
+            if name.endswith(".json"):
+                try:
+                    json.loads(Path(resolved_vocab_files[key]).read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{name} of {pretrained_model_name_or_path} is no valid JSON ({error}); save or download it "
+                        "again"
+                    ) from error
+        return super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def convert_to_native_format(cls, **kwargs):
+        """Replaces the paths of the saved files by what they hold; called by `from_pretrained`."""
+        if "codebook_sizes" not in kwargs:
+            raise ValueError(
+                "tokenizer_config.json is missing or has no codebook_sizes: these are not the files of a "
+                "OneRecTokenizer"
+            )
+        tokenizer_path = kwargs.pop("tokenizer_file")
+        index_path = kwargs.pop("item_index_file")
+        codebooks_path = kwargs.pop("codebooks_file")
+        report_path = kwargs.pop("semantic_id_report_file")
+
+        columns = [
+            "item_id",
+            *(f"code_{letter}" for letter in string.ascii_lowercase[: len(kwargs["codebook_sizes"])]),
+        ]
+        try:
+            table = pq.read_table(index_path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{index_path} cannot be read as Parquet ({error}); save or download it again") from error
+        if table.column_names != columns:
+            raise ValueError(
+                f"{index_path} has the columns {table.column_names}, expected {columns}: it is the item index of "
+                "another tokenizer"
+            )
+        kwargs["item_ids"] = table["item_id"].to_numpy()
+        kwargs["codes"] = np.stack([table[column].to_numpy() for column in columns[1:]], axis=1)
+        try:
+            with safe_open(codebooks_path, framework="pt") as file:
+                names = sorted(file.keys(), key=lambda name: int(name.removeprefix("level_")))
+                kwargs["codebooks"] = [file.get_tensor(name) for name in names]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{codebooks_path} cannot be read as codebooks ({error}); save it again") from error
+        try:
+            kwargs["tokenizer_object"] = Tokenizer.from_file(tokenizer_path)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"{tokenizer_path} cannot be read as a tokenizer ({error}); save it again") from error
+        kwargs["report"] = json.loads(Path(report_path).read_text(encoding="utf-8"))
+        return kwargs

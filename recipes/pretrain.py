@@ -1,0 +1,16 @@
+"""Stage `pretrain`: sessions to the seed model, by next-token prediction (paper section 3.2).
+
+    accelerate launch recipes/pretrain.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
+
+Writes `<output_dir>/pretrain`. Complete stages are skipped, a killed one is resumed. `--help` lists all options.
+"""
+
+import sys
+
+# This folder's tokenize.py would hide the standard library's module of that name.
+sys.path.pop(0)
+
+from onerec_hf.stages import parse_recipe_arguments, pretrain
+
+if __name__ == "__main__":
+    pretrain(parse_recipe_arguments())

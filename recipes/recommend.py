@@ -1,0 +1,16 @@
+"""Stage `recommend`: histories to sessions and ranked items, Parquet to Parquet.
+
+    accelerate launch recipes/recommend.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
+
+Writes `<output_dir>/recommend`. Complete stages are skipped, a killed one is resumed. `--help` lists all options.
+"""
+
+import sys
+
+# This folder's tokenize.py would hide the standard library's module of that name.
+sys.path.pop(0)
+
+from onerec_hf.stages import parse_recipe_arguments, recommend
+
+if __name__ == "__main__":
+    recommend(parse_recipe_arguments())

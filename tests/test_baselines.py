@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from onerec_hf.evaluation import EASE, ItemKNN, Popularity, SASRec, ranking_metrics
+from onerec_hf.evaluation.baselines import interaction_matrix
+from onerec_hf.evaluation.sasrec import FullSoftmaxLoss
+
+
+def random_histories(users=60, items=12, longest=9, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, items, size=generator.integers(1, longest)) for _ in range(users)]
+
+
+def walks(users=300, items=40, seed=0):
+    """Users who step round a ring of items, one ahead most of the time: order tells the next item, sets do not."""
+    generator = np.random.default_rng(seed)
+    steps = generator.choice([1, 7], p=[0.9, 0.1], size=(users, 12))
+    return list((generator.integers(0, items, size=(users, 1)) + np.cumsum(steps, axis=1)) % items)
+
+
+class TestInteractionMatrix:
+    def test_counts_an_item_once_at_its_latest_place(self):
+        histories = [np.array([2, 0, 2, 1]), np.array([], dtype=int), np.array([1])]
+        assert interaction_matrix(histories, 3).toarray().tolist() == [[1, 1, 1], [0, 0, 0], [0, 1, 0]]
+        weighted = interaction_matrix(histories, 3, half_life=1.0).toarray()
+        assert weighted.tolist() == [[0.25, 1.0, 0.5], [0, 0, 0], [0, 1.0, 0]]
+
+    def test_refuses_nothing_and_strangers(self):
+        with pytest.raises(ValueError, match="no interaction"):
+            Popularity().fit([np.array([], dtype=int)], 3)
+        with pytest.raises(ValueError, match="history 1 holds the catalogue index 3"):
+            EASE().fit([np.array([0]), np.array([1, 3])], 3)
+
+
+class TestClosedForms:
+    def test_popularity_counts_users(self):
+        model = Popularity().fit([np.array([0, 0, 1]), np.array([1])], 3)
+        assert model.score([np.array([2]), np.array([], dtype=int)]).tolist() == [[1, 2, 0], [1, 2, 0]]
+
+    @pytest.mark.parametrize("neighbours", [3, 100])
+    def test_item_knn_equals_brute_force(self, neighbours):
+        histories = random_histories()
+        consumed = interaction_matrix(histories, 12).toarray()
+        together = consumed.T @ consumed
+        users = np.diag(together)
+        similarity = together / (np.sqrt(np.outer(users, users)) + 2.0)
+        np.fill_diagonal(similarity, 0)
+        for row in similarity:
+            row[np.argsort(-row, kind="stable")[neighbours:]] = 0
+        model = ItemKNN(neighbours=neighbours, shrinkage=2.0, half_life=None).fit(histories, 12)
+        np.testing.assert_allclose(model.score(histories).numpy(), consumed @ similarity, rtol=1e-5)
+
+    def test_ease_is_the_ridge_regression_of_each_item_on_the_others(self):
+        histories = random_histories()
+        consumed = interaction_matrix(histories, 12).toarray().astype(np.float64)
+        model = EASE(regularization=5.0, half_life=None).fit(histories, 12)
+        for item in range(12):
+            others = np.delete(consumed, item, axis=1)
+            weights = np.linalg.solve(others.T @ others + 5.0 * np.eye(11), others.T @ consumed[:, item])
+            np.testing.assert_allclose(np.delete(model.weights[:, item].numpy(), item), weights, atol=1e-5)
+            assert model.weights[item, item] == 0
+        np.testing.assert_allclose(model.score(histories).numpy(), consumed @ model.weights.numpy(), atol=1e-5)
+
+    def test_recent_items_count_more(self):
+        histories = [np.array([0, 1])] * 5 + [np.array([2, 3])] * 5
+        for model in (ItemKNN(half_life=1.0), EASE(regularization=1.0, half_life=1.0)):
+            scores = model.fit(histories, 4).score([np.array([2, 0])])[0]
+            assert scores[1] > scores[3] > 0
+
+    def test_rank_excludes_the_consumed_unless_told(self):
+        histories = [np.array([0, 1, 2])] * 3 + [np.array([0, 3])]
+        model = Popularity().fit(histories, 5)
+        assert model.rank(histories[2:], k=4, batch_size=1).tolist() == [[3, 4, -1, -1], [1, 2, 4, -1]]
+        assert model.rank(histories[:1], k=2, exclude_consumed=False).tolist() == [[0, 1]]
+
+
+class TestSASRec:
+    def test_loss_and_gradients_equal_cross_entropy(self):
+        torch.manual_seed(0)
+        states, embeddings = torch.randn(1100, 8), torch.randn(30, 8)
+        targets = torch.randint(30, (1100,))
+        results = []
+        for loss_of in (FullSoftmaxLoss.apply, lambda s, e, t: F.cross_entropy(s @ e.T, t)):
+            s, e = states.clone().requires_grad_(), embeddings.clone().requires_grad_()
+            loss = loss_of(s, e, targets)
+            (3 * loss).backward()
+            results.append((loss.detach(), s.grad, e.grad))
+        for ours, reference in zip(*results, strict=True):
+            torch.testing.assert_close(ours, reference)
+
+    def test_an_epoch_predicts_every_item_but_the_first_once(self):
+        histories = [np.arange(start, start + length) for start, length in [(0, 1), (1, 2), (3, 5), (8, 4), (12, 23)]]
+        lengths = np.array([len(history) for history in histories])
+        flat = torch.from_numpy(np.concatenate(histories))
+        model = SASRec(max_length=4, batch_tokens=10)
+        for seed in range(5):
+            predicted = []
+            for items, targets, present in model._batches(flat, lengths, np.random.default_rng(seed)):
+                assert items.shape[1] <= 4 and items.numel() <= 10
+                assert (targets[present] == items[present] + 1).all()
+                assert (present == (present.cumsum(1) == torch.arange(1, items.shape[1] + 1))).all()
+                predicted += targets[present].tolist()
+            assert sorted(predicted) == sorted(set(flat.tolist()) - {0, 1, 3, 8, 12})
+
+    def test_learns_order_and_is_seeded(self):
+        histories = walks()
+        settings = {"hidden_size": 32, "dropout": 0.1, "epochs": 15, "batch_tokens": 256, "learning_rate": 3e-3}
+        prefixes, targets = [h[:-1] for h in histories], np.array([h[-1] for h in histories])
+        state = torch.random.get_rng_state()
+        model = SASRec(**settings, validation_share=0.1).fit(prefixes, 40)
+        assert torch.equal(state, torch.random.get_rng_state())
+        recall = ranking_metrics(model.rank(prefixes, 5), targets, 40, cutoffs=(1, 5))
+        assert recall["recall@1"] > 0.75 and recall["recall@5"] > 0.85
+        assert len(model.validation_curve) == 15 and model.training_curve[-1][1] < model.training_curve[0][1]
+        again = SASRec(**settings, validation_share=0.1).fit(prefixes, 40)
+        torch.testing.assert_close(model.score(prefixes[:5]), again.score(prefixes[:5]), rtol=0, atol=0)
+
+    def test_a_score_depends_on_neither_the_batch_nor_what_lies_before_the_window(self):
+        model = SASRec(hidden_size=16, epochs=1, max_length=5).fit(walks(users=20), 40)
+        long, short = np.arange(9), np.array([3, 1])
+        together = model.score([long, short])
+        torch.testing.assert_close(together[1:], model.score([short]))
+        torch.testing.assert_close(together[:1], model.score([long[-5:]]))
+
+    def test_a_time_budget_ends_training(self):
+        model = SASRec(hidden_size=16, epochs=10_000, max_minutes=0.02).fit(walks(users=20), 40)
+        assert 0 < model.training_curve[-1][0] < 10_000
+
+    def test_says_what_is_wrong(self):
+        with pytest.raises(ValueError, match="no history has two items"):
+            SASRec().fit([np.array([1]), np.array([2])], 40)
+        model = SASRec(hidden_size=16, epochs=1).fit(walks(users=5), 40)
+        with pytest.raises(ValueError, match="history 1 is empty"):
+            model.score([np.array([1]), np.array([], dtype=int)])

@@ -1,0 +1,227 @@
+"""Model cards and the Hub: the cards' code runs, and what is pushed comes back equal in another process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSeq2SeqLM
+
+import onerec_hf
+from onerec_hf.model_cards import (
+    alignment_table,
+    onerec_card,
+    push_to_hub,
+    ranking_table,
+    reward_model_card,
+    save_model_card,
+    tokenizer_card,
+)
+from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, score_sessions
+
+RANKING = {"recall@5": 0.25, "recall@10": 0.5, "ndcg@5": 0.2, "ndcg@10": 0.3, "coverage": 0.75}
+JUDGE = {"reward_mean": 1.0, "reward_max": 1.5, "swt_mean": 0.4, "swt_max": 0.6}
+METRICS = {
+    "dataset": {"name": "simulated", "users": 30, "items": 20, "split": {"method": "time", "test_start": None}},
+    "tokenizer": {"collision_rate": 0.0, "levels": [{"perplexity": 7.5}]},
+    "model": {},
+    "onerec": RANKING | {"intra_session_diversity": 0.9, "illegal_rate": 0.0, "duplicate_rate": 0.0},
+    "baselines": {"popularity": RANKING | {"recall@10": 0.125}, "ease": RANKING},
+    "reward_models": {"reward_model": {"swt_auc": 0.625}, "independent_judge": {"swt_auc": 0.61}},
+    "alignment": [
+        RANKING | {"round": 0, "illegal_rate": 0.0, "judges": {"independent_judge": JUDGE}},
+        RANKING | {"round": 1, "illegal_rate": 0.0, "judges": {"independent_judge": JUDGE | {"reward_mean": 1.25}}},
+    ],
+}
+HISTORY = ["video-1", "video-7", "video-4"]
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    """A run's last model with its tokenizer, its reward model and its metrics; the weights are random."""
+    directory = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    codes = np.stack(np.unravel_index(rng.permutation(8**3)[:20], (8, 8, 8)), axis=1)
+    codebooks = [torch.from_numpy(rng.normal(size=(8, 4))).float() for _ in range(3)]
+    tokenizer = onerec_hf.OneRecTokenizer.from_semantic_ids([f"video-{i}" for i in range(20)], codes, codebooks)
+    torch.manual_seed(0)
+    config = onerec_hf.OneRecConfig.from_preset("debug", codebook_sizes=[8, 8, 8])
+    onerec_hf.OneRecForConditionalGeneration(config).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    (directory / "model" / "training_args.bin").write_bytes(b"not for the Hub")
+    reward_config = OneRecRewardConfig(codebook_sizes=[8, 8, 8], hidden_size=16, tower_hidden_size=16)
+    OneRecRewardModel(reward_config).save_pretrained(directory / "reward_model")
+    (directory / "metrics.json").write_text(json.dumps(METRICS))
+    return directory
+
+
+def code_block(card: ModelCard) -> str:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", card.text, re.DOTALL | re.MULTILINE)
+    return block
+
+
+def test_cards_carry_the_metadata_and_the_figures_of_the_run(run_directory):
+    card = onerec_card(run_directory / "model", METRICS, "owner/model")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "generative-recommendation"
+    assert card.data.license == "apache-2.0"
+    assert "onerec" in card.data.tags
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {name: value for name, value in RANKING.items() if "@" in name}
+    assert "| recall@10 |" in card.text and "| popularity | 0.25 | 0.125 |" in card.text
+    assert "| split method | time |" in card.text and "| split test_start | - |" in card.text
+    assert "| illegal_rate | 0 |" in card.text and "| codebook_sizes | 8, 8, 8 |" in card.text
+    model = AutoModelForSeq2SeqLM.from_pretrained(run_directory / "model")
+    stored = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert f"It has {stored:,} parameters" in card.text
+    assert "| 1 | 0.5 | 0.3 | 0 | 1.25 | 1.5 |" in alignment_table(METRICS["alignment"])
+    assert "2502.18965" in card.text
+
+    reward_card = reward_model_card(run_directory / "reward_model", run_directory / "model", METRICS)
+    assert "| swt_auc | 0.625 |" in reward_card.text and "swt, vtr, wtr, ltr" in reward_card.text
+
+
+def test_alignment_is_left_out_of_the_card_of_a_run_without_it(run_directory):
+    metrics = {name: value for name, value in METRICS.items() if name != "tokenizer"}
+    metrics["alignment"] = [METRICS["alignment"][0] | {"judges": {}}]
+    text = onerec_card(run_directory / "model", metrics).text
+    assert "by round" not in text and "## Configuration" in text
+
+
+def test_a_hub_dataset_is_named_in_the_metadata(run_directory):
+    metrics = METRICS | {"dataset": {"name": "clicks", "hub_dataset": "owner/clicks"}}
+    card = onerec_card(run_directory / "model", metrics)
+    assert card.data.datasets == "owner/clicks" and card.data.eval_results[0].dataset_type == "owner/clicks"
+
+
+def test_ranking_table_keeps_to_the_metrics_that_every_method_has():
+    metrics = {"onerec": {"recall@5": 0.1, "illegal_rate": 0.0}, "baselines": {"ease": {"recall@5": float("nan")}}}
+    assert ranking_table(metrics).splitlines() == [
+        "| method | recall@5 |",
+        "| --- | --- |",
+        "| ease | - |",
+        "| onerec | 0.1 |",
+    ]
+
+
+def test_missing_metrics_and_empty_directories_are_named(run_directory, tmp_path):
+    with pytest.raises(ValueError, match="no 'onerec'.*evaluate"):
+        onerec_card(run_directory / "model", {"dataset": {"name": "x"}})
+    with pytest.raises(ValueError, match="no 'name'"):
+        onerec_card(run_directory / "model", METRICS | {"dataset": {}})
+    with pytest.raises(ValueError, match="no 'truth'"):
+        reward_model_card(run_directory / "reward_model", run_directory / "model", METRICS, judge="truth")
+    with pytest.raises(ValueError, match="no .safetensors"):
+        push_to_hub("owner/empty", ModelCard("---\nlicense: mit\n---\n"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["onerec", "tokenizer"])
+def test_code_of_a_local_card_runs_in_the_models_folder(run_directory, monkeypatch, capsys, kind):
+    folder = run_directory / "model"
+    card = {"onerec": onerec_card, "tokenizer": tokenizer_card}[kind](folder, METRICS)
+    assert save_model_card(card, folder) == folder / "README.md"
+    assert (folder / "README.md").read_text().endswith(card.text[-50:])
+    assert not list(folder.glob(".saving*"))
+    monkeypatch.chdir(folder)
+    exec(compile(code_block(card), "README.md", "exec"), {})
+    assert "video-" in capsys.readouterr().out
+
+
+PUSH = """
+import json, sys
+from pathlib import Path
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+from onerec_hf.model_cards import push_run_to_hub
+
+run = Path(sys.argv[1])
+metrics = json.loads((run / "metrics.json").read_text())
+try:
+    push_run_to_hub("tester/refused", run / "model", metrics, token="hf_wrong")
+except HfHubHTTPError as error:
+    print(error.response.status_code, "refused")
+for _ in range(2):  # the second time finds both repositories and changes nothing
+    print(push_run_to_hub("tester/model", run / "model", metrics, "tester/reward", run / "reward_model"))
+AutoModelForSeq2SeqLM.from_pretrained(run / "model").push_to_hub("tester/plain")
+AutoTokenizer.from_pretrained(run / "model").push_to_hub("tester/plain")
+AutoModel.from_pretrained(run / "reward_model").push_to_hub("plain-reward")
+"""
+
+LOAD = """
+import json, re, sys
+import torch
+import onerec_hf
+from huggingface_hub import ModelCard
+from onerec_hf.reward import score_sessions
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
+
+history = json.loads(sys.argv[1])
+results = {}
+for repo in ("tester/model", "tester/plain"):
+    tokenizer, model = AutoTokenizer.from_pretrained(repo), AutoModelForSeq2SeqLM.from_pretrained(repo)
+    results[repo] = onerec_hf.recommend(model, tokenizer, [history], top_k=4)[0]
+sessions = torch.arange(5)[None, None]
+for repo in ("tester/reward", "tester/plain-reward"):
+    reward_model = AutoModel.from_pretrained(repo)
+    scores = score_sessions(reward_model, tokenizer.item_token_ids, [tokenizer.item_index(history)], sessions)
+    results[repo] = scores.reward.item()
+for repo in ("tester/model", "tester/reward"):
+    (block,) = re.findall(r"^```python\\n(.*?)^```$", ModelCard.load(repo).text, re.DOTALL | re.MULTILINE)
+    exec(compile(block, repo, "exec"), {})
+print(json.dumps(results))
+"""
+
+
+def run_python(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_a_run_is_pushed_and_loads_by_repository_id_in_another_process(run_directory, tmp_path):
+    with HubServer() as hub:
+        # huggingface_hub reads its settings when it is imported, hence the subprocesses.
+        environment = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": hub.token,
+            "HF_HOME": str(tmp_path / "hf_home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        pushed = run_python(PUSH, environment, str(run_directory))
+        assert pushed.returncode == 0, pushed.stderr
+        assert f"{hub.endpoint}/tester/model/commit/" in pushed.stdout
+        assert "401 refused" in pushed.stdout and "tester/refused" not in hub.repositories
+
+        files = hub.files("tester/model")
+        assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= set(files)
+        assert {"tokenizer.json", "item_index.parquet", "codebooks.safetensors"} <= set(files)
+        assert "training_args.bin" not in files
+        assert {"config.json", "model.safetensors", "item_index.parquet"} <= set(hub.files("tester/reward"))
+        assert len(hub.repository("tester/model").commits) == 2, "an unchanged run made a second commit"
+
+        loaded = run_python(LOAD, environment, json.dumps(HISTORY))
+        assert loaded.returncode == 0, loaded.stderr
+
+    results = json.loads(loaded.stdout.splitlines()[-1])
+    model = AutoModelForSeq2SeqLM.from_pretrained(run_directory / "model")
+    tokenizer = onerec_hf.OneRecTokenizer.from_pretrained(run_directory / "model")
+    expected = onerec_hf.recommend(model, tokenizer, [HISTORY], top_k=4)[0]
+    reward_model = OneRecRewardModel.from_pretrained(run_directory / "reward_model")
+    scores = score_sessions(
+        reward_model, tokenizer.item_token_ids, [tokenizer.item_index(HISTORY)], torch.arange(5)[None, None]
+    )
+    for repo in ("tester/model", "tester/plain"):
+        assert results[repo]["items"] == expected["items"] and results[repo]["session"] == expected["session"]
+        assert results[repo]["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+    for repo in ("tester/reward", "tester/plain-reward"):
+        assert results[repo] == pytest.approx(scores.reward.item(), rel=1e-5)

@@ -1,0 +1,71 @@
+"""What a user installs and launches with: the wheel, the constraints, the accelerate configurations."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+TEMPLATES = sorted(path.name for path in (ROOT / "model_cards").glob("*.md"))
+
+
+def constraints() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = (line.partition("==") for line in lines)
+    return {canonicalize_name(name): version for name, _, version in pins}
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed_type"),
+    [
+        ("cpu", DistributedType.NO),
+        ("multi_gpu_ddp", DistributedType.MULTI_GPU),
+        ("fsdp2", DistributedType.FSDP),
+        ("deepspeed_zero2", DistributedType.DEEPSPEED),
+    ],
+)
+def test_accelerate_configuration_loads(name, distributed_type):
+    config = load_config_from_file(str(ROOT / "recipes" / "accelerate_configs" / f"{name}.yaml"))
+    assert config.distributed_type == distributed_type
+    assert config.use_cpu == (name == "cpu") and config.num_processes == (1 if name == "cpu" else 8)
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if name == "deepspeed_zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
+
+
+def test_wheel_carries_the_package_and_the_card_templates(tmp_path):
+    source = tmp_path / "source"  # a build leaves files behind
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("onerec_hf", "model_cards"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert TEMPLATES and all(f"onerec_hf/model_card_templates/{name}" in names for name in TEMPLATES)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "onerec_hf").rglob("*.py")}
+    assert modules <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "recipes", "model_cards"))]
+
+
+def test_constraints_pin_every_requirement_within_its_range():
+    pins = constraints()
+    try:
+        requirements = [Requirement(line) for line in requires("onerec_hf")]
+    except ModuleNotFoundError:
+        pytest.skip("onerec_hf is not installed, only on the path")
+    for requirement in requirements:
+        version = pins[canonicalize_name(requirement.name)]
+        assert version in requirement.specifier, f"{requirement} against {version} of constraints.txt"
+    assert "+" not in "".join(pins.values()), "a local version fits one build only"
