@@ -7,8 +7,8 @@ from transformers import PreTrainedConfig
 
 NUM_SPECIAL_TOKENS = 5  # <pad>, <eos>, <bos>, <sep>, <unk>, at ids 0 to 4 in every vocabulary
 
-# Shapes by name. "debug" and "small" are for CPUs. The others have the paper's named sizes with its 24 experts, 2 active,
-# and three levels of 8,192 codes; the paper gives no widths: these follow the shapes its technical report publishes.
+# Shapes by name. "debug" and "small" are for CPUs. The others have the paper's named sizes with its 24 experts, 2
+# active, and three levels of 8,192 codes. The paper gives no widths: these follow its technical report's shapes.
 _PAPER = {"codebook_sizes": [8192, 8192, 8192], "num_experts": 24, "encoder_layers": 4, "decoder_layers": 4}
 PRESETS: dict[str, dict[str, Any]] = {
     "debug": {
@@ -118,7 +118,7 @@ class OneRecConfig(PreTrainedConfig):
         if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
             raise ValueError(
                 f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS} special tokens and the "
-                f"{sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}; leave it out to have it set."
+                f"{sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}; leave it out."
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

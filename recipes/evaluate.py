@@ -2,7 +2,8 @@
 
     accelerate launch recipes/evaluate.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
 
-Writes `<output_dir>/evaluate`. Complete stages are skipped, a killed one is resumed. `--help` lists all options.
+Writes `<output_dir>/evaluate`. Complete stages are skipped, a killed
+one is resumed. `--help` lists all options.
 """
 
 import sys

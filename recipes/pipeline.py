@@ -2,8 +2,8 @@
 
     accelerate launch recipes/pipeline.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
 
-Every stage writes one folder of `<output_dir>`; complete ones are skipped, a killed one is resumed by the same command.
-`--help` lists all options.
+Every stage writes one folder of `<output_dir>`; complete ones are skipped, a killed one is resumed by the same
+command. `--help` lists all options.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
     accelerate launch recipes/pretrain.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
 
-Writes `<output_dir>/pretrain`. Complete stages are skipped, a killed one is resumed. `--help` lists all options.
+Writes `<output_dir>/pretrain`. Complete stages are skipped, a killed
+one is resumed. `--help` lists all options.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
     accelerate launch recipes/reward.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
 
-Writes `<output_dir>/reward`. Complete stages are skipped, a killed one is resumed. `--help` lists all options.
+Writes `<output_dir>/reward`. Complete stages are skipped, a killed
+one is resumed. `--help` lists all options.
 """
 
 import sys

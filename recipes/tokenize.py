@@ -2,7 +2,8 @@
 
     accelerate launch recipes/tokenize.py --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
 
-Writes `<output_dir>/data` and `<output_dir>/tokenize`. Complete stages are skipped, a killed one is resumed. `--help` lists all options.
+Writes `<output_dir>/data` and `<output_dir>/tokenize`. Complete stages are skipped, a killed
+one is resumed. `--help` lists all options.
 """
 
 import sys

@@ -77,7 +77,7 @@ def evaluate(args: RecipeArguments) -> Path:
 
 
 class Evaluation:
-    """One evaluation; every part's result is kept in `folder`, so that a killed run goes on behind the last of them."""
+    """One evaluation; every part's result is kept in `folder`, so that a killed run goes on behind the last one."""
 
     def __init__(self, args: RecipeArguments, folder: Path, aligned: bool):
         self.args, self.options, self.folder, self.aligned = args, args.evaluation, folder, aligned
@@ -275,13 +275,12 @@ class Evaluation:
                 {
                     "user": str(self.cases["user_id"][int(row)]),
                     "next_item": str(item_ids[self.targets[row]]),
-                    "history": [{"item": str(item_ids[item]), "name": self.item_name(item)} for item in history],
+                    "history": [{"item": str(item_ids[item]), "label": self.item_name(item)} for item in history],
                     "recommendations": [
                         {
                             "item": str(item_ids[item]),
-                            "name": self.item_name(item),
+                            "label": self.item_name(item),
                             "score": float(score),
-                            "hit": bool(item == self.targets[row]),
                         }
                         for item, score in zip(recommended, found.scores[0].tolist(), strict=True)
                         if item >= 0

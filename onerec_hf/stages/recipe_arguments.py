@@ -112,9 +112,7 @@ class EvaluationArguments:
     )
     histories: str | None = field(
         default=None,
-        metadata={
-            "help": "For recommend: Parquet with user_id and history_item_ids. Default: the evaluated users' histories."
-        },
+        metadata={"help": "For recommend: Parquet of user_id and history_item_ids. Default: the evaluated users."},
     )
     top_k: int = field(default=50, metadata={"help": "For recommend: length of the ranked list."})
 

@@ -1,4 +1,4 @@
-"""Stage `reward`: the reward model (section 3.3.1, eq 5-7) and, on the other half of the users, an independent judge."""
+"""Stage `reward`: the reward model (section 3.3.1, eq 5-7) and an independent judge on the other half of the users."""
 
 from pathlib import Path
 

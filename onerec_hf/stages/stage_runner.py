@@ -54,8 +54,8 @@ def run_stage(
 ) -> Path:
     """Runs `work(folder)` for a stage unless it is complete, and returns the stage's folder.
 
-    The work is done in `<name>.partial`, which is renamed when it is done: `<name>` is always whole. A folder left by a
-    killed run is handed to `work` again, to go on from what is in it. A stage whose settings, or whose inputs, have
+    The work is done in `<name>.partial`, which is renamed when it is done: `<name>` is always whole. A folder left by
+    a killed run is handed to `work` again, to go on from what is in it. A stage whose settings, or whose inputs, have
     changed is done anew, and its former output replaced at the end.
 
     Args:

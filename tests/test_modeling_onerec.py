@@ -1,0 +1,232 @@
+"""The encoder-decoder with mixture of experts: shapes, invariances, caches, experts and round trips."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from transformers.cache_utils import EncoderDecoderCache, StaticCache
+
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecModel
+from onerec_hf.modeling_onerec import OneRecSparseMoeBlock
+
+BOS = 2
+
+
+@pytest.fixture(params=["token", "item"])
+def model(request):
+    torch.manual_seed(0)
+    config = OneRecConfig.from_preset(
+        "debug",
+        history_positions=request.param,
+        history_items=4,
+        session_items=2,
+        encoder_layers=2,
+        initializer_range=0.3,
+    )
+    return OneRecForConditionalGeneration(config).eval()
+
+
+def history(model, *items):
+    """Tokens of items given as code tuples, SEP between them."""
+    tokens = []
+    for item in items:
+        tokens += [offset + code for offset, code in zip(model.config.level_offsets, item, strict=True)]
+        tokens.append(model.config.sep_token_id)
+    return torch.tensor([tokens[:-1]])
+
+
+LABELS = torch.tensor([[5, 13, 21, BOS, 6, 14, 22]])
+
+
+def test_padding_does_not_change_the_output(model):
+    tokens = history(model, (1, 2, 3), (4, 5, 6))
+    alone = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=LABELS)
+    pads = torch.zeros(1, 4, dtype=torch.long)
+    for padded in (torch.cat([pads, tokens], 1), torch.cat([tokens, pads], 1)):
+        output = model(input_ids=padded, attention_mask=(padded != 0).long(), labels=LABELS)
+        torch.testing.assert_close(output.logits, alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(output.loss, alone.loss)
+
+
+def test_a_history_keeps_its_latest_items_apart_from_older_ones(model):
+    a, b = history(model, (1, 2, 3), (4, 5, 6)), history(model, (4, 5, 6), (1, 2, 3))
+    logits = [model(input_ids=tokens, labels=LABELS).logits for tokens in (a, b)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_loss_leaves_out_bos_and_padding(model):
+    tokens = history(model, (1, 2, 3))
+    labels = torch.cat([LABELS, torch.full((1, 4), -100)], 1)[:, : model.config.session_items * 4 - 1]
+    output = model(input_ids=tokens, labels=labels)
+    log_probs = output.logits.log_softmax(-1)[0]
+    codes = [(place, int(token)) for place, token in enumerate(labels[0]) if token not in (BOS, -100)]
+    expected = -sum(log_probs[place, token] for place, token in codes) / len(codes)
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_decoder_input_has_bos_before_every_item(model):
+    shifted = model.prepare_decoder_input_ids_from_labels(
+        torch.tensor([[5, 13, 21, BOS, 6, 14, 22], [7, 13, 21] + [-100] * 4])
+    )
+    assert shifted.tolist() == [[BOS, 5, 13, 21, BOS, 6, 14], [BOS, 7, 13, 21, 0, 0, 0]]
+
+
+def test_dynamic_and_static_caches_equal_no_cache(model):
+    tokens = history(model, (1, 2, 3), (4, 5, 6))
+    session = model.prepare_decoder_input_ids_from_labels(LABELS)
+    expected = model(input_ids=tokens, decoder_input_ids=session, use_cache=False).logits
+    positions = 2 if model.config.history_positions == "item" else tokens.shape[1]
+    static = EncoderDecoderCache(
+        StaticCache(model.config.get_text_config(decoder=True), max_cache_len=8),
+        StaticCache(model.config.get_text_config(decoder=True), max_cache_len=positions),
+    )
+    for cache in (None, static):
+        steps = []
+        for place in range(session.shape[1]):
+            output = model(
+                input_ids=tokens,
+                decoder_input_ids=session[:, place : place + 1],
+                decoder_position_ids=torch.tensor([[place]]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            steps.append(output.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sessions_of_one_history_can_share_its_encoding(model):
+    tokens = torch.cat([history(model, (1, 2, 3)), history(model, (4, 5, 6))])
+    sessions = torch.tensor([[BOS, 5, 13], [BOS, 6, 14], [BOS, 7, 15], [BOS, 8, 16]])
+    shared = model(input_ids=tokens, decoder_input_ids=sessions).logits
+    apart = model(input_ids=tokens.repeat(2, 1), decoder_input_ids=sessions).logits
+    torch.testing.assert_close(shared, apart)
+    with pytest.raises(ValueError, match="not a multiple of the 2 histories"):
+        model(input_ids=tokens, decoder_input_ids=sessions[:3])
+
+
+def test_attention_and_experts_implementations_agree(model):
+    inputs = {"input_ids": history(model, (1, 2, 3), (4, 5, 6)), "labels": LABELS}
+    expected = model(**inputs).logits
+    for set_implementation, names in (
+        (model.set_attn_implementation, ("eager", "sdpa")),
+        (model.set_experts_implementation, ("eager", "grouped_mm", "batched_mm")),
+    ):
+        for name in names:
+            set_implementation(name)
+            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mixture_of_experts_is_equation_2():
+    torch.manual_seed(0)
+    config = OneRecConfig.from_preset("debug", initializer_range=0.5)
+    config._experts_implementation = "eager"
+    block = OneRecSparseMoeBlock(config).eval()
+    torch.nn.init.normal_(block.gate.weight)
+    torch.nn.init.normal_(block.experts.gate_up_proj)
+    torch.nn.init.normal_(block.experts.down_proj)
+    hidden = torch.randn(3, 2, config.hidden_size)
+    for expert_bias in (torch.zeros(config.num_experts), torch.tensor([0.0, 9.0, 0.0, 9.0])):
+        block.gate.expert_bias.copy_(expert_bias)
+        expected = torch.zeros_like(hidden)
+        for place in torch.cartesian_prod(torch.arange(3), torch.arange(2)).tolist():
+            token = hidden[tuple(place)]
+            scores = (block.gate.weight @ token).softmax(0)
+            for expert in (scores + expert_bias).topk(config.num_experts_per_tok).indices.tolist():
+                gate, up = (block.experts.gate_up_proj[expert] @ token).chunk(2)
+                ffn = block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+                # Softmax over all experts, no renormalisation over the chosen ones, the bias not in the gate.
+                expected[tuple(place)] += scores[expert] * ffn
+        torch.testing.assert_close(block(hidden), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_expert_bias_moves_against_the_load_and_is_saved(model, tmp_path):
+    model.train()
+    model(input_ids=history(model, (1, 2, 3)), labels=LABELS)
+    router = model.model.decoder.layers[0].moe.gate
+    counts = router.tokens_per_expert.clone()
+    assert counts.sum() == LABELS.shape[1] * model.config.num_experts_per_tok
+    model.model.update_expert_bias()
+    expected = model.config.expert_bias_update_rate * torch.sign(counts.mean() - counts)
+    torch.testing.assert_close(router.expert_bias, expected)
+    assert router.tokens_per_expert.sum() == 0
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.model.decoder.layers[0].moe.gate.expert_bias, expected)
+
+
+def test_round_trip_through_the_auto_classes(model, tmp_path):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, OneRecForConditionalGeneration)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), OneRecModel)
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    generation = loaded.generation_config
+    assert (generation.do_sample, generation.num_beams, generation.max_new_tokens) == (False, 128, 7)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_every_parameter_gets_the_same_gradient_with_checkpointing(model):
+    inputs = {"input_ids": history(model, (1, 2, 3), (4, 5, 6)), "labels": LABELS}
+    model.config.dropout = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_hidden_states_attentions_and_router_logits_on_request(model):
+    tokens = history(model, (1, 2, 3), (4, 5, 6))
+    model.set_attn_implementation("eager")
+    output = model(
+        input_ids=tokens, labels=LABELS, output_hidden_states=True, output_attentions=True, output_router_logits=True
+    )
+    config = model.config
+    assert len(output.encoder_hidden_states) == config.encoder_layers + 1
+    assert len(output.decoder_hidden_states) == config.decoder_layers + 1
+    assert output.decoder_attentions[0].shape == (1, config.num_attention_heads, 7, 7)
+    assert output.cross_attentions[0].shape[2] == 7
+    assert output.decoder_router_logits[0].shape == (7, config.num_experts)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("0.05b", 0.05), ("0.1b", 0.1), ("0.2b", 0.2), ("0.5b", 0.5), ("1b", 1.0)]
+)
+def test_presets_have_the_papers_sizes(name, billions):
+    with torch.device("meta"):
+        model = OneRecForConditionalGeneration(OneRecConfig.from_preset(name))
+    assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.05)
+    assert (model.config.num_experts, model.config.num_experts_per_tok) == (24, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codebook_sizes": []}, "at least one positive size"),
+        ({"vocab_size": 3}, "smaller than the 5 special tokens"),
+        ({"hidden_size": 15}, "not a multiple"),
+        ({"num_experts_per_tok": 9}, "between 1 and num_experts"),
+        ({"history_positions": "word"}, "'token' or 'item'"),
+    ],
+)
+def test_impossible_configurations_are_refused(fields, message):
+    with pytest.raises(Exception, match=message):
+        OneRecConfig.from_preset("debug", **fields)
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match="debug, small"):
+        OneRecConfig.from_preset("huge")
