@@ -471,14 +471,15 @@ class OneRecModel(OneRecPreTrainedModel):
         self.decoder.embed_tokens = value
 
     @torch.no_grad()
-    def update_expert_bias(self) -> dict[str, float]:
+    def update_expert_bias(self) -> dict[str, torch.Tensor]:
         """Moves every router's selection bias towards balanced load and starts a new count.
 
         The counts are summed over the processes of a distributed run first, so that all ranks keep the same bias.
 
         Returns:
-            `dict[str, float]`: `expert_load_max`, the busiest expert's load relative to the mean (1 is balance), and
-            `dead_experts`, the share of experts with no token, both over all decoder layers.
+            `dict[str, torch.Tensor]`: `expert_load_max`, the busiest expert's load relative to the mean (1 is
+            balance), and `dead_experts`, the share of experts with no token, over all decoder layers; scalars on the
+            model's device, so that no step has to wait for them.
         """
         routers = [layer.moe.gate for layer in self.decoder.layers]
         counts = torch.stack([router.tokens_per_expert for router in routers])
@@ -490,8 +491,8 @@ class OneRecModel(OneRecPreTrainedModel):
             router.expert_bias += change
             router.tokens_per_expert.zero_()
         return {
-            "expert_load_max": (counts.amax(dim=1) / mean.squeeze(1).clamp(min=1)).max().item(),
-            "dead_experts": (counts == 0).float().mean().item(),
+            "expert_load_max": (counts.amax(dim=1) / mean.squeeze(1).clamp(min=1)).max(),
+            "dead_experts": (counts == 0).float().mean(),
         }
 
     @can_return_tuple

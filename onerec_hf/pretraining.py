@@ -80,19 +80,15 @@ class SessionCollator:
 
 
 class ExpertBalanceCallback(TrainerCallback):
-    """Moves the routers' selection biases after every optimizer step and logs the load of the experts."""
+    """Moves the routers' selection biases after every optimizer step; `load` is what the last one found."""
 
     def __init__(self):
-        self.load: dict[str, float] = {}
+        self.load: dict[str, torch.Tensor] = {}
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Wrapped by DDP or FSDP the model keeps its parameters under `module`.
         unwrapped = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
         self.load = unwrapped.model.update_expert_bias()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "loss" in logs:
-            logs.update(self.load)
 
 
 class CheckpointCompleteCallback(TrainerCallback):
@@ -118,7 +114,8 @@ class OneRecPretrainer(Seq2SeqTrainer):
     """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step."""
 
     def __init__(self, model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, args, **kwargs):
-        callbacks = [ExpertBalanceCallback(), CheckpointCompleteCallback(), *kwargs.pop("callbacks", [])]
+        self.expert_balance = ExpertBalanceCallback()
+        callbacks = [self.expert_balance, CheckpointCompleteCallback(), *kwargs.pop("callbacks", [])]
         super().__init__(
             model=model,
             args=args,
@@ -127,6 +124,11 @@ class OneRecPretrainer(Seq2SeqTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs = logs | {name: round(value.item(), 4) for name, value in self.expert_balance.load.items()}
+        super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
         # `length` must survive for length-grouped batches; the collator reads the two lists.

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from trl import TrlParser
 
@@ -30,6 +32,10 @@ class RunArguments:
 
     output_dir: str = field(metadata={"help": "Folder of the run; every stage writes one folder in it."})
     seed: int = field(default=0, metadata={"help": "Seed of quantization, training, sampling and baselines."})
+    threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads of each process. Default: the available cores, shared by the processes."},
+    )
 
 
 @dataclass
@@ -151,7 +157,11 @@ def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     groups = (RunArguments, DataArguments, TokenizeArguments, TrainingStagesArguments, EvaluationArguments)
     parsed = TrlParser(groups).parse_args_and_config(args=argv)
-    PartialState()
+    state = PartialState()
+    # Launchers count physical cores, which halves a small virtual machine; and several processes with all of the
+    # cores each are many times slower than one.
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(parsed[0].threads or max(1, available // state.num_processes))
     return RecipeArguments(*parsed)
 
 

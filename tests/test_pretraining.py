@@ -1,0 +1,102 @@
+"""Batches for pretraining, expert balance while training, and which checkpoint a run is resumed from."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Seq2SeqTrainingArguments
+
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
+from onerec_hf.pretraining import (
+    CHECKPOINT_COMPLETE,
+    OneRecPretrainer,
+    SessionCollator,
+    index_sessions,
+    latest_complete_checkpoint,
+)
+
+
+@pytest.fixture
+def tokenizer():
+    codes = [[0, 1], [1, 0], [2, 2], [3, 1]]
+    return OneRecTokenizer.from_semantic_ids(["w", "x", "y", "z"], codes, [torch.zeros(4, 2), torch.zeros(3, 2)])
+
+
+@pytest.fixture
+def model(tokenizer):
+    torch.manual_seed(0)
+    config = OneRecConfig.from_preset(
+        "debug", codebook_sizes=list(tokenizer.codebook_sizes), history_items=2, session_items=2
+    )
+    return OneRecForConditionalGeneration(config)
+
+
+def test_sessions_by_catalogue_index(tokenizer):
+    sessions = Dataset.from_dict(
+        {"user_id": [7, 8], "history_item_ids": [["w", "z"], []], "session_item_ids": [["y"], ["x", "w"]]}
+    )
+    indexed = index_sessions(sessions.select([1, 0]), tokenizer)
+    assert indexed[:] == {"user_id": [8, 7], "history": [[], [0, 3]], "session": [[1, 0], [2]], "length": [0, 2]}
+    unknown = Dataset.from_dict({"history_item_ids": [["w", "nobody"]]})
+    with pytest.raises(ValueError, match="nobody"):
+        index_sessions(unknown, tokenizer)
+
+
+def test_collator_lays_out_both_sequences(tokenizer, model):
+    rows = [{"history": [0, 1, 3], "session": [2, 0, 1]}, {"history": [2], "session": [3]}]
+    batch = SessionCollator(tokenizer, model)(rows)
+    # Level 0 starts at id 5, level 1 at id 9; the latest two behaviours and the first two session items are kept.
+    assert batch["input_ids"].tolist() == [[6, 9, 3, 8, 10], [0, 0, 0, 7, 11]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [0, 0, 0, 1, 1]]
+    assert batch["decoder_input_ids"].tolist() == [[2, 7, 11, 2, 5], [2, 8, 10, 0, 0]]
+    assert batch["labels"].tolist() == [[7, 11, -100, 5, 10], [8, 10, -100, -100, -100]]
+
+
+def test_training_learns_balances_and_resumes_exactly(tokenizer, model, tmp_path):
+    generator = np.random.default_rng(0)
+    rows = [{"history": [item], "session": [(item + 1) % 4, (item + 2) % 4]} for item in generator.integers(0, 4, 64)]
+    dataset = Dataset.from_list(rows).add_column("length", [1] * 64)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def train(folder, steps, resume=False):
+        model.load_state_dict(state)
+        trainer = OneRecPretrainer(
+            model=model,
+            tokenizer=tokenizer,
+            args=Seq2SeqTrainingArguments(
+                output_dir=str(folder),
+                max_steps=steps,
+                lr_scheduler_type="constant",
+                learning_rate=2e-2,
+                per_device_train_batch_size=16,
+                save_steps=30,
+                logging_steps=30,
+                seed=0,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=dataset,
+        )
+        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder) if resume else None)
+        logs = [row for row in trainer.state.log_history if "loss" in row]
+        return logs, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    logs, once = train(tmp_path / "once", 60)
+    assert logs[-1]["loss"] < logs[0]["loss"] / 2
+    assert {"expert_load_max", "dead_experts"} <= set(logs[-1])
+    assert once["model.decoder.layers.0.moe.gate.expert_bias"].abs().max() > 0
+    train(tmp_path / "twice", 30)
+    _, resumed = train(tmp_path / "twice", 60, resume=True)
+    for name, tensor in once.items():
+        torch.testing.assert_close(resumed[name], tensor, msg=name)
+
+
+def test_only_whole_checkpoints_are_resumed_from(tmp_path):
+    assert latest_complete_checkpoint(tmp_path) is None
+    for step in (5, 10, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 100:
+            (tmp_path / f"checkpoint-{step}" / CHECKPOINT_COMPLETE).touch()
+    assert latest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-100").exists()

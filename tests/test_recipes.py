@@ -1,0 +1,136 @@
+"""The recipes themselves in their debug size, run as a user runs them; and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+import onerec_hf
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+def command(recipe: str, data_set: str, output_dir: Path, *flags: str) -> list[str]:
+    config = ROOT / "recipes" / data_set / "debug.yaml"
+    script = ROOT / "recipes" / f"{recipe}.py"
+    return [sys.executable, str(script), "--config", str(config), "--output_dir", str(output_dir), *flags]
+
+
+def run(*args, check=True) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command(*args), capture_output=True, text=True, env=environment)
+    if check:
+        assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def kill_when(path: str, *args) -> None:
+    """Starts a recipe and sends SIGKILL as soon as a file that matches the pattern is there."""
+    output_dir = args[2]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with open(output_dir.with_suffix(".log"), "a") as log:
+        process = subprocess.Popen(command(*args), stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 120
+        while not list(output_dir.glob(path)):
+            assert process.poll() is None, (
+                f"finished before {path}: {output_dir.with_suffix('.log').read_text()[-3000:]}"
+            )
+            assert time.monotonic() < deadline, f"no {path} within two minutes"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory):
+    """A quickstart that was killed while pretraining and again while aligning, then finished."""
+    output_dir = tmp_path_factory.mktemp("runs") / "quickstart"
+    arguments = ("pipeline", "quickstart", output_dir)
+    kill_when("pretrain.partial/checkpoints/checkpoint-10/checkpoint_complete", *arguments)
+    tokenized = (output_dir / "tokenize" / "stage.json").read_text()
+    # What a kill in the middle of writing would leave.
+    half = output_dir / "pretrain.partial" / "checkpoints" / "checkpoint-15"
+    half.mkdir(exist_ok=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    (half / "checkpoint_complete").unlink(missing_ok=True)
+    kill_when("align.partial/round_1/aligned.json", *arguments)
+    pairs = (output_dir / "align.partial" / "round_1" / "pairs.parquet").stat().st_mtime_ns
+    result = run(*arguments)
+    return output_dir, tokenized, pairs, result
+
+
+def test_a_killed_run_finishes_without_redoing_what_was_complete(killed_and_resumed):
+    output_dir, tokenized, pairs, result = killed_and_resumed
+    assert (output_dir / "tokenize" / "stage.json").read_text() == tokenized
+    assert (output_dir / "align" / "round_1" / "pairs.parquet").stat().st_mtime_ns == pairs
+    # The log of the resumed training goes on behind the checkpoint at step 10 and holds the steps before it too.
+    steps = [row["step"] for row in json.loads((output_dir / "pretrain" / "stage.json").read_text())["log"]]
+    assert steps[:2] == [5, 10] and steps[-1] == 20
+    log = output_dir.with_suffix(".log").read_text()
+    assert "[pretrain] resumed" in log and "[align] resumed" in result.stderr
+    assert "[tokenize] complete" in log and "[pretrain] complete" in result.stderr
+    assert not list(output_dir.glob("*.partial"))
+
+
+def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed):
+    output_dir, _, _, result = killed_and_resumed
+    assert "recall@10" in result.stdout and str(output_dir / "report.html") in result.stdout
+    report = (output_dir / "report.html").read_text()
+    assert "data:image" in report and "http://" not in report.replace("http://www.w3.org", "")
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    assert metrics["onerec"]["illegal_rate"] == 0 and metrics["onerec"]["duplicate_rate"] == 0
+    for name in ("popularity", "item_knn", "ease", "sasrec"):
+        assert {"recall@10", "ndcg@10", "coverage"} <= set(metrics["baselines"][name])
+    assert [entry["round"] for entry in metrics["alignment"]] == [0, 1, 2]
+    for entry in metrics["alignment"]:
+        assert set(entry["judges"]) == {"reward_model", "independent_judge", "truth"}
+        for judge in entry["judges"].values():
+            assert judge["reward_max"] >= judge["reward_mean"] > 0
+            assert {"swt_mean", "vtr_max", "wtr_mean", "ltr_max"} <= set(judge)
+    assert metrics["tokenizer"]["collision_rate"] == 0
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(output_dir / "align" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(output_dir / "align" / "model")
+    history = tokenizer.item_ids[:5].tolist()
+    result = onerec_hf.recommend(model, tokenizer, [history], top_k=5)[0]
+    assert len(result["items"]) == 5 and not set(result["items"]) & set(history)
+
+    recommendations = pq.read_table(output_dir / "recommend" / "recommendations.parquet")
+    assert recommendations.column_names == ["user_id", "session", "items", "scores"]
+    assert recommendations.num_rows == 40
+
+
+def test_a_complete_run_is_left_alone_and_changed_settings_redo_a_stage(killed_and_resumed):
+    output_dir, *_ = killed_and_resumed
+    before = (output_dir / "pretrain" / "model.safetensors").stat().st_mtime_ns
+    result = run("pretrain", "quickstart", output_dir)
+    assert "[pretrain] complete" in result.stderr
+    assert (output_dir / "pretrain" / "model.safetensors").stat().st_mtime_ns == before
+    result = run("pretrain", "quickstart", output_dir, "--holdout_sessions", "8")
+    assert "settings or inputs changed, done anew" in result.stderr
+    assert (output_dir / "pretrain" / "model.safetensors").stat().st_mtime_ns > before
+
+
+def test_a_stage_without_its_inputs_says_which_recipe_makes_them(tmp_path):
+    result = run("pretrain", "quickstart", tmp_path, check=False)
+    assert result.returncode != 0
+    assert "run recipes/tokenize.py" in result.stderr
+
+
+@pytest.mark.parametrize("data_set", ["kuairand", "amazon_beauty"])
+def test_real_data_runs_in_debug_size(data_set, tmp_path):
+    data_dir = SHARED / {"kuairand": "kuairand_pure", "amazon_beauty": "amazon_beauty"}[data_set]
+    if not data_dir.exists():
+        pytest.skip(f"{data_dir} is not there")
+    run("pipeline", data_set, tmp_path / "run", "--data_dir", str(data_dir))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["onerec"]["illegal_rate"] == 0
+    assert len(metrics["alignment"]) == (2 if data_set == "kuairand" else 1)
