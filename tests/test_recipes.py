@@ -110,13 +110,13 @@ def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed)
 
 def test_a_complete_run_is_left_alone_and_changed_settings_redo_a_stage(killed_and_resumed):
     output_dir, *_ = killed_and_resumed
-    before = (output_dir / "pretrain" / "model.safetensors").stat().st_mtime_ns
+    before = (output_dir / "pretrain" / "model" / "model.safetensors").stat().st_mtime_ns
     result = run("pretrain", "quickstart", output_dir)
     assert "[pretrain] complete" in result.stderr
-    assert (output_dir / "pretrain" / "model.safetensors").stat().st_mtime_ns == before
+    assert (output_dir / "pretrain" / "model" / "model.safetensors").stat().st_mtime_ns == before
     result = run("pretrain", "quickstart", output_dir, "--holdout_sessions", "8")
     assert "settings or inputs changed, done anew" in result.stderr
-    assert (output_dir / "pretrain" / "model.safetensors").stat().st_mtime_ns > before
+    assert (output_dir / "pretrain" / "model" / "model.safetensors").stat().st_mtime_ns > before
 
 
 def test_a_stage_without_its_inputs_says_which_recipe_makes_them(tmp_path):

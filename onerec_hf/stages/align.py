@@ -19,10 +19,10 @@ from ..pretraining import (
 from ..reward import OneRecRewardModel
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
-from .pretrain import TRAINING_DEFAULTS, training_log
+from .pretrain import MODEL, TRAINING_DEFAULTS, save_trained_model, training_log
 from .recipe_arguments import RecipeArguments
 from .reward import REWARD_MODEL
-from .stage_runner import read_json, run_stage, stage_dir, write_json
+from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
 
 PAIRS = "pairs.parquet"
 ALIGNED = "aligned.json"
@@ -33,7 +33,7 @@ def align(args: RecipeArguments) -> Path:
     options = args.training
 
     def work(folder: Path) -> dict | None:
-        previous = stage_dir(args.output_dir, "pretrain", "align")
+        previous = stage_dir(args.output_dir, "pretrain", "align") / MODEL
         tokenizer = OneRecTokenizer.from_pretrained(previous)
         prepared = prepared_data(args, "align")
         users = index_sessions(prepared.read(USER_HISTORIES), tokenizer)
@@ -50,7 +50,7 @@ def align(args: RecipeArguments) -> Path:
             previous = target
         if PartialState().is_main_process:
             shutil.copytree(
-                previous, folder / "model", ignore=shutil.ignore_patterns(PAIRS, ALIGNED), dirs_exist_ok=True
+                previous, folder / MODEL, ignore=shutil.ignore_patterns(PAIRS, ALIGNED), dirs_exist_ok=True
             )
         return {"rounds": rounds}
 
@@ -98,7 +98,7 @@ def _run_round(
         (target / f"{PAIRS}.partial").rename(target / PAIRS)
     state.wait_for_everyone()
     pairs = Dataset.from_parquet(str(target / PAIRS))
-    checkpoints = target.with_name(f"{target.name}_checkpoints")
+    checkpoints = target.parent / CHECKPOINTS / target.name
     trainer = OneRecDPOTrainer(
         model=model,
         args=OneRecDPOConfig(
@@ -118,7 +118,7 @@ def _run_round(
         callbacks=[CheckpointCompleteCallback()],
     )
     trainer.train(resume_from_checkpoint=latest_complete_checkpoint(checkpoints))
-    trainer.save_model(str(target))
+    save_trained_model(trainer, target)
     if state.is_main_process:
         summary = {
             "round": number,
@@ -129,5 +129,4 @@ def _run_round(
             "log": training_log(trainer.state.log_history),
         }
         write_json(target / ALIGNED, summary)
-        shutil.rmtree(checkpoints, ignore_errors=True)
     state.wait_for_everyone()

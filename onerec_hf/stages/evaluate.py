@@ -31,13 +31,14 @@ from ..evaluation import (
     write_report,
 )
 from ..item_trie import ItemTrie
-from ..model_cards import onerec_card, reward_model_card, save_model_card, tokenizer_card
+from ..model_cards import onerec_card, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
 from ..reward import OneRecRewardModel, score_sessions
 from ..session_generation import excluded_items, generate_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
+from .pretrain import MODEL
 from .recipe_arguments import RecipeArguments
 from .reward import INDEPENDENT_JUDGE, REWARD_MODEL
 from .stage_runner import completed_stage, read_json, run_stage, stage_dir, write_json
@@ -71,9 +72,25 @@ def evaluate(args: RecipeArguments) -> Path:
         for name in ("metrics.json", "report.html"):
             shutil.copy2(folder / name, args.output_dir / f"{name}.partial")
             (args.output_dir / f"{name}.partial").replace(args.output_dir / name)
-        print(print_table(read_json(folder / "metrics.json")))
+        metrics = read_json(folder / "metrics.json")
+        print(print_table(metrics))
         print(f"Report: {args.output_dir / 'report.html'}")
+        if args.run.hub_model_id is not None:
+            reward_id = args.run.hub_reward_model_id
+            urls = push_run_to_hub(
+                args.run.hub_model_id,
+                final_model(args),
+                metrics,
+                reward_id,
+                args.output_dir / "reward" / REWARD_MODEL if reward_id else None,
+            )
+            print("\n".join(f"Pushed: {url}" for url in urls))
     return folder
+
+
+def final_model(args: RecipeArguments) -> Path:
+    """The checkpoint that the run ends in."""
+    return args.output_dir / ("align" if args.training.align_rounds else "pretrain") / MODEL
 
 
 class Evaluation:
@@ -110,7 +127,7 @@ class Evaluation:
             for name in BASELINES
             if self.options.baselines.get(name) is not False
         }
-        rounds = [self.kept("round_0", lambda: self.model_round(0, self.args.output_dir / "pretrain"))]
+        rounds = [self.kept("round_0", lambda: self.model_round(0, self.args.output_dir / "pretrain" / MODEL))]
         if self.aligned:
             for number in range(1, self.args.training.align_rounds + 1):
                 source = self.args.output_dir / "align" / f"round_{number}"
@@ -119,8 +136,7 @@ class Evaluation:
                 )
         stages = {name: completed_stage(self.args.output_dir, name) for name in STAGES}
         stages = {name: stage for name, stage in stages.items() if stage is not None}
-        final = self.args.output_dir / ("align/model" if self.aligned else "pretrain")
-        model = OneRecForConditionalGeneration.from_pretrained(final).to(self.device)
+        model = OneRecForConditionalGeneration.from_pretrained(final_model(self.args)).to(self.device)
         metrics = {
             "dataset": stages["data"]["dataset"]
             | {
@@ -337,8 +353,7 @@ def environment() -> dict[str, Any]:
 
 def write_cards(args: RecipeArguments, metrics: dict[str, Any]) -> None:
     """Model cards of the run, beside the checkpoints that they describe."""
-    final = args.output_dir / ("align/model" if args.training.align_rounds else "pretrain")
-    save_model_card(onerec_card(final, metrics), final)
+    save_model_card(onerec_card(final_model(args), metrics), final_model(args))
     save_model_card(tokenizer_card(args.output_dir / "tokenize", metrics), args.output_dir / "tokenize")
     if args.training.align_rounds:
         folder = args.output_dir / "reward" / REWARD_MODEL

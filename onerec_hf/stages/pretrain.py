@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import Seq2SeqTrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
 from ..modeling_onerec import OneRecForConditionalGeneration
@@ -11,7 +11,9 @@ from ..pretraining import OneRecPretrainer, index_sessions, latest_complete_chec
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, prepared_data
 from .recipe_arguments import RecipeArguments
-from .stage_runner import run_stage, stage_dir
+from .stage_runner import CHECKPOINTS, run_stage, stage_dir
+
+MODEL = "model"  # where a stage that makes a generator puts it
 
 TRAINING_DEFAULTS = {
     "report_to": "none",
@@ -30,8 +32,14 @@ def training_log(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if isinstance(value, (int, float))} for row in log_history]
 
 
+def save_trained_model(trainer: Trainer, folder: Path) -> None:
+    """Model and tokenizer, without the trainer's arguments, which are a pickle that nothing reads."""
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+
 def pretrain(args: RecipeArguments) -> Path:
-    """Trains M_0; returns the stage's folder, which holds the model and its tokenizer."""
+    """Trains M_0; returns the stage's folder, whose `model` has the tokenizer with it."""
 
     def work(folder: Path) -> dict | None:
         set_seed(args.run.seed)
@@ -59,14 +67,14 @@ def pretrain(args: RecipeArguments) -> Path:
                     "eval_strategy": "epoch" if holdout else "no",
                     "seed": args.run.seed,
                     **args.training.pretrain,
-                    "output_dir": str(folder / "checkpoints"),
+                    "output_dir": str(folder / CHECKPOINTS),
                 }
             ),
             train_dataset=parts["train"],
             eval_dataset=parts["test"] if holdout else None,
         )
-        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / "checkpoints"))
-        trainer.save_model(str(folder))
+        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS))
+        save_trained_model(trainer, folder / MODEL)
         return {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
 
     settings = args.settings(

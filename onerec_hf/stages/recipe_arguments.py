@@ -32,6 +32,12 @@ class RunArguments:
 
     output_dir: str = field(metadata={"help": "Folder of the run; every stage writes one folder in it."})
     seed: int = field(default=0, metadata={"help": "Seed of quantization, training, sampling and baselines."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository that evaluate pushes model, tokenizer and card to, at the end."}
+    )
+    hub_reward_model_id: str | None = field(
+        default=None, metadata={"help": "Repository for the reward model, beside hub_model_id."}
+    )
     threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads of each process. Default: the available cores, shared by the processes."},

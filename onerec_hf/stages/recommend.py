@@ -11,6 +11,7 @@ from ..modeling_onerec import OneRecForConditionalGeneration
 from ..session_generation import recommend as recommend_items
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, prepared_data
+from .pretrain import MODEL
 from .recipe_arguments import RecipeArguments
 from .stage_runner import run_stage, stage_dir
 
@@ -20,13 +21,12 @@ USERS_PER_CHUNK = 256
 
 def recommend(args: RecipeArguments) -> Path:
     """Recommends to every user of the histories; returns the stage's folder."""
-    aligned = args.training.align_rounds > 0
-    source = "align" if aligned else "pretrain"
+    source = "align" if args.training.align_rounds else "pretrain"
 
     def work(folder: Path) -> dict | None:
         if not PartialState().is_main_process:
             return None
-        checkpoint = stage_dir(args.output_dir, source, "recommend") / ("model" if aligned else "")
+        checkpoint = stage_dir(args.output_dir, source, "recommend") / MODEL
         model = OneRecForConditionalGeneration.from_pretrained(checkpoint).to(PartialState().device)
         tokenizer = OneRecTokenizer.from_pretrained(checkpoint)
         users = read_histories(args)

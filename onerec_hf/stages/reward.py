@@ -10,9 +10,9 @@ from ..pretraining import CheckpointCompleteCallback, index_sessions, latest_com
 from ..reward import OneRecRewardConfig, OneRecRewardModel, OneRecRewardTrainer, label_means, reward_metrics, user_half
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import LATER_REWARD_SESSIONS, REWARD_SESSIONS, prepared_data
-from .pretrain import TRAINING_DEFAULTS, training_log
+from .pretrain import TRAINING_DEFAULTS, save_trained_model, training_log
 from .recipe_arguments import RecipeArguments
-from .stage_runner import read_json, run_stage, stage_dir, write_json
+from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
 
 REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
@@ -54,14 +54,14 @@ def reward(args: RecipeArguments) -> Path:
                             **TRAINING_DEFAULTS,
                             "seed": seed,
                             **args.training.reward,
-                            "output_dir": str(folder / f"{name}_checkpoints"),
+                            "output_dir": str(folder / CHECKPOINTS / name),
                         }
                     ),
                     train_dataset=train,
                     callbacks=[CheckpointCompleteCallback()],
                 )
-                trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / f"{name}_checkpoints"))
-                trainer.save_model(str(target))
+                trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS / name))
+                save_trained_model(trainer, target)
                 # Users of the other half and a later time: neither has been seen.
                 unseen = later.select(np.flatnonzero(later_half != index))
                 metrics = reward_metrics(model, unseen, tokenizer.item_token_ids) if len(unseen) else {}

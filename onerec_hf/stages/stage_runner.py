@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 
 STAGE_FILE = "stage.json"
+CHECKPOINTS = "checkpoints"  # a stage's training checkpoints, which only a run that is not complete needs
 
 logger = get_logger(__name__)
 
@@ -88,12 +89,18 @@ def run_stage(
         read = ", ".join(str(output_dir / stage) for stage in reads) or "the data set"
         logger.info(f"[{name}] {why}: reads {read}, writes {target}")
     state.wait_for_everyone()
-    started = time.monotonic()
-    summary = work(partial) or {}
+    # A kill may have come between the end of the work and the renaming.
+    if not (partial / STAGE_FILE).exists():
+        started = time.monotonic()
+        summary = work(partial) or {}
+        state.wait_for_everyone()
+        if state.is_main_process:
+            seconds = round(time.monotonic() - started, 1)
+            write_json(partial / STAGE_FILE, {"fingerprint": fingerprint, "seconds": seconds, **summary})
     state.wait_for_everyone()
     if state.is_main_process:
-        seconds = round(time.monotonic() - started, 1)
-        write_json(partial / STAGE_FILE, {"fingerprint": fingerprint, "seconds": seconds, **summary})
+        seconds = read_json(partial / STAGE_FILE)["seconds"]
+        shutil.rmtree(partial / CHECKPOINTS, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
         if target.exists():
             os.rename(target, former)
