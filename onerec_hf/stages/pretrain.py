@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
@@ -20,10 +21,13 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 2,
     "save_strategy": "epoch",
     "logging_steps": 50,
-    "remove_unused_columns": True,
-    "dataloader_drop_last": False,
+    # Told so, the trainer joins the processes of any launcher on the CPU too.
+    "use_cpu": not torch.accelerator.is_available(),
+    "dataloader_pin_memory": torch.accelerator.is_available(),
     # The experts' load is counted in buffers of every process, which must not be overwritten by the first one's.
     "ddp_broadcast_buffers": False,
+    # Experts are slices of one parameter, so that every parameter is used in every step.
+    "ddp_find_unused_parameters": False,
 }
 
 

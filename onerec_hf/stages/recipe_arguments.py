@@ -163,7 +163,8 @@ def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     groups = (RunArguments, DataArguments, TokenizeArguments, TrainingStagesArguments, EvaluationArguments)
     parsed = TrlParser(groups).parse_args_and_config(args=argv)
-    state = PartialState()
+    # Told so, it joins the processes of any launcher on the CPU too.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     # Launchers count physical cores, which halves a small virtual machine; and several processes with all of the
     # cores each are many times slower than one.
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
