@@ -5,7 +5,10 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-NUM_SPECIAL_TOKENS = 5  # <pad>, <eos>, <bos>, <sep>, <unk>, at ids 0 to 4 in every vocabulary
+# At ids 0 to 4 in every vocabulary, whatever the codebooks.
+SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<sep>", "<unk>")
+NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
+PAD_TOKEN_ID, EOS_TOKEN_ID, BOS_TOKEN_ID, SEP_TOKEN_ID, UNK_TOKEN_ID = range(NUM_SPECIAL_TOKENS)
 
 # Shapes by name. "debug" and "small" are for CPUs. The others have the paper's named sizes with its 24 experts, 2
 # active, and three levels of 8,192 codes. The paper gives no widths: these follow its technical report's shapes.
@@ -99,11 +102,11 @@ class OneRecConfig(PreTrainedConfig):
     use_cache: bool = True
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = False
-    pad_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 1
-    bos_token_id: int | None = 2
-    sep_token_id: int | None = 3
-    decoder_start_token_id: int | None = 2
+    pad_token_id: int | None = PAD_TOKEN_ID
+    eos_token_id: int | list[int] | None = EOS_TOKEN_ID
+    bos_token_id: int | None = BOS_TOKEN_ID
+    sep_token_id: int | None = SEP_TOKEN_ID
+    decoder_start_token_id: int | None = BOS_TOKEN_ID
 
     def __post_init__(self, **kwargs):
         self.codebook_sizes = list(self.codebook_sizes)
@@ -160,4 +163,4 @@ class OneRecConfig(PreTrainedConfig):
         return cls(**(PRESETS[name] | overrides))
 
 
-__all__ = ["NUM_SPECIAL_TOKENS", "PRESETS", "OneRecConfig"]
+__all__ = ["NUM_SPECIAL_TOKENS", "PRESETS", "SPECIAL_TOKENS", "OneRecConfig"]

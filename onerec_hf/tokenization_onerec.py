@@ -32,9 +32,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import BatchEncoding, TokenizersBackend
 
-SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<sep>", "<unk>")
-PAD_TOKEN_ID, EOS_TOKEN_ID, BOS_TOKEN_ID, SEP_TOKEN_ID, UNK_TOKEN_ID = range(5)
-NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
+from .configuration_onerec import (
+    BOS_TOKEN_ID,
+    NUM_SPECIAL_TOKENS,
+    PAD_TOKEN_ID,
+    SEP_TOKEN_ID,
+    SPECIAL_TOKENS,
+)
+
 IGNORE_INDEX = -100
 
 VOCAB_FILES_NAMES = {
