@@ -76,6 +76,7 @@ def prepare_data(args: RecipeArguments) -> Path:
         return {
             "dataset": {
                 "name": feed.name,
+                "hub_dataset": args.data.hub_dataset,
                 "num_users": int(feed.interactions["user_id"].nunique()),
                 "num_items": len(feed.items),
                 "num_interactions": len(feed.interactions),

@@ -19,10 +19,6 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..data import Feed
 from ..evaluation import (
-    EASE,
-    ItemKNN,
-    Popularity,
-    SASRec,
     duplicate_rate,
     illegal_rate,
     intra_session_diversity,
@@ -39,12 +35,11 @@ from ..session_generation import excluded_items, generate_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
 from .pretrain import MODEL
-from .recipe_arguments import RecipeArguments
+from .recipe_arguments import BASELINES, RecipeArguments
 from .reward import INDEPENDENT_JUDGE, REWARD_MODEL
 from .stage_runner import completed_stage, read_json, run_stage, stage_dir, write_json
 from .tokenize import ITEM_EMBEDDINGS
 
-BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasrec": SASRec}
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
 CUTOFFS = (5, 10, 50)
 NUM_EXAMPLES = 6

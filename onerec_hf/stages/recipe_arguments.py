@@ -12,6 +12,9 @@ from accelerate import PartialState
 from trl import TrlParser
 
 from ..data import DataArguments
+from ..evaluation import EASE, ItemKNN, Popularity, SASRec
+
+BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasrec": SASRec}
 
 
 def _as_dict(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]:
@@ -130,6 +133,9 @@ class EvaluationArguments:
 
     def __post_init__(self):
         self.baselines = _as_dict(self.baselines, "baselines")
+        unknown = set(self.baselines) - set(BASELINES)
+        if unknown:
+            raise ValueError(f"baselines has {', '.join(sorted(unknown))}; there are {', '.join(BASELINES)}.")
 
 
 @dataclass
