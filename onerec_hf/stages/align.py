@@ -105,6 +105,7 @@ def _run_round(
             **{
                 **TRAINING_DEFAULTS,
                 "logging_steps": 5,
+                "num_train_epochs": 1,  # Algorithm 2 goes over the data once per round
                 "seed": seed,
                 "bf16": torch.cuda.is_available(),
                 "gradient_checkpointing": False,

@@ -280,7 +280,7 @@ class Evaluation:
             found = generate_sessions(
                 model, self.trie, **self.inputs(model, np.array([row])), num_items=1, num_beams=64, num_return=10
             )
-            history = self.histories[row][-10:][::-1]
+            history = self.histories[row][-10:]
             recommended = found.items[0, :, 0].cpu().numpy()
             examples.append(
                 {
@@ -306,7 +306,8 @@ class Evaluation:
         if self.feed.text_column is not None:
             return str(row[self.feed.text_column])
         columns = [*self.feed.multi_categorical_columns, *self.feed.categorical_columns][:2]
-        return ", ".join(f"{column} {row[column]}" for column in columns)
+        values = [", ".join(row[column]) if isinstance(row[column], list) else row[column] for column in columns]
+        return "; ".join(f"{column} {value}" for column, value in zip(columns, values, strict=True))
 
 
 def mean_and_max(values: dict[str, np.ndarray]) -> dict[str, float]:
