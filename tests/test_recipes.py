@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
+from onerec_hf.stages import parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -157,3 +158,15 @@ def test_real_data_runs_in_debug_size(data_set, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["onerec"]["illegal_rate"] == 0
     assert len(metrics["alignment"]) == (2 if data_set == "kuairand" else 1)
+
+
+def test_help_lists_the_options_and_unknown_ones_are_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        parse_recipe_arguments(["--help"])
+    assert "--r_dpo" in capsys.readouterr().out
+    config = tmp_path / "typo.yaml"
+    config.write_text("output_dir: run\ncodebok_sizes: [8, 8]\n")
+    with pytest.raises(ValueError, match="codebok_sizes"):
+        parse_recipe_arguments(["--config", str(config)])
+    with pytest.raises(ValueError, match="itemknn; there are popularity"):
+        parse_recipe_arguments(["--output_dir", "run", "--baselines", '{"itemknn": false}'])

@@ -92,7 +92,7 @@ class TrainingStagesArguments:
         default=None, metadata={"help": "TrainingArguments fields, for the reward model and the judge."}
     )
     align_rounds: int = field(default=2, metadata={"help": "Rounds of preference alignment (epochs, Algorithm 2)."})
-    r_dpo: float = field(default=0.01, metadata={"help": "Share of users with a preference pair per round (1%)."})
+    r_dpo: float = field(default=0.01, metadata={"help": "Share of users with a pair per round (the paper: 0.01)."})
     num_candidates: int = field(default=128, metadata={"help": "N, sessions drawn by beam per user (128)."})
     min_reward_margin: float = field(
         default=0.0, metadata={"help": "Pairs whose rewards differ by no more than this are dropped."}
