@@ -66,6 +66,15 @@ class OneRecConfig(PreTrainedConfig):
         history_positions (`"token"` or `"item"`):
             `"token"` (the paper): every code token and separator of the history is an encoder position. `"item"`: the
             L code embeddings of an item are projected together into one position, a quarter of the length at L = 3.
+        history_feedback (`list[str]`):
+            Feedback conditions, such as `"like"` or `"watch_time>=60"`, whose outcome is embedded with each behaviour
+            of the history; none by default.
+        time_gap_buckets (`int`):
+            Buckets of the time from each behaviour to the moment of recommendation, embedded with the behaviour;
+            bucket k holds 2^(k-1) - 1 to 2^k - 1 minutes, the last one everything longer. 0 (default) leaves it out.
+        user_features (`dict[str, list[str]]`):
+            Known values by categorical column of the users; each column is one encoder position in front of the
+            history. None by default.
         expert_bias_update_rate (`float`):
             Step by which a router's selection bias moves towards balanced load after every optimizer step; 0 turns
             the balancing off.
@@ -95,6 +104,9 @@ class OneRecConfig(PreTrainedConfig):
     history_items: int = 256
     session_items: int = 5
     history_positions: str = "token"
+    history_feedback: list[str] | tuple[str, ...] = ()
+    time_gap_buckets: int = 0
+    user_features: dict[str, list[str]] | None = None
     hidden_act: str = "silu"
     dropout: float = 0.1
     rms_norm_eps: float = 1e-6
@@ -110,6 +122,8 @@ class OneRecConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.codebook_sizes = list(self.codebook_sizes)
+        self.history_feedback = list(self.history_feedback)
+        self.user_features = dict(self.user_features or {})
         if self.vocab_size is None:
             self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
         super().__post_init__(**kwargs)
@@ -135,6 +149,8 @@ class OneRecConfig(PreTrainedConfig):
             )
         if self.history_positions not in ("token", "item"):
             raise ValueError(f"history_positions must be 'token' or 'item', got {self.history_positions!r}.")
+        if self.time_gap_buckets < 0:
+            raise ValueError(f"time_gap_buckets must not be negative, got {self.time_gap_buckets}.")
 
     @property
     def num_levels(self) -> int:

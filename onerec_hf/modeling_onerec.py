@@ -303,6 +303,14 @@ class OneRecEncoder(OneRecPreTrainedModel):
         self.embed_recency = nn.Embedding(config.history_items, config.hidden_size)
         if config.history_positions == "item":
             self.item_proj = nn.Linear(config.num_levels * config.hidden_size, config.hidden_size, bias=False)
+        if config.history_feedback:
+            # Per condition one vector where it holds and one where it does not; where unknown, neither.
+            self.feedback_proj = nn.Linear(2 * len(config.history_feedback), config.hidden_size, bias=False)
+        if config.time_gap_buckets:
+            self.embed_time_gap = nn.Embedding(config.time_gap_buckets + 1, config.hidden_size, 0)
+        if config.user_features:
+            num_values = sum(len(values) for values in config.user_features.values())
+            self.embed_user_features = nn.Embedding(num_values + 1, config.hidden_size, 0)
         self.layers = nn.ModuleList([OneRecEncoderLayer(config, index) for index in range(config.encoder_layers)])
         self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -322,10 +330,37 @@ class OneRecEncoder(OneRecPreTrainedModel):
         return tokens.view(tokens.shape[0], -1, width)[..., :-1]
 
     def position_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask over encoder positions: `attention_mask` (batch, tokens), or (batch, items) with item positions."""
-        if attention_mask is None or self.config.history_positions == "token":
-            return attention_mask
-        return self._to_item_slots(attention_mask, 0).amax(dim=-1)
+        """The mask over encoder positions: `attention_mask` (batch, tokens), or (batch, items) with item positions,
+        behind a 1 for every user feature."""
+        if attention_mask is None:
+            return None
+        if self.config.history_positions == "item":
+            attention_mask = self._to_item_slots(attention_mask, 0).amax(dim=-1)
+        return nn.functional.pad(attention_mask, (len(self.config.user_features), 0), value=1)
+
+    def _add_behaviours(
+        self,
+        inputs_embeds: torch.Tensor,
+        history_feedback: torch.LongTensor | None,
+        history_time_gaps: torch.LongTensor | None,
+    ) -> torch.Tensor:
+        """`inputs_embeds` with what is known of each behaviour added to every position of its item."""
+        known = {}
+        if history_feedback is not None:
+            outcomes = torch.cat([history_feedback > 0, history_feedback < 0], dim=-1)
+            known["history_feedback"] = self.feedback_proj(outcomes.to(inputs_embeds.dtype))
+        if history_time_gaps is not None:
+            known["history_time_gaps"] = self.embed_time_gap(history_time_gaps)
+        for name, embeds in known.items():
+            if self.config.history_positions == "token":
+                embeds = embeds.repeat_interleave(self.config.tokens_per_item, dim=1)[:, :-1]
+            if embeds.shape != inputs_embeds.shape:
+                raise ValueError(
+                    f"{name} covers {tuple(embeds.shape[:2])} (batch, positions), the history "
+                    f"{tuple(inputs_embeds.shape[:2])}: give one entry per item, padding included."
+                )
+            inputs_embeds = inputs_embeds + embeds
+        return inputs_embeds
 
     @merge_with_config_defaults
     @capture_outputs
@@ -334,17 +369,39 @@ class OneRecEncoder(OneRecPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        history_feedback: torch.LongTensor | None = None,
+        history_time_gaps: torch.LongTensor | None = None,
+        user_features: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encodes histories.
+
+        The last three inputs are needed where the configuration names them, and refused elsewhere;
+        [`encode_history_rows`] makes them.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Code and SEP tokens.
             attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 0 on padding, which may be left or right.
             inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`.
+            history_feedback (`torch.LongTensor` of shape `(batch, items, conditions)`): 1 where the condition holds,
+                -1 where it does not, 0 where that is unknown and on padding.
+            history_time_gaps (`torch.LongTensor` of shape `(batch, items)`): Bucket of the time to the moment of
+                recommendation, 0 where it is unknown and on padding.
+            user_features (`torch.LongTensor` of shape `(batch, columns)`): Ids counted from 1 over the values of all
+                columns, 0 where the value is unknown.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
+        for name, given, setting in (
+            ("history_feedback", history_feedback, self.config.history_feedback),
+            ("history_time_gaps", history_time_gaps, self.config.time_gap_buckets),
+            ("user_features", user_features, self.config.user_features),
+        ):
+            if (given is not None) != bool(setting):
+                raise ValueError(
+                    f"The encoder {'needs' if setting else 'takes no'} {name} with this configuration; "
+                    "onerec_hf.history_features.encode_history_rows makes the inputs that a configuration names."
+                )
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = self.position_mask(attention_mask)
@@ -356,11 +413,17 @@ class OneRecEncoder(OneRecPreTrainedModel):
             else:
                 inputs_embeds = self.embed_tokens(input_ids)
                 per_item = self.config.tokens_per_item
+        inputs_embeds = self._add_behaviours(inputs_embeds, history_feedback, history_time_gaps)
+        columns = len(self.config.user_features)
         if mask is None:
-            mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
-        from_latest = mask.flip(1).cumsum(1).flip(1) - 1
+            shape = (inputs_embeds.shape[0], columns + inputs_embeds.shape[1])
+            mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)
+        from_latest = mask[:, columns:].flip(1).cumsum(1).flip(1) - 1
         recency = (from_latest // per_item).clamp(0, self.config.history_items - 1)
-        hidden_states = self.dropout(inputs_embeds + self.embed_recency(recency))
+        hidden_states = inputs_embeds + self.embed_recency(recency)
+        if user_features is not None:
+            hidden_states = torch.cat([self.embed_user_features(user_features), hidden_states], dim=1)
+        hidden_states = self.dropout(hidden_states)
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=None
         )
@@ -508,6 +571,9 @@ class OneRecModel(OneRecPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        history_feedback: torch.LongTensor | None = None,
+        history_time_gaps: torch.LongTensor | None = None,
+        user_features: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqMoEModelOutput:
         """Runs encoder and decoder.
@@ -517,7 +583,13 @@ class OneRecModel(OneRecPreTrainedModel):
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                history_feedback=history_feedback,
+                history_time_gaps=history_time_gaps,
+                user_features=user_features,
+                **kwargs,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)

@@ -8,7 +8,8 @@ from .session_generation import recommend
 class GenerativeRecommendationPipeline(Pipeline):
     """`pipeline("generative-recommendation", model=DIR)(histories, top_k=10)`.
 
-    `histories` is one history (a list of item ids, oldest first) or a list of them. For each the result is
+    `histories` is one history (a list of item ids, oldest first, or a row as [`onerec_hf.recommend`] takes it) or a
+    list of them. For each the result is
     `{"session": [...], "items": [...], "scores": [...]}` in the catalogue's own item ids, as [`onerec_hf.recommend`]
     gives it, whose other arguments (`num_beams`, `exclude_seen`) are accepted too.
     """
@@ -20,7 +21,7 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def __call__(self, histories, **kwargs):
         """Recommends; a single history gives a single result."""
-        single = len(histories) > 0 and not isinstance(histories[0], (list, tuple))
+        single = isinstance(histories, dict) or bool(histories and not isinstance(histories[0], (list, tuple, dict)))
         # A dict keeps the base class from taking the users one by one.
         results = super().__call__({"histories": [histories] if single else list(histories)}, **kwargs)
         return results[0] if single else results

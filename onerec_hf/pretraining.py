@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback
 
+from .history_features import HISTORY_FEATURES, encode_history_rows
 from .modeling_onerec import OneRecForConditionalGeneration
 from .tokenization_onerec import OneRecTokenizer
 
@@ -61,19 +62,16 @@ class SessionCollator:
         self.shift = model.prepare_decoder_input_ids_from_labels
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` (batch, tokens); `decoder_input_ids` and `labels` (batch, session tokens).
+        """What [`encode_history_rows`] makes; `decoder_input_ids` and `labels` (batch, session tokens).
 
         BOS is masked out of the labels here, so that the trainer counts the predicted codes alone.
         """
-        batch = self.tokenizer.encode_histories(
-            [row["history"] for row in rows], max_items=self.config.history_items, catalogue_indices=True
-        )
+        batch = encode_history_rows(rows, self.tokenizer, self.config)
         labels = self.tokenizer.encode_sessions(
             [row["session"] for row in rows], max_items=self.config.session_items, catalogue_indices=True
         )
         return {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
+            **batch,
             "decoder_input_ids": self.shift(labels),
             "labels": labels.masked_fill(labels == self.config.bos_token_id, -100),
         }
@@ -131,8 +129,8 @@ class OneRecPretrainer(Seq2SeqTrainer):
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
-        # `length` must survive for length-grouped batches; the collator reads the two lists.
-        self._signature_columns = ["history", "session", "length"]
+        # `length` must survive for length-grouped batches; the collator reads the others.
+        self._signature_columns = ["history", "session", "length", *HISTORY_FEATURES]
 
 
 __all__ = [

@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from .history_features import encode_history_rows
 from .item_trie import ItemTrie
 
 
@@ -38,6 +39,7 @@ def generate_sessions(
     num_beams: int | None = None,
     num_return: int | None = None,
     excluded: torch.BoolTensor | None = None,
+    **encoder_inputs: torch.Tensor,
 ) -> SessionBeams:
     """Beam search over whole sessions of real items, none repeated within a session.
 
@@ -52,6 +54,7 @@ def generate_sessions(
         num_beams (`int`, *optional*): The generation config's by default.
         num_return (`int`, *optional*): Sessions returned per user, all beams by default.
         excluded (`torch.BoolTensor` of shape `(batch, N)`, *optional*): Catalogue indices not to be generated.
+        encoder_inputs: Further tensors for the encoder, such as those of [`encode_history_rows`].
 
     Raises:
         ValueError: If more items are asked for than a session of this model has.
@@ -66,7 +69,8 @@ def generate_sessions(
         raise ValueError(f"num_return ({num_return}) exceeds num_beams ({num_beams}).")
     batch, device = input_ids.shape[0], input_ids.device
     decoder = model.get_decoder()
-    encoder_hidden_states = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    encoder_inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    encoder_hidden_states = model.get_encoder()(**encoder_inputs).last_hidden_state
     encoder_attention_mask = model.get_encoder().position_mask(attention_mask)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     allowed_counts = trie.allowed_prefix_counts(excluded, batch)
@@ -123,7 +127,7 @@ def excluded_items(histories: list[np.ndarray], num_items: int, device: torch.de
 def recommend(
     model,
     tokenizer,
-    histories: list[list],
+    histories: list[list | dict],
     top_k: int = 10,
     num_beams: int | None = None,
     exclude_seen: bool = True,
@@ -135,7 +139,9 @@ def recommend(
     Args:
         model ([`OneRecForConditionalGeneration`]): The trained generator.
         tokenizer ([`OneRecTokenizer`]): The tokenizer saved with it.
-        histories (`list[list]`): Item ids per user, oldest first, of the catalogue's own type. May be empty.
+        histories (`list[list]`): Item ids per user, oldest first, of the catalogue's own type. May be empty. A
+            model with feedback, times or user features needs rows (`dict`) of `history_item_ids` and of the columns
+            that [`encode_history_rows`] names.
         top_k (`int`): Length of the ranked list.
         num_beams (`int`, *optional*): The saved generation config's by default, and at least `top_k`.
         exclude_seen (`bool`): Whether items of the history are left out.
@@ -159,13 +165,14 @@ def recommend(
     item_ids = np.asarray(tokenizer.item_ids)
     was_training = model.training
     model.eval()
+    rows = [history if isinstance(history, dict) else {"history_item_ids": history} for history in histories]
     results = []
-    for start in tqdm(range(0, len(histories), batch_size), desc="Recommending", disable=not show_progress):
-        chunk = histories[start : start + batch_size]
-        encoded = tokenizer.encode_histories(chunk, max_items=model.config.history_items).to(device)
+    for start in tqdm(range(0, len(rows), batch_size), desc="Recommending", disable=not show_progress):
+        chunk = rows[start : start + batch_size]
+        encoded = encode_history_rows(chunk, tokenizer, model.config).to(device)
         excluded = None
         if exclude_seen:
-            seen = [tokenizer.item_index(history) for history in chunk]
+            seen = [tokenizer.item_index(row["history_item_ids"]) for row in chunk]
             excluded = excluded_items(seen, trie.num_items, device)
         ranked = generate_sessions(
             model,

@@ -16,9 +16,9 @@ from onerec_hf.data import (
     Feed,
     evaluation_cases,
     exposure_sessions,
-    positive_histories,
     pretraining_sessions,
     split_feed,
+    user_histories,
 )
 
 HOUR = 3600.0
@@ -188,14 +188,48 @@ def test_leave_one_out_warns_and_holds_out_the_last_positive():
     assert split.fit["item_id"].tolist() == [1, 2, 1, 2] and split.evaluation["item_id"].tolist() == [3]
 
 
-def test_positive_histories_and_thresholds():
+def test_user_histories_and_thresholds():
     rows = [(1, 1, 0, 1, 1, 0), (1, 2, 1, 1, 0, 0), (1, 3, 2, 1, 0, 1), (2, 2, 3, 2, 0, 0)]
     feed = make_feed(rows)
-    histories = positive_histories(feed.interactions, ["view", "like"])
-    assert {user: items.tolist() for user, items in histories.items()} == {1: [1, 3]}
-    histories = positive_histories(feed.interactions, ["watch_time>=20"])
-    assert {user: items.tolist() for user, items in histories.items()} == {1: [1]}
-    assert len(positive_histories(feed.interactions, [])) == 2
+    histories = user_histories(feed.interactions, feed, DataArguments())
+    assert histories[:] == {"user_id": [1], "history_item_ids": [[1, 3]]}
+    feed = make_feed(rows, ["watch_time>=20"])
+    histories = user_histories(feed.interactions, feed, DataArguments())
+    assert histories[:] == {"user_id": [1], "history_item_ids": [[1]]}
+    feed = make_feed(rows, [])
+    assert len(user_histories(feed.interactions, feed, DataArguments())) == 2
+
+
+def test_features_of_histories():
+    rows = [(1, 1, None, None, 1, 0), (1, 2, 1, 1, 0, 1), (1, 3, 2, 1, 1, 0), (1, 4, 5, 2, 1, 0), (2, 2, 3, 2, 1, 0)]
+    feed = make_feed(rows)
+    feed.interactions.loc[0, "like"] = np.nan
+    feed.users = pd.DataFrame({"user_id": [2, 1], "sex": ["f", None], "age": ["20", "30"]})
+    asked = {
+        "history_feedback": ["like", "watch_time>=21"],
+        "history_timestamps": True,
+        "user_features": ["age", "sex"],
+    }
+    args = DataArguments(session_items=1, test_start="1970-01-01T05:00:00+00:00", **asked)
+    split = split_feed(feed, args)
+    # Item 1 lasts 11 s, 2 12 s, 3 10 s; a view is watched twice over, else half.
+    feedback, times, user = [[None, 1], [1, 0], [0, 0]], [None, 1 * HOUR, 2 * HOUR], {"age": "30", "sex": None}
+    sessions = pretraining_sessions(split.fit, feed, args)
+    assert sessions["session_item_ids"][:] == [[2], [3]]
+    assert sessions["history_feedback"][:] == [feedback[:1], feedback[:2]]
+    assert sessions["history_timestamps"][:] == [times[:1], times[:2]]
+    assert sessions["timestamp"][:] == [1 * HOUR, 2 * HOUR] and sessions["user_features"][:] == [user, user]
+    cases = evaluation_cases(split, feed, args)
+    expected = {"user_id": [1], "history_item_ids": [[1, 2, 3]], "history_feedback": [feedback]}
+    expected |= {"history_timestamps": [times], "user_features": [user], "next_item_id": [4], "timestamp": [5 * HOUR]}
+    assert cases[:] == expected
+    users = user_histories(split.fit, feed, args)
+    assert users["timestamp"][:] == [3 * HOUR] * 2 and users["history_timestamps"][:] == [times, [3 * HOUR]]
+    assert users["user_features"][1] == {"age": "20", "sex": "f"}
+    with pytest.raises(DataError, match="no user column 'city'; there are sex, age"):
+        pretraining_sessions(split.fit, feed, DataArguments(user_features=["city"]))
+    with pytest.raises(DataError, match="no feedback column 'share'"):
+        pretraining_sessions(split.fit, feed, DataArguments(history_feedback=["share"]))
 
 
 def test_string_ids():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
+from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import SessionCollator
 from ..tokenization_onerec import BOS_TOKEN_ID, IGNORE_INDEX, PAD_TOKEN_ID, OneRecTokenizer
@@ -54,8 +55,9 @@ class PreferenceCollator:
     """
     Batches of B pairs for [`OneRecDPOTrainer`] from rows of `history`, `chosen` and `rejected` (catalogue indices).
 
-    `encoder_input_ids` and `encoder_attention_mask` `(B, T)` hold each history once. `input_ids` `(2B, S)` are the
-    decoder's sequences `<bos> a b c <bos> a b c`, all chosen sessions first; `completion_mask` is 1 on code tokens
+    `encoder_input_ids` and `encoder_attention_mask` `(B, T)`, and what else [`encode_history_rows`] makes for this
+    model, hold each history once. `input_ids` `(2B, S)` are the decoder's sequences `<bos> a b c <bos> a b c`, all
+    chosen sessions first; `completion_mask` is 1 on code tokens
     alone: like eq 4's loss, a session's log-probability leaves out `<bos>`, which generation never chooses. With
     `ntp_rows` in the rows the batch also has what `SessionCollator` makes of those rows of `ntp_dataset`, with the
     prefix `ntp_`.
@@ -73,14 +75,12 @@ class PreferenceCollator:
         ntp_dataset: Dataset | None = None,
     ):
         self.tokenizer = tokenizer
-        self.history_items = model.config.history_items
+        self.config = model.config
         self.ntp_dataset = ntp_dataset
         self.session_collator = SessionCollator(tokenizer, model)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        encoder = self.tokenizer.encode_histories(
-            [row["history"] for row in rows], max_items=self.history_items, catalogue_indices=True
-        )
+        encoder = encode_history_rows(rows, self.tokenizer, self.config)
         labels = self.tokenizer.encode_sessions(
             [row["chosen"] for row in rows] + [row["rejected"] for row in rows], catalogue_indices=True
         )
@@ -88,8 +88,9 @@ class PreferenceCollator:
         input_ids = F.pad(labels, (1, 0), value=BOS_TOKEN_ID)
         input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, PAD_TOKEN_ID)
         batch = {
-            "encoder_input_ids": encoder["input_ids"],
-            "encoder_attention_mask": encoder["attention_mask"],
+            "encoder_input_ids": encoder.pop("input_ids"),
+            "encoder_attention_mask": encoder.pop("attention_mask"),
+            **encoder,
             "input_ids": input_ids,
             "attention_mask": (input_ids != PAD_TOKEN_ID).long(),
             "completion_mask": F.pad(is_code.long(), (1, 0)),
@@ -99,11 +100,7 @@ class PreferenceCollator:
                 batch[column] = torch.tensor([row[column] for row in rows])
         ntp_rows = [index for row in rows for index in row.get("ntp_rows", [])]
         if ntp_rows:
-            columns = self.ntp_dataset[ntp_rows]
-            ordinary = [
-                {"history": history, "session": session}
-                for history, session in zip(columns["history"], columns["session"], strict=True)
-            ]
+            ordinary = self.ntp_dataset.select(ntp_rows).to_list()
             batch |= {f"{NTP_PREFIX}{name}": tensor for name, tensor in self.session_collator(ordinary).items()}
         return batch
 
@@ -193,6 +190,7 @@ class OneRecDPOTrainer(DPOTrainer):
             "history",
             "chosen",
             "rejected",
+            *HISTORY_FEATURES,
             "ntp_rows",
             "ref_chosen_logps",
             "ref_rejected_logps",

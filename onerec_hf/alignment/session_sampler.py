@@ -5,6 +5,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reward import OneRecRewardModel, score_sessions
@@ -39,7 +40,8 @@ def sample_preferences(
         trie (`ItemTrie`): Trie of the catalogue, on the model's device.
         tokenizer (`OneRecTokenizer`): Tokenizer of all three.
         reward_model (`OneRecRewardModel`): Scores the sessions.
-        dataset (`Dataset`): Training rows with `user_id` and `history` (catalogue indices, oldest first).
+        dataset (`Dataset`): Training rows with `user_id`, `history` (catalogue indices, oldest first) and the columns
+            that [`encode_history_rows`] needs for this model.
         sample_share (`float`): Share of the rows drawn, in (0, 1]; at least one row is drawn.
         num_candidates (`int`): Beams, and sessions scored for each row.
         num_items (`int`, *optional*): Items of a session; the generator's `session_items` by default.
@@ -51,7 +53,8 @@ def sample_preferences(
 
     Returns:
         `Dataset`: `user_id`, `history`, `chosen` and `rejected` (catalogue indices), `chosen_reward`,
-        `rejected_reward`, `mean_reward` and `candidate_rewards`, the rewards of the row's sessions in beam order.
+        `rejected_reward`, `mean_reward` and `candidate_rewards`, the rewards of the row's sessions in beam order, and
+        the columns of `HISTORY_FEATURES` that `dataset` has.
 
     Raises:
         ValueError: if `sample_share` is outside (0, 1] or `num_candidates` below 2.
@@ -63,25 +66,22 @@ def sample_preferences(
     count = min(len(dataset), max(1, round(sample_share * len(dataset))))
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     drawn = dataset.select(rows)
+    kept = ["user_id", "history", *(name for name in HISTORY_FEATURES if name in dataset.column_names)]
 
     was_training = model.training
     model.eval()
     pairs = []
     for start in tqdm(range(0, count, batch_size), desc="drawing sessions", disable=not progress):
-        batch = drawn[start : start + batch_size]
-        histories = [np.asarray(history, dtype=np.int64) for history in batch["history"]]
-        encoded = tokenizer.encode_histories(
-            histories, max_items=model.config.history_items, catalogue_indices=True
-        ).to(model.device)
+        batch = drawn.select(range(start, min(start + batch_size, count))).to_list()
+        histories = [np.asarray(row["history"], dtype=np.int64) for row in batch]
+        encoded = encode_history_rows(batch, tokenizer, model.config).to(model.device)
         excluded = excluded_items(histories, trie.num_items, model.device) if exclude_history else None
         beams = generate_sessions(
             model, trie, **encoded, num_items=num_items, num_beams=num_candidates, excluded=excluded
         )
         items = beams.items.cpu()
         scores = score_sessions(reward_model, tokenizer.item_token_ids, histories, items, batch_size)
-        for user_id, history, sessions, rewards in zip(
-            batch["user_id"], batch["history"], items, scores.reward, strict=True
-        ):
+        for row, sessions, rewards in zip(batch, items, scores.reward, strict=True):
             real = ~rewards.isnan()
             sessions, rewards = sessions[real], rewards[real]
             if len(rewards) < 2:
@@ -91,9 +91,8 @@ def sample_preferences(
             if gap <= 0 or gap < min_reward_gap:
                 continue
             pairs.append(
-                {
-                    "user_id": user_id,
-                    "history": history,
+                {name: row[name] for name in kept}
+                | {
                     "chosen": sessions[winner].tolist(),
                     "rejected": sessions[loser].tolist(),
                     "chosen_reward": float(rewards[winner]),
@@ -105,7 +104,7 @@ def sample_preferences(
     model.train(was_training)
     features = Features(
         {
-            "user_id": dataset.features["user_id"],
+            **{name: dataset.features[name] for name in kept},
             "history": List(Value("int64")),
             "chosen": List(Value("int64")),
             "rejected": List(Value("int64")),

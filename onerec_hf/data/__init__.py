@@ -17,16 +17,15 @@ from .schema import (
     feedback_columns,
     interaction_features,
     item_features,
-    session_features,
 )
 from .sessions import (
     FeedSplit,
     evaluation_cases,
     exposure_sessions,
-    positive_histories,
     pretraining_sessions,
     session_labels,
     split_feed,
+    user_histories,
 )
 from .simulated_feed import SimulatedFeed, SimulatedFeedParameters
 
@@ -46,7 +45,6 @@ __all__ = [
     "item_features",
     "load_feed",
     "load_saved_feed",
-    "positive_histories",
     "positive_mask",
     "pretraining_sessions",
     "read_amazon",
@@ -54,7 +52,7 @@ __all__ = [
     "read_kuairand",
     "read_table",
     "save_feed",
-    "session_features",
     "session_labels",
     "split_feed",
+    "user_histories",
 ]

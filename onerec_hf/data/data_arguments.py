@@ -46,6 +46,21 @@ class DataArguments:
         default=256, metadata={"help": "n: latest positive behaviours that make a history (paper, 3.1: 256)."}
     )
     session_items: int = field(default=5, metadata={"help": "m: items of a session (paper, 3.2: 5)."})
+    history_feedback: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Feedback that the encoder reads with each behaviour, written like positive_feedback, e.g. like "
+            "'watch_time>=60'. Default: none."
+        },
+    )
+    history_timestamps: bool = field(
+        default=False,
+        metadata={"help": "Whether the encoder reads how long before the recommendation each behaviour was."},
+    )
+    user_features: list[str] | None = field(
+        default=None,
+        metadata={"help": "Categorical columns of the users that the encoder reads. Default: none."},
+    )
     min_history_items: int = field(default=1, metadata={"help": "Shortest history of a session or evaluated user."})
     min_session_items: int = field(default=1, metadata={"help": "Shortest session that is kept."})
     session_source: str = field(

@@ -16,12 +16,14 @@ from .schema import (
     DataError,
     canonical_interactions,
     canonical_items,
+    canonical_users,
     check_known_items,
     feedback_columns,
     id_type,
     interaction_features,
     item_features,
     order_interactions,
+    user_features,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class Feed:
         text_column, categorical_columns, multi_categorical_columns, numeric_columns, embedding_column: of the items.
         timezone: IANA name of the time zone whose midnight separates the days of a user.
         world: the generator with its truth, for simulated data.
+        users: categories of the users, where the data has them; `user_id` is the first column.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Feed:
     embedding_column: str | None = None
     timezone: str = "UTC"
     world: SimulatedFeed | None = None
+    users: pd.DataFrame | None = None
 
     def __post_init__(self):
         positive_mask(self.interactions[:0], self.positive_feedback)
@@ -104,6 +108,7 @@ class Feed:
         interactions: list[tuple[pd.DataFrame, str]],
         items: tuple[pd.DataFrame, str],
         positive_feedback: list[str],
+        users: tuple[pd.DataFrame, str] | None = None,
         **columns,
     ) -> Feed:
         """Checks and joins frames that already carry the schema's column names.
@@ -111,6 +116,7 @@ class Feed:
         Args:
             interactions: (frame, the file's name for errors), in an order that breaks ties of time.
             items: (frame, the file's name).
+            users: (frame, the file's name), if there is a table of users.
             columns: the roles of item columns, `timezone` and `world`, as in the class.
 
         Raises:
@@ -131,9 +137,17 @@ class Feed:
                     f"{source}: column 'user_id' is {id_type(ids)} (first at row 0: {ids.iloc[0]}) but "
                     f"{id_type(first)} in {interactions[0][1]} ({first.iloc[0]}). Use one type in all files."
                 )
+        if users is not None:
+            users, source = canonical_users(*users), users[1]
+            if id_type(users["user_id"]) != id_type(first):
+                raise DataError(
+                    f"{source}: column 'user_id' is {id_type(users['user_id'])} (first at row 0: "
+                    f"{users['user_id'].iloc[0]}) but {id_type(first)} in {interactions[0][1]} ({first.iloc[0]}). "
+                    "Use one type in both."
+                )
         joined = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
         ordered = order_interactions(joined, ", ".join(source for _, source in interactions))
-        return cls(name, ordered, catalogue, list(positive_feedback), **columns)
+        return cls(name, ordered, catalogue, list(positive_feedback), users=users, **columns)
 
     def item_roles(self) -> dict:
         """The roles of the item columns, as keyword arguments of `item_features` and `canonical_items`."""
@@ -145,6 +159,9 @@ class Feed:
 
     def item_features(self) -> Features:
         return item_features(self.items, **self.item_roles())
+
+    def user_features(self) -> Features:
+        return user_features(self.users)
 
     def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
         """A copy with another meaning of a positive behaviour. Raises DataError for an unknown column."""

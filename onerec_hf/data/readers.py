@@ -30,6 +30,10 @@ items:                                 # optional: without it the items are thos
   multi_categorical: [tags]            # lists, or comma-separated text
   numeric: [age]
   embedding: vector
+users:                                 # optional: categories that the encoder may read (user_features)
+  file: users.csv
+  columns: {user_id: uid}
+  categorical: [country, age_group]
 positive_feedback: [view, "rating>=4"] # optional, default: every interaction is positive
 ```
 """
@@ -62,6 +66,16 @@ KUAIRAND_FEEDBACK = {
     "profile_enter": "is_profile_enter",
     "hate": "is_hate",
 }
+KUAIRAND_USER_COLUMNS = [
+    "user_active_degree",
+    "is_live_streamer",
+    "is_video_author",
+    "follow_user_num_range",
+    "fans_user_num_range",
+    "friend_user_num_range",
+    "register_days_range",
+    *(f"onehot_feat{number}" for number in range(18)),
+]
 KUAIRAND_TIMEZONE = "Asia/Shanghai"
 TIMESTAMP_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "iso": None}
 DURATION_COLUMN = "video_duration"
@@ -93,10 +107,10 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     """KuaiRand (Gao et al., CIKM 2022), from either of two folders.
 
     Parquet: interactions.parquet, items.parquet and optionally history.parquet (behaviours before the log, in order
-    but without times, with long_view and is_like only). Official download, of any size: log_standard_*.csv and
-    video_features_basic_*.csv; the log of random exposures is not read. `view` is long_view. Times are time_ms; the
-    columns date and hourmin run some minutes ahead, so that by them the last behaviours of a day belong to the next.
-    Days end at Beijing's midnight.
+    but without times, with long_view and is_like only) and users.parquet. Official download, of any size:
+    log_standard_*.csv, video_features_basic_*.csv and optionally user_features_*.csv; the log of random exposures is
+    not read. `view` is long_view. Times are time_ms; the columns date and hourmin run some minutes ahead, so that by
+    them the last behaviours of a day belong to the next. Days end at Beijing's midnight.
 
     Raises:
         DataError: files or columns are missing.
@@ -129,11 +143,14 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     items = pd.concat([_read(path, columns) for path in catalogue], ignore_index=True)
     items = items.rename(columns={item_column: "item_id"})
     items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
+    tables = sorted(folder.glob("user_features_*.csv" if item_column == "video_id" else "users.parquet"))
+    users = [_read(path, ["user_id", *KUAIRAND_USER_COLUMNS]) for path in tables]
     return Feed.from_frames(
         "kuairand",
         parts,
         (items, ", ".join(path.name for path in catalogue)),
         KUAIRAND_POSITIVE,
+        users=(pd.concat(users, ignore_index=True), ", ".join(path.name for path in tables)) if users else None,
         categorical_columns=categorical,
         multi_categorical_columns=["tag"],
         numeric_columns=[DURATION_COLUMN],
@@ -210,6 +227,7 @@ MAPPING_KEYS = {
     "": {"name", "timezone", "interactions", "items", "positive_feedback"},
     "interactions": {"columns", "timestamp_unit", "feedback"},
     "items": {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding"},
+    "users": {"columns", "categorical"},
 }
 
 
@@ -242,7 +260,7 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
                 raise DataError(f"{path}: '{section}' needs '{key}'.")
         if section and not isinstance(part["columns"], dict):
             raise DataError(f"{path}: '{section}.columns' must map schema columns to yours, e.g. item_id: video.")
-    for section, allowed in (("interactions", KEY_COLUMNS), ("items", ("item_id",))):
+    for section, allowed in (("interactions", KEY_COLUMNS), ("items", ("item_id",)), ("users", ("user_id",))):
         columns = mapping.get(section, {}).get("columns", {})
         for name in columns:
             if name not in allowed:
@@ -253,9 +271,10 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
     if mapping["interactions"].get("timestamp_unit", "s") not in TIMESTAMP_UNITS:
         unit = mapping["interactions"]["timestamp_unit"]
         raise DataError(f"{path}: timestamp_unit '{unit}' is not known; use {', '.join(TIMESTAMP_UNITS)}.")
-    for key in ("categorical", "multi_categorical", "numeric"):
-        if not isinstance(mapping.get("items", {}).get(key, []), list):
-            raise DataError(f"{path}: 'items.{key}' must be a list of columns, e.g. [author].")
+    for section in ("items", "users"):
+        for key in ("categorical", "multi_categorical", "numeric"):
+            if not isinstance(mapping.get(section, {}).get(key, []), list):
+                raise DataError(f"{path}: '{section}.{key}' must be a list of columns, e.g. [author].")
     feedback = mapping["interactions"].get("feedback", {})
     if not isinstance(feedback, dict):
         raise DataError(f"{path}: 'interactions.feedback' must map names to columns, e.g. view: is_view.")
@@ -299,11 +318,21 @@ def _map_feed(mapping: dict, read, default_name: str) -> Feed:
     else:
         items = pd.concat([frame[["item_id"]] for frame, _ in parts]).dropna().drop_duplicates()
         items_source = parts[0][1]
+    users = None
+    if "users" in mapping:
+        section = mapping["users"]
+        tables = read(section, [section["columns"]["user_id"], *section.get("categorical", [])])
+        frame = pd.concat([table for table, _ in tables], ignore_index=True)
+        users = (
+            frame.rename(columns={section["columns"]["user_id"]: "user_id"}),
+            ", ".join(source for _, source in tables),
+        )
     return Feed.from_frames(
         str(mapping.get("name", default_name)),
         parts,
         (items, items_source),
         [str(condition) for condition in mapping.get("positive_feedback", [])],
+        users=users,
         timezone=str(mapping.get("timezone", "UTC")),
         **roles,
     )
@@ -378,13 +407,18 @@ _FEED_FIELDS = (
 
 
 def save_feed(feed: Feed, directory: str | Path) -> None:
-    """Writes interactions.parquet, items.parquet, feed.json and, if there is one, world/ into `directory`.
+    """Writes interactions.parquet, items.parquet, feed.json and, if there are any, users.parquet and world/.
 
-    The folder appears whole or not at all, and replaces one of the same name.
+    The folder `directory` appears whole or not at all, and replaces one of the same name.
     """
     with atomic_directory(directory) as folder:
-        tables = ((feed.interactions, feed.interaction_features()), (feed.items, feed.item_features()))
-        for name, (frame, features) in zip(("interactions", "items"), tables, strict=True):
+        tables = {
+            "interactions": (feed.interactions, feed.interaction_features()),
+            "items": (feed.items, feed.item_features()),
+        }
+        if feed.users is not None:
+            tables["users"] = (feed.users, feed.user_features())
+        for name, (frame, features) in tables.items():
             table = pa.Table.from_pandas(frame, schema=features.arrow_schema, preserve_index=False)
             pq.write_table(table.replace_schema_metadata(None), folder / f"{name}.parquet", compression="zstd")
         fields = {name: getattr(feed, name) for name in _FEED_FIELDS}
@@ -411,4 +445,5 @@ def load_saved_feed(directory: str | Path) -> Feed:
     if "session_id" in interactions and interactions["session_id"].isna().any():
         text = not pd.api.types.is_numeric_dtype(interactions["session_id"].dtype)
         interactions["session_id"] = interactions["session_id"].astype("string" if text else "Int64")
-    return Feed(interactions=interactions, items=items, world=world, **fields)
+    users = pd.read_parquet(folder / "users.parquet") if (folder / "users.parquet").is_file() else None
+    return Feed(interactions=interactions, items=items, world=world, users=users, **fields)

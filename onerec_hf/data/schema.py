@@ -26,6 +26,13 @@ Items (one row per item; the row number is the item's catalogue index)
 | numeric | float32, optional | NaN where missing |
 | embedding | list of float32, optional | the same length for every item, finite |
 
+Users (one row per user, optional)
+
+| column | type | meaning |
+|---|---|---|
+| user_id | int64 or string | unique, first column |
+| any other | string | a category, null where missing |
+
 Sessions (one row per training example)
 
 | column | type | meaning |
@@ -36,6 +43,15 @@ Sessions (one row per training example)
 | session_item_ids | list of item ids | in the order of exposure |
 | watch_time | float32 [s] | total of the session |
 | swt, vtr, wtr, ltr | float32 in [0, 1] | the four labels of the reward model (paper, eq 6), NaN where unknown |
+
+Features of histories, beside history_item_ids where they are asked for
+
+| column | type | meaning |
+|---|---|---|
+| history_feedback | list of lists of int8 | per behaviour and condition: 1 holds, 0 does not, null unknown |
+| history_timestamps | list of float64 [s] | of each behaviour, null where unknown |
+| timestamp | float64 [s] | of the session or evaluated behaviour, or the end of the data |
+| user_features | struct of string | the user's categories by column, null where missing |
 
 swt (session watch time) is sum(min(watch_time, duration)) / sum(duration); vtr (view), wtr (follow) and ltr (like)
 are means over the session's items.
@@ -98,16 +114,10 @@ def item_features(
     return Features(features)
 
 
-def session_features(user_type: str, item_type: str) -> Features:
-    """`datasets.Features` of sessions. The types are "int64" or "string"."""
-    features = {
-        "user_id": Value(user_type),
-        "timestamp": Value("float64"),
-        "history_item_ids": List(Value(item_type)),
-        "session_item_ids": List(Value(item_type)),
-        "watch_time": Value("float32"),
-    }
-    return Features(features | {label: Value("float32") for label in SESSION_LABELS})
+def user_features(users: pd.DataFrame) -> Features:
+    """`datasets.Features` of canonical users."""
+    features = {column: Value("string") for column in users.columns}
+    return Features(features | {"user_id": Value(id_type(users["user_id"]))})
 
 
 def _offence(source: str, column: str, bad: np.ndarray, values: pd.Series, problem: str, remedy: str) -> DataError:
@@ -324,6 +334,22 @@ def canonical_items(
         columns[name] = canonical_numbers(frame[name], name, source)
     if embedding_column is not None:
         columns[embedding_column] = canonical_embeddings(frame[embedding_column], embedding_column, source)
+    return pd.DataFrame(columns)
+
+
+def canonical_users(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Checks a table of users, all of whose columns but `user_id` are categories, and casts it.
+
+    Raises:
+        DataError: missing column, missing or duplicate id.
+    """
+    require_columns(frame, ["user_id"], source)
+    frame = frame.reset_index(drop=True)
+    columns = {"user_id": canonical_ids(frame["user_id"], "user_id", source)}
+    duplicate = columns["user_id"].duplicated().to_numpy()
+    if duplicate.any():
+        raise _offence(source, "user_id", duplicate, columns["user_id"], "repeats an id", "Keep one row per user.")
+    columns |= {name: canonical_categories(frame[name]) for name in frame.columns if name != "user_id"}
     return pd.DataFrame(columns)
 
 

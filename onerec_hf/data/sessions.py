@@ -14,12 +14,12 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, DatasetInfo, Features, List, Value
+from datasets import Dataset, DatasetInfo, Features
 from datasets.table import InMemoryTable
 
 from .data_arguments import DataArguments
 from .feed import Feed, FeedbackPredicate, positive_mask
-from .schema import SESSION_LABELS, DataError, feedback_columns, id_type, session_features
+from .schema import SESSION_LABELS, DataError, feedback_columns, id_type
 
 DEFAULT_QUANTILES = {"validation": 0.8, "test": 0.9}
 LABEL_SOURCES = {"vtr": "view", "wtr": "follow", "ltr": "like"}
@@ -149,22 +149,74 @@ def _user_codes(interactions: pd.DataFrame) -> np.ndarray:
     return np.cumsum(changes)
 
 
-def positive_histories(interactions: pd.DataFrame, positive_feedback: list[str]) -> pd.Series:
-    """Positive behaviours of each user that has any: user_id -> array of item ids, oldest first."""
-    rows = interactions[positive_mask(interactions, positive_feedback)]
-    return _item_lists(rows)
+class _Histories:
+    """Positive behaviours, user after user, of which histories are slices [start : start + length].
+
+    Args:
+        fit, feed, args: as of the callers.
+
+    Attributes:
+        positive (int64 [P]): rows of `fit`; starts, lengths (int64): each user's slice, of those that have any;
+        users (Series): their ids.
+    """
+
+    def __init__(self, fit: pd.DataFrame, feed: Feed, args: DataArguments):
+        self.fit, self.feed, self.args = fit, feed, args
+        self.positive = np.flatnonzero(positive_mask(fit, feed.positive_feedback))
+        self.starts = np.flatnonzero(np.diff(_user_codes(fit)[self.positive], prepend=-1))
+        self.lengths = np.diff(np.r_[self.starts, len(self.positive)])
+        self.users = fit["user_id"].iloc[self.positive[self.starts]]
+
+    def columns(self, starts: np.ndarray, lengths: np.ndarray, users: pd.Series) -> dict[str, pa.Array]:
+        """`history_item_ids` of the slices, and the features that are asked for of them and of `users`.
+
+        Raises:
+            DataError: a feature needs a column that is missing.
+        """
+        args, rows = self.args, self.fit.iloc[self.positive]
+        columns = {"history_item_ids": _list_array(_id_array(rows["item_id"]), starts, lengths)}
+        if args.history_feedback:
+            predicates = [FeedbackPredicate.parse(text, feedback_columns(rows)) for text in args.history_feedback]
+            values = [rows[predicate.column].to_numpy() for predicate in predicates]
+            held = np.stack([predicate.holds(column) for predicate, column in zip(predicates, values, strict=True)], 1)
+            flat = pa.array(held.astype(np.int8).ravel(), mask=np.isnan(np.stack(values, 1)).ravel())
+            behaviours = pa.FixedSizeListArray.from_arrays(flat, len(predicates))
+            columns["history_feedback"] = _list_array(behaviours, starts, lengths)
+        if args.history_timestamps:
+            columns["history_timestamps"] = _list_array(pa.array(rows["timestamp"]), starts, lengths)
+        if args.user_features:
+            columns["user_features"] = self._user_features(users)
+        return columns
+
+    def _user_features(self, users: pd.Series) -> pa.Array:
+        names = self.args.user_features
+        known = [] if self.feed.users is None else list(self.feed.users.columns[1:])
+        for name in names:
+            if name not in known:
+                raise DataError(
+                    f"user_features: {self.feed.name} has no user column '{name}'; there are "
+                    f"{', '.join(known) or 'none'}. Map a table of users that has it, or leave it out."
+                )
+        found = self.feed.users.set_index("user_id").reindex(users)
+        return pa.StructArray.from_arrays([pa.array(found[name], type=pa.string()) for name in names], names)
 
 
-def _item_lists(rows: pd.DataFrame) -> pd.Series:
-    items, users = rows["item_id"].to_numpy(), rows["user_id"].to_numpy()
-    first = np.flatnonzero(np.diff(_user_codes(rows), prepend=-1)) if len(rows) else np.zeros(0, dtype=np.int64)
-    lists = pd.Series(np.split(items, first[1:]) if len(first) else [], index=pd.Index(users[first]), dtype=object)
-    lists.index.name = "user_id"
-    return lists
+def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
+    """All positive behaviours of each user that has any, as of the end of `fit`.
+
+    Returns:
+        Dataset of user_id, history_item_ids (not truncated) and the features of histories (see schema.py).
+    """
+    histories = _Histories(fit, feed, args)
+    columns = {"user_id": _id_array(histories.users)}
+    columns |= histories.columns(histories.starts, histories.lengths, histories.users)
+    if args.history_timestamps:
+        columns["timestamp"] = pa.array(np.full(len(histories.users), fit["timestamp"].max()))
+    return _dataset(columns)
 
 
 def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
-    """Sessions to be generated, with their histories and labels (schema.session_features).
+    """Sessions to be generated, with their histories and labels (see schema.py).
 
     `args.session_source` says whether they are cut from positive behaviours or from all exposures; labels are means
     over the session's own items.
@@ -189,7 +241,8 @@ def exposure_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dat
 
 def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArguments) -> Dataset:
     """Sessions of the given rows (ascending) of `fit`."""
-    positive = np.flatnonzero(positive_mask(fit, feed.positive_feedback))
+    histories = _Histories(fit, feed, args)
+    positive = histories.positive
     users = _user_codes(fit)
     user_start = np.searchsorted(positive, np.searchsorted(users, np.arange(users[-1] + 1 if len(users) else 0)))
 
@@ -217,18 +270,17 @@ def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArgumen
     members, lengths, first = members[kept], lengths[kept], first[kept]
     history_length, history_end = np.minimum(history_length[kept], args.history_items), history_end[kept]
 
-    item_ids = fit["item_id"].to_numpy()
     user_ids = pd.Series(fit["user_id"].to_numpy()[first])
     columns = {
         "user_id": _id_array(user_ids),
         "timestamp": pa.array(fit["timestamp"].to_numpy()[first]),
-        "history_item_ids": _list_array(item_ids[positive], history_end - history_length, history_length),
-        "session_item_ids": _padded_list_array(item_ids, members, lengths),
+        **histories.columns(history_end - history_length, history_length, user_ids),
+        "session_item_ids": _padded_list_array(_id_array(fit["item_id"]), members, lengths),
         "watch_time": pa.array(_total(fit, "watch_time", members).astype(np.float32)),
     }
     labels = session_labels(fit, members)
     columns |= {label: pa.array(labels[label]) for label in SESSION_LABELS}
-    return _dataset(columns, session_features(id_type(user_ids), id_type(fit["item_id"])))
+    return _dataset(columns)
 
 
 def _session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tuple[np.ndarray, np.ndarray]:
@@ -338,15 +390,17 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
     """One case a user: given all positive behaviours before the evaluated period, the first one in it.
 
     Returns:
-        Dataset of user_id, history_item_ids (in order, not truncated), next_item_id; users with a positive behaviour
-        in the period and at least `args.min_history_items` before it.
+        Dataset of user_id, history_item_ids (in order, not truncated), next_item_id and the features of histories
+        (see schema.py); users with a positive behaviour in the period and at least `args.min_history_items` before it.
 
     Raises:
         DataError: there is no such user.
     """
-    histories = positive_histories(split.fit, feed.positive_feedback)
+    histories = _Histories(split.fit, feed, args)
     later = split.evaluation[positive_mask(split.evaluation, feed.positive_feedback)].drop_duplicates("user_id")
-    lengths = histories.map(len).reindex(later["user_id"]).fillna(0).to_numpy().astype(np.int64)
+    # Users without a history are found at -1, where the empty slice stands.
+    found = pd.Index(histories.users).get_indexer(later["user_id"])
+    starts, lengths = np.r_[histories.starts, 0][found], np.r_[histories.lengths, 0][found]
     enough = lengths >= args.min_history_items
     if not enough.any():
         raise DataError(
@@ -354,18 +408,15 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
             f"none of them {args.min_history_items} (min_history_items) before it. Lower min_history_items, or move "
             "the period."
         )
-    later, lengths = later[enough].reset_index(drop=True), lengths[enough]
-    lists = histories.reindex(later["user_id"])
-    flat = [items for items in lists if isinstance(items, np.ndarray)]
-    flat = np.concatenate(flat) if flat else np.zeros(0, dtype=later["item_id"].to_numpy().dtype)
+    later = later[enough]
     columns = {
         "user_id": _id_array(later["user_id"]),
-        "history_item_ids": _list_array(flat, np.cumsum(lengths) - lengths, lengths),
+        **histories.columns(starts[enough], lengths[enough], later["user_id"]),
         "next_item_id": _id_array(later["item_id"]),
     }
-    item_value = Value(id_type(later["item_id"]))
-    features = {"user_id": Value(id_type(later["user_id"])), "history_item_ids": List(item_value)}
-    return _dataset(columns, Features(features | {"next_item_id": item_value}))
+    if args.history_timestamps:
+        columns["timestamp"] = pa.array(later["timestamp"])
+    return _dataset(columns)
 
 
 # --------------------------------------------------------------------------------------------------------------- Arrow
@@ -375,28 +426,27 @@ def _id_array(ids: pd.Series) -> pa.Array:
     return pa.array(ids.to_numpy(), type=pa.int64() if id_type(ids) == "int64" else pa.string())
 
 
-def _list_array(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
+def _list_array(values: pa.Array, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
     """A list of values[start : start + length] for each pair."""
     offsets = np.r_[0, np.cumsum(lengths)]
     index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths)
     return _lists_by_index(values, index, offsets)
 
 
-def _padded_list_array(values: np.ndarray, members: np.ndarray, lengths: np.ndarray) -> pa.Array:
+def _padded_list_array(values: pa.Array, members: np.ndarray, lengths: np.ndarray) -> pa.Array:
     return _lists_by_index(values, members[members >= 0], np.r_[0, np.cumsum(lengths)])
 
 
-def _lists_by_index(values: np.ndarray, index: np.ndarray, offsets: np.ndarray) -> pa.Array:
-    value_type = pa.int64() if np.issubdtype(values.dtype, np.integer) else pa.string()
+def _lists_by_index(values: pa.Array, index: np.ndarray, offsets: np.ndarray) -> pa.Array:
     if offsets[-1] > np.iinfo(np.int32).max:
         raise DataError(
             f"the lists hold {offsets[-1]} items, more than Arrow's 32-bit offsets reach. Raise session_stride or "
             "lower history_items."
         )
-    taken = pa.array(values, type=value_type).take(pa.array(index))
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), taken)
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values.take(pa.array(index)))
 
 
-def _dataset(columns: dict[str, pa.Array], features: Features) -> Dataset:
-    table = pa.table(columns).cast(features.arrow_schema)
+def _dataset(columns: dict[str, pa.Array]) -> Dataset:
+    table = pa.table(columns)
+    features = Features.from_arrow_schema(table.schema)
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))

@@ -21,10 +21,11 @@ from ..data import (
     exposure_sessions,
     load_feed,
     load_saved_feed,
-    positive_histories,
+    positive_mask,
     pretraining_sessions,
     save_feed,
     split_feed,
+    user_histories,
 )
 from .recipe_arguments import RecipeArguments
 from .stage_runner import run_stage, stage_dir
@@ -66,11 +67,8 @@ def prepare_data(args: RecipeArguments) -> Path:
             REWARD_SESSIONS: exposure_sessions(split.fit, feed, exposed),
             LATER_REWARD_SESSIONS: _later_sessions(split, feed, exposed),
             EVALUATION_CASES: evaluation_cases(split, feed, args.data),
+            USER_HISTORIES: user_histories(split.fit, feed, args.data),
         }
-        histories = positive_histories(split.fit, feed.positive_feedback)
-        tables[USER_HISTORIES] = Dataset.from_dict(
-            {"user_id": histories.index.tolist(), "history_item_ids": [items.tolist() for items in histories]}
-        )
         for name, table in tables.items():
             table.to_parquet(folder / name)
         return {
@@ -80,7 +78,7 @@ def prepare_data(args: RecipeArguments) -> Path:
                 "num_users": int(feed.interactions["user_id"].nunique()),
                 "num_items": len(feed.items),
                 "num_interactions": len(feed.interactions),
-                "num_fitted_positives": int(sum(len(items) for items in histories)),
+                "num_fitted_positives": int(positive_mask(split.fit, feed.positive_feedback).sum()),
                 "num_pretraining_sessions": len(tables[PRETRAINING_SESSIONS]),
                 "num_reward_sessions": len(tables[REWARD_SESSIONS]),
                 "num_evaluation_users": len(tables[EVALUATION_CASES]),

@@ -26,6 +26,7 @@ from ..evaluation import (
     ranking_metrics,
     write_report,
 )
+from ..history_features import encode_history_rows
 from ..item_trie import ItemTrie
 from ..model_cards import onerec_card, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
 from ..modeling_onerec import OneRecForConditionalGeneration
@@ -193,9 +194,8 @@ class Evaluation:
 
     def inputs(self, model: OneRecForConditionalGeneration, rows: np.ndarray) -> dict[str, torch.Tensor]:
         histories = [self.histories[row] for row in rows]
-        batch = self.tokenizer.encode_histories(
-            histories, max_items=model.config.history_items, catalogue_indices=True
-        ).to(self.device)
+        cases = self.cases.select(rows).to_list()
+        batch = encode_history_rows(cases, self.tokenizer, model.config).to(self.device)
         excluded = None
         if self.options.exclude_consumed:
             excluded = excluded_items(histories, self.trie.num_items, self.device)

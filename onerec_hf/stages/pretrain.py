@@ -7,12 +7,15 @@ import torch
 from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
+from ..history_features import user_feature_values
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import OneRecPretrainer, index_sessions, latest_complete_checkpoint
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, prepared_data
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, run_stage, stage_dir
+
+TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 
 MODEL = "model"  # where a stage that makes a generator puts it
 
@@ -56,6 +59,9 @@ def pretrain(args: RecipeArguments) -> Path:
             **{
                 "history_items": args.data.history_items,
                 "session_items": args.data.session_items,
+                "history_feedback": args.data.history_feedback or [],
+                "time_gap_buckets": TIME_GAP_BUCKETS if args.data.history_timestamps else 0,
+                "user_features": user_feature_values(parts["train"]),
                 **args.training.model,
                 "codebook_sizes": list(tokenizer.codebook_sizes),
             },

@@ -33,19 +33,22 @@ def recommend(args: RecipeArguments) -> Path:
         parts = []
         for start in range(0, len(users), USERS_PER_CHUNK):
             part = folder / f"part_{start:09d}.parquet"
-            chunk = users[start : start + USERS_PER_CHUNK]
+            chunk = users.select(range(start, min(start + USERS_PER_CHUNK, len(users)))).to_list()
             if not part.exists():
                 found = recommend_items(
                     model,
                     tokenizer,
-                    chunk["history_item_ids"],
+                    chunk,
                     top_k=args.evaluation.top_k,
                     num_beams=args.evaluation.ranking_beams,
                     exclude_seen=args.evaluation.exclude_consumed,
                     show_progress=True,
                 )
                 table = pa.table(
-                    {"user_id": chunk["user_id"], **{key: [row[key] for row in found] for key in found[0]}}
+                    {
+                        "user_id": users["user_id"][start : start + len(chunk)],
+                        **{key: [row[key] for row in found] for key in found[0]},
+                    }
                 )
                 pq.write_table(table, part.with_suffix(".partial"))
                 part.with_suffix(".partial").rename(part)
@@ -67,7 +70,8 @@ def recommend(args: RecipeArguments) -> Path:
 
 
 def read_histories(args: RecipeArguments) -> Dataset:
-    """`user_id` and `history_item_ids`, from the file that is given or of the evaluated users.
+    """`user_id`, `history_item_ids` and what else encode_history_rows needs for the model, from the file that is given
+    or of the evaluated users.
 
     Raises:
         ValueError: If the file lacks one of the columns.
