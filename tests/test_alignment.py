@@ -100,6 +100,26 @@ class TestSampler:
             assert pair["mean_reward"] == pytest.approx(np.mean(rewards))
             assert not set(pair["history"]) & {*pair["chosen"], *pair["rejected"]}
 
+    def test_features_of_histories_reach_the_model(self, tokenizer, judge):
+        generator = tiny_generator()
+        config = OneRecConfig(**{**generator.config.to_dict(), "history_feedback": ["like"], "time_gap_buckets": 3})
+        model = OneRecForConditionalGeneration(config)
+        rows = training_rows(4)
+        times = [[float(place) for place in range(len(history))] for history in rows["history"]]
+        features = {"history_feedback": [[[place % 2] for place in history] for history in rows["history"]]}
+        features |= {"history_timestamps": times, "timestamp": [100.0] * 4}
+        rows = Dataset.from_dict(rows[:] | features)
+        trie = ItemTrie(tokenizer.codes, CODEBOOK_SIZES)
+        pairs = sample_preferences(
+            model, trie, tokenizer, judge, rows, sample_share=1.0, num_candidates=4, progress=False
+        )
+        assert {name: pairs[name][:] for name in features} == features
+        collator = PreferenceCollator(tokenizer, model, rows)
+        batch = collator(pairs.add_column("ntp_rows", [[row] for row in range(4)]).to_list())
+        ordinary = SessionCollator(tokenizer, model)(rows.to_list())
+        for name in ("history_feedback", "history_time_gaps"):
+            assert torch.equal(batch[name], ordinary[name]) and torch.equal(batch[f"ntp_{name}"], ordinary[name])
+
     def test_share_and_seed(self, tokenizer, judge):
         model, rows = tiny_generator(), training_rows(40)
         trie = ItemTrie(tokenizer.codes, CODEBOOK_SIZES)

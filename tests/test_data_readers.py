@@ -20,6 +20,7 @@ from onerec_hf.data import (
     save_feed,
     split_feed,
 )
+from onerec_hf.data.readers import KUAIRAND_USER_COLUMNS
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 KUAIRAND, AMAZON = SHARED_DATA / "kuairand_pure", SHARED_DATA / "amazon_beauty"
@@ -32,6 +33,9 @@ def assert_same_feed(one, other):
     for column in one.items:
         for left, right in zip(one.items[column], other.items[column], strict=True):
             assert np.array_equal(left, right) or (np.all(pd.isna(left)) and np.all(pd.isna(right)))
+    assert (one.users is None) == (other.users is None)
+    if one.users is not None:
+        pd.testing.assert_frame_equal(one.users, other.users)
     assert one.item_roles() == other.item_roles() and one.positive_feedback == other.positive_feedback
 
 
@@ -61,10 +65,16 @@ def test_kuairand_csv_and_parquet_give_the_same_feed(kuairand_frames, tmp_path):
     official[:20].to_csv(csv / "log_standard_4_22_to_5_08_pure.csv", index=False)
     official[:5].assign(video_id=77).to_csv(csv / "log_random_4_22_to_5_08_pure.csv", index=False)
     items.rename(columns={"item_id": "video_id"}).to_csv(csv / "video_features_basic_pure.csv", index=False)
+    users = pd.DataFrame({"user_id": np.arange(4)}).assign(**{name: [1, 2, 2, 3] for name in KUAIRAND_USER_COLUMNS})
+    users["onehot_feat4"] = [1.0, np.nan, 2.0, 1.0]
+    users.to_parquet(parquet / "users.parquet")
+    users.to_csv(csv / "user_features_pure.csv", index=False)
     feed = read_kuairand(csv)
     assert_same_feed(feed, read_kuairand(parquet))
     assert feed.interactions["duration"].eq(8).all() and feed.items["tag"].tolist()[:3] == [["1"], ["20", "43"], []]
     assert feed.items["music_type"].tolist()[0] == "4"
+    assert feed.users["onehot_feat4"].isna().tolist() == [False, True, False, False]
+    assert feed.users["onehot_feat4"][0] == "1" and feed.users["user_id"].tolist() == [0, 1, 2, 3]
 
 
 def test_kuairand_history_goes_before_the_log(kuairand_frames, tmp_path):
@@ -124,6 +134,10 @@ items:
   text: title
   multi_categorical: [tags]
   embedding: vector
+users:
+  file: people.csv
+  columns: {user_id: uid}
+  categorical: [country]
 positive_feedback: ["stars>=4"]
 """
 
@@ -138,6 +152,8 @@ def table(tmp_path):
     log[2:].to_csv(tmp_path / "log" / "b.csv", index=False)
     videos = pd.DataFrame({"video": [7, 5], "title": ["x", None], "tags": ["a,b", ""], "vector": [[0.0, 1], [2, 3]]})
     videos.to_parquet(tmp_path / "videos.parquet")
+    people = pd.DataFrame({"uid": ["u2", "u3"], "country": ["no", None], "name": "unread"})
+    people.to_csv(tmp_path / "people.csv", index=False)
     (tmp_path / "mapping.yaml").write_text(MAPPING)
     return tmp_path
 
@@ -150,6 +166,8 @@ def test_table_by_mapping(table):
     assert rows["watch_time"].tolist() == pytest.approx([0.3, 1.5, 0])
     assert rows["session_id"].isna().tolist() == [False, False, True]
     assert feed.items["item_id"].tolist() == [7, 5] and feed.items["tags"].tolist() == [["a", "b"], []]
+    assert feed.users.columns.tolist() == ["user_id", "country"] and feed.users["user_id"].tolist() == ["u2", "u3"]
+    assert feed.users["country"][0] == "no" and feed.users["country"].isna()[1]
     assert (feed.name, feed.timezone, feed.positive_feedback) == ("mine", "Europe/Berlin", ["stars>=4"])
 
 
@@ -165,6 +183,10 @@ def test_table_by_mapping(table):
         ("{item_id: video}", "{}", ["mapping.yaml", "'items.columns'", "'item_id'"]),
         ("name: mine", "name: [", ["mapping.yaml", "YAML"]),
         ("[tags]", "tags", ["mapping.yaml", "items.multi_categorical", "list"]),
+        ("{user_id: uid}\n  categorical", "{id: uid}\n  categorical", ["mapping.yaml", "'users.columns'", "user_id"]),
+        ("[country]", "country", ["mapping.yaml", "users.categorical", "list"]),
+        ("[country]", "[land]", ["people.csv", "'land'", "country"]),
+        ("columns: {user_id: uid}", "columns: {user_id: name}", ["people.csv", "'user_id'", "one row per user"]),
         ("stars>=4", "stars=>4", ["stars=>4", "watch_time>=60"]),
     ],
 )

@@ -224,7 +224,7 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
 
 
 MAPPING_KEYS = {
-    "": {"name", "timezone", "interactions", "items", "positive_feedback"},
+    "": {"name", "timezone", "interactions", "items", "users", "positive_feedback"},
     "interactions": {"columns", "timestamp_unit", "feedback"},
     "items": {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding"},
     "users": {"columns", "categorical"},
