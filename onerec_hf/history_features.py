@@ -6,9 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from transformers import BatchEncoding
 
 from .configuration_onerec import OneRecConfig
@@ -107,15 +105,4 @@ def user_feature_ids(users: Sequence[Mapping[str, Any]], user_features: Mapping[
     return ids
 
 
-def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
-    """`OneRecConfig.user_features` of sessions with a column `user_features`: the values that occur, by column."""
-    if "user_features" not in sessions.column_names:
-        return {}
-    column = sessions.with_format("arrow")[:]["user_features"]
-    return {
-        name: sorted(pc.unique(pc.struct_field(column, name)).drop_null().to_pylist())
-        for name in sessions.features["user_features"]
-    }
-
-
-__all__ = ["HISTORY_FEATURES", "encode_history_rows", "time_gaps", "user_feature_ids", "user_feature_values"]
+__all__ = ["HISTORY_FEATURES", "encode_history_rows", "time_gaps", "user_feature_ids"]

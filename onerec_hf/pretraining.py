@@ -48,6 +48,17 @@ def index_sessions(sessions: Dataset, tokenizer: OneRecTokenizer) -> Dataset:
     return Dataset(pa.table(columns))
 
 
+def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
+    """`OneRecConfig.user_features` of sessions with a column `user_features`: the values that occur, by column."""
+    if "user_features" not in sessions.column_names:
+        return {}
+    column = sessions.with_format("arrow")[:]["user_features"]
+    return {
+        name: sorted(pc.unique(pc.struct_field(column, name)).drop_null().to_pylist())
+        for name in sessions.features["user_features"]
+    }
+
+
 class SessionCollator:
     """Rows of [`index_sessions`] to the model's inputs.
 
@@ -141,4 +152,5 @@ __all__ = [
     "catalogue_index_lists",
     "index_sessions",
     "latest_complete_checkpoint",
+    "user_feature_values",
 ]

@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
 from onerec_hf import recommend as recommend_items
-from onerec_hf.history_features import encode_history_rows, time_gaps, user_feature_values
-from onerec_hf.pretraining import SessionCollator, index_sessions
+from onerec_hf.history_features import encode_history_rows, time_gaps
+from onerec_hf.pretraining import SessionCollator, index_sessions, user_feature_values
 
 USER_FEATURES = {"sex": ["f", "m"], "age": ["20", "30", "40"]}
 FEATURES = {"history_feedback": ["like", "view"], "time_gap_buckets": 4, "user_features": USER_FEATURES}

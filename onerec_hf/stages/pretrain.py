@@ -7,9 +7,8 @@ import torch
 from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
-from ..history_features import user_feature_values
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..pretraining import OneRecPretrainer, index_sessions, latest_complete_checkpoint
+from ..pretraining import OneRecPretrainer, index_sessions, latest_complete_checkpoint, user_feature_values
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, prepared_data
 from .recipe_arguments import RecipeArguments
