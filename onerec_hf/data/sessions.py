@@ -153,11 +153,13 @@ class _Histories:
     """Positive behaviours, user after user, of which histories are slices [start : start + length].
 
     Args:
-        fit, feed, args: as of the callers.
+        fit: interactions before the evaluated period.
+        feed: says what is positive, and has the table of users.
+        args: which features go with a history.
 
     Attributes:
-        positive (int64 [P]): rows of `fit`; starts, lengths (int64): each user's slice, of those that have any;
-        users (Series): their ids.
+        positive: int64 [P], rows of `fit`.
+        users, starts, lengths: [U], id and slice of each user that has any.
     """
 
     def __init__(self, fit: pd.DataFrame, feed: Feed, args: DataArguments):

@@ -60,8 +60,9 @@ def prepare_data(args: RecipeArguments) -> Path:
         feed = load_feed(args.data)
         split = split_feed(feed, args.data)
         save_feed(feed, folder / "feed")
-        # The reward model learns from every exposure once, good and bad.
-        exposed = replace(args.data, quality_predicates=None, session_stride=None)
+        # The reward model learns from every exposure once, good and bad, and reads items alone.
+        no_features = {"history_feedback": None, "history_timestamps": False, "user_features": None}
+        exposed = replace(args.data, quality_predicates=None, session_stride=None, **no_features)
         tables = {
             PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, args.data),
             REWARD_SESSIONS: exposure_sessions(split.fit, feed, exposed),
