@@ -81,8 +81,8 @@ def _misfit_error(values, what: str) -> ValueError | None:
 class ItemIdLookup:
     """Catalogue indices of item ids.
 
-    Integers are looked up in a hash table of themselves, strings in one of their 64-bit hashes; what is found is
-    compared with the id itself.
+    A binary search in the sorted integers, or in the sorted 64-bit hashes of the strings; what is found is compared
+    with the id itself.
 
     Args:
         ids: int64 or StringDType [N], all distinct.
@@ -95,11 +95,13 @@ class ItemIdLookup:
         self.ids = ids
         for salt in itertools.count():
             self._salt = salt
-            self._keys = pd.Index(self._hash(ids))
-            if self._keys.is_unique:
+            keys = self._hash(ids)
+            order = np.argsort(keys, kind="stable")
+            self._order, self._keys = order.astype(np.int32), keys[order]
+            equal = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+            if not len(equal):
                 break
-            row = int(np.flatnonzero(self._keys.duplicated())[0])
-            first = int(np.flatnonzero(self._keys == self._keys[row])[0])
+            first, row = self._order[equal[0] : equal[0] + 2].tolist()
             if ids[first] == ids[row]:
                 raise ValueError(
                     f"item_ids holds {ids[row : row + 1].tolist()[0]!r} twice, in rows {first} and {row}; drop "
@@ -131,7 +133,8 @@ class ItemIdLookup:
         # Histories repeat items: each distinct id is looked up once.
         encoded = wanted.dictionary_encode()
         distinct = item_id_array(encoded.dictionary)
-        found = self._keys.get_indexer(pd.Index(self._hash(distinct))).astype(np.int64)
+        nearest = np.searchsorted(self._keys, self._hash(distinct))
+        found = self._order[np.minimum(nearest, len(self._keys) - 1)].astype(np.int64)
         found[self.ids[found] != distinct] = -1
         return found[encoded.indices.to_numpy()]
 

@@ -49,7 +49,7 @@ ITEMS_AT_ONCE = 65_536  # in passes over the catalogue that make copies
 # When a refit is due, see `OneRecTokenizer.refit_reasons`. Mean squared error of the added items' nearest codes, as a
 # multiple of the fitted items'; share of them that found their ID taken, above the fitted items' share; perplexity of
 # a level's codes, as a share of the fitted one; and how many items must be added before the first two are judged.
-REFIT_ERROR_RATIO = 2.0
+REFIT_ERROR_RATIO = 1.5
 REFIT_DISPLACED_SHARE = 0.2
 REFIT_PERPLEXITY_RATIO = 0.8
 REFIT_MIN_ITEMS = 100
@@ -160,8 +160,8 @@ class OneRecTokenizer(TokenizersBackend):
         self.quantizer = quantizer
         if quantizer is not None and tuple(quantizer.id_sizes) != self.codebook_sizes:
             raise ValueError(
-                f"the quantizer makes IDs of sizes {list(quantizer.id_sizes)}, codebook_sizes are "
-                f"{list(self.codebook_sizes)}"
+                f"codebook_sizes are {list(self.codebook_sizes)}, those of the quantizer's IDs "
+                f"{list(quantizer.id_sizes)}"
             )
         codebooks = codebooks if quantizer is None else quantizer.codebooks
         self.codebooks = [torch.as_tensor(codebook, dtype=torch.float32).contiguous() for codebook in codebooks or []]
@@ -202,6 +202,7 @@ class OneRecTokenizer(TokenizersBackend):
             tokenizer_object=tokenizer_object,
             codebook_sizes=list(self.codebook_sizes),
             semantic_id_fingerprint=self.semantic_id_fingerprint,
+            quantizer_type=None if quantizer is None else quantizer.quantizer_type,
             **kwargs,
         )
 
@@ -415,8 +416,8 @@ class OneRecTokenizer(TokenizersBackend):
     def refit_reasons(self) -> list[str]:
         """Why the semantic IDs should be fitted anew, by what was added and removed since; empty if they need not be.
 
-        A refit is due when, of at least 100 added items, the mean squared error of their nearest codes is over 2 times
-        the fitted items', or the share that found its ID taken exceeds the fitted items' by over 0.2; or when
+        A refit is due when, of at least 100 added items, the mean squared error of their nearest codes is over 1.5
+        times the fitted items', or the share that found its ID taken exceeds the fitted items' by over 0.2; or when
         the codes of a quantized level, over the items that may be generated, have less than 0.8 times the perplexity
         they were fitted with. `report["added_items"]` has the figures.
         """
@@ -565,9 +566,10 @@ class OneRecTokenizer(TokenizersBackend):
             indices, rows, from_end = indices[kept], rows[kept], from_end[kept]
             lengths = np.minimum(lengths, max_items)
         longest = max(int(lengths.max(initial=0)), 1)
-        tokens = np.full((len(lengths), longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
-        tokens[rows, longest - 1 - from_end, :-1] = self._token_ids(indices)
-        tokens[rows, longest - 1 - from_end, -1] = SEP_TOKEN_ID
+        tokens = np.full((len(lengths) * longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
+        items = np.full((len(indices), self.tokens_per_item), SEP_TOKEN_ID, dtype=np.int64)
+        items[:, :-1] = self._token_ids(indices)
+        tokens[(rows + 1) * longest - 1 - from_end] = items
         # The separator after the last item is cut off; an empty history keeps one in the last place.
         tokens = tokens.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1]
         tokens[lengths == 0, -1] = SEP_TOKEN_ID
@@ -734,6 +736,17 @@ class OneRecTokenizer(TokenizersBackend):
         return (f"{filename_prefix}-" if filename_prefix else "") + VOCAB_FILES_NAMES[key]
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "OneRecTokenizer":
+        """The tokenizer that `save_pretrained` or `push_to_hub` wrote; a broken or foreign file is a ValueError."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"tokenizer_config.json or config.json of {pretrained_model_name_or_path} is no valid JSON ({error}); "
+                "save or download it again"
+            ) from error
+
+    @classmethod
     def _from_pretrained(cls, resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs):
         for key, name in cls.vocab_files_names.items():
             if resolved_vocab_files.get(key) is None:
@@ -743,15 +756,16 @@ class OneRecTokenizer(TokenizersBackend):
                     f"{pretrained_model_name_or_path} holds no {name}: it is no complete OneRecTokenizer. Save it "
                     "with OneRecTokenizer.save_pretrained"
                 )
-            if name.endswith(".json"):
+        for path in filter(None, resolved_vocab_files.values()):
+            if Path(path).suffix == ".json":
                 try:
-                    json.loads(Path(resolved_vocab_files[key]).read_text(encoding="utf-8"))
+                    json.loads(Path(path).read_text(encoding="utf-8"))
                 except ValueError as error:
-                    raise ValueError(
-                        f"{name} of {pretrained_model_name_or_path} is no valid JSON ({error}); save or download it "
-                        "again"
-                    ) from error
-        return super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+                    raise ValueError(f"{path} is no valid JSON ({error}); save or download it again") from error
+        tokenizer = super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+        # Arrow would keep what reading the item index took, half as much again as the tokenizer itself.
+        pa.default_memory_pool().release_unused()
+        return tokenizer
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
@@ -765,6 +779,11 @@ class OneRecTokenizer(TokenizersBackend):
         index_path = kwargs.pop("item_index_file")
         codebooks_path = kwargs.pop("codebooks_file")
         quantizer_path = kwargs.pop("quantizer_file", None)
+        if kwargs.pop("quantizer_type", None) is not None and quantizer_path is None:
+            raise ValueError(
+                f"{kwargs['name_or_path']} holds no {VOCAB_FILES_NAMES['quantizer_file']}, which its "
+                "tokenizer_config.json speaks of; save or download the tokenizer again"
+            )
         report_path = kwargs.pop("semantic_id_report_file")
 
         columns = [
@@ -799,6 +818,14 @@ class OneRecTokenizer(TokenizersBackend):
                     kwargs["codebooks"] = [file.get_tensor(name) for name in levels]
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{codebooks_path} cannot be read as codebooks ({error}); save it again") from error
+            sizes = [len(codebook) for codebook in kwargs["codebooks"]]
+        else:
+            sizes = list(kwargs["quantizer"].id_sizes)
+        if sizes != kwargs["codebook_sizes"][: len(sizes)]:
+            raise ValueError(
+                f"{codebooks_path} holds codebooks of {sizes} codes, tokenizer_config.json speaks of "
+                f"{kwargs['codebook_sizes']}: it belongs to another tokenizer; save or download the tokenizer again"
+            )
         try:
             kwargs["tokenizer_object"] = Tokenizer.from_file(tokenizer_path)
         except Exception as error:  # tokenizers raises bare Exception
