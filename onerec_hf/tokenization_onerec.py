@@ -10,6 +10,7 @@ The layout of the two sequences of the model is defined here and nowhere else:
   the decoder's input `<bos> a b c <bos> a b c`, that is `<bos>` before every item (eq 3).
 
 "Catalogue index" means the row of an item in the catalogue, 0..N-1. Item ids, integers or strings, keep their type.
+New items are appended, removed ones keep their place: an item's index and its semantic ID never change.
 """
 
 import hashlib
@@ -18,11 +19,11 @@ import json
 import os
 import string
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -39,13 +40,25 @@ from .configuration_onerec import (
     SEP_TOKEN_ID,
     SPECIAL_TOKENS,
 )
+from .item_index import ItemIdLookup, SemanticIdLookup, as_item_ids, item_id_array
 
 IGNORE_INDEX = -100
+
+ITEMS_AT_ONCE = 65_536  # in passes over the catalogue that make copies
+
+# When a refit is due, see `OneRecTokenizer.refit_reasons`. Mean squared error of the added items' nearest codes, as a
+# multiple of the fitted items'; share of them that found their ID taken, above the fitted items' share; perplexity of
+# a level's codes, as a share of the fitted one; and how many items must be added before the first two are judged.
+REFIT_ERROR_RATIO = 1.5
+REFIT_DISPLACED_SHARE = 0.2
+REFIT_PERPLEXITY_RATIO = 0.8
+REFIT_MIN_ITEMS = 100
 
 VOCAB_FILES_NAMES = {
     "tokenizer_file": "tokenizer.json",
     "item_index_file": "item_index.parquet",
     "codebooks_file": "codebooks.safetensors",
+    "quantizer_file": "quantizer.json",
     "semantic_id_report_file": "semantic_id_report.json",
 }
 
@@ -68,48 +81,32 @@ def _build_backend(codebook_sizes: Sequence[int]) -> Tokenizer:
     return backend
 
 
-def _as_item_ids(values: Iterable, what: str) -> np.ndarray:
-    """Item ids as int64 [N] or as an object array of str [N]; ValueError for anything else."""
-    if not isinstance(values, np.ndarray):
-        values = values.to_numpy() if isinstance(values, (pd.Series, pd.Index)) else list(values)
-        if len(values) and isinstance(values[0], str):
-            values = np.fromiter(values, dtype=object, count=len(values))
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{what} must be one-dimensional, got shape {array.shape}")
-    if array.size == 0:
-        return array.astype(np.int64)
-    if array.dtype.kind in "iu":
-        return array.astype(np.int64)
-    # numpy turns [1, "a"] into strings without a word, so strings are checked in the values as they were given.
-    as_given = array if isinstance(values, np.ndarray) else np.fromiter(values, dtype=object, count=len(values))
-    if array.dtype.kind in "OUT":
-        kind = pd.api.types.infer_dtype(as_given, skipna=False)
-        if kind == "string":
-            return as_given.astype(object)
-        if kind == "integer":
-            return as_given.astype(np.int64)
-        wrong = next(
-            i for i, value in enumerate(as_given) if not isinstance(value, type(as_given[0])) or value != value
-        )
-        raise ValueError(
-            f"{what} must be all integers or all strings; row {wrong} holds {as_given[wrong]!r} "
-            f"({type(as_given[wrong]).__name__}). Cast the ids to one type and drop missing ones"
-        )
-    raise ValueError(f"{what} must be integers or strings, got dtype {array.dtype}; cast the ids first")
+def _code_dtype(codebook_sizes: Sequence[int]) -> np.dtype:
+    """Smallest integer type of the codes among those that torch has all operations for."""
+    largest = max(codebook_sizes) - 1
+    return next(np.dtype(kind) for kind in (np.uint8, np.int16, np.int32, np.int64) if largest <= np.iinfo(kind).max)
 
 
-def _as_python(ids: np.ndarray, position: int) -> int | str:
-    """An id as its user wrote it, for messages: 7, not np.int64(7)."""
-    return ids[position : position + 1].tolist()[0]
+def _load_quantizer(quantizer_path: str):
+    """The quantizer whose files lie in the folder of this one, or None where the package is not installed."""
+    try:
+        # Absolute and late, so that this file works alone as a Hub repository's code, without the package.
+        from onerec_hf.semantic_ids import load_quantizer
+    except ImportError:
+        return None
+    return load_quantizer(Path(quantizer_path).parent)
 
 
 class OneRecTokenizer(TokenizersBackend):
     """Item ids <-> semantic-ID tokens, with the item index and the codebooks it was built from.
 
     Build one with [`OneRecTokenizer.fit`] or [`OneRecTokenizer.from_semantic_ids`]; `save_pretrained`, `push_to_hub`
-    and `AutoTokenizer.from_pretrained` carry `tokenizer.json`, `item_index.parquet` (item_id and one code column per
-    level, in catalogue order), `codebooks.safetensors` (`level_0`, ... [K_l, d]) and `semantic_id_report.json`.
+    and `AutoTokenizer.from_pretrained` carry `tokenizer.json`, `item_index.parquet` (item_id, one code column per
+    level and removed, in catalogue order), `codebooks.safetensors` (`level_0`, ... [K_l, d], and what else the
+    quantizer has), `quantizer.json` where there is a quantizer, and `semantic_id_report.json`.
+
+    A catalogue changes without a refit: [`add_items`] appends items with codes of the frozen quantizer,
+    [`remove_items`] takes items out of generation. Build the [`ItemTrie`] anew after either.
 
     Args:
         codebook_sizes: K_l, number of codes of each of the L levels.
@@ -119,11 +116,16 @@ class OneRecTokenizer(TokenizersBackend):
             level that only tells items with equal codes apart ("suffix") has no centroids.
         report: JSON-able quality report of the semantic IDs.
         tokenizer_object: backend that was read from `tokenizer.json`; built from `codebook_sizes` when None.
+        quantizer: the fitted `onerec_hf.semantic_ids.Quantizer` of the codes, which gives new items theirs; its
+            codebooks take the place of `codebooks`.
+        removed: bool [N], items that are not to be generated; none by default.
 
     Attributes:
-        item_ids (int64 or object array of str [N]), codes (int64 array [N, L]), codebook_sizes (tuple),
-        codebooks (list of float tensors), report (dict), num_items, num_levels, tokens_per_item (L + 1: the codes and
-        one separator), level_offsets (token id of code 0 of each level), item_token_ids (LongTensor [N, L]).
+        item_ids (int64 or StringDType array [N]), codes (array [N, L] of the smallest integer type: uint8, int16 ...),
+        removed (bool array [N]), codebook_sizes (tuple), codebooks (list of float tensors), quantizer (or None),
+        report (dict), num_items (removed ones included), num_levels, tokens_per_item (L + 1: the codes and one
+        separator), level_offsets (token id of code 0 of each level), semantic_id_fingerprint (str: another one for
+        every other catalogue, code or removed item).
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -138,6 +140,8 @@ class OneRecTokenizer(TokenizersBackend):
         report: Mapping | None = None,
         tokenizer_object: Tokenizer | None = None,
         semantic_id_fingerprint: str | None = None,
+        quantizer=None,
+        removed: np.ndarray | None = None,
         **kwargs,
     ):
         if codebook_sizes is None or item_ids is None or codes is None:
@@ -153,7 +157,13 @@ class OneRecTokenizer(TokenizersBackend):
         self.level_offsets = tuple(
             NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)
         )
-        self._set_items(item_ids, codes)
+        self.quantizer = quantizer
+        if quantizer is not None and tuple(quantizer.id_sizes) != self.codebook_sizes:
+            raise ValueError(
+                f"codebook_sizes are {list(self.codebook_sizes)}, those of the quantizer's IDs "
+                f"{list(quantizer.id_sizes)}"
+            )
+        codebooks = codebooks if quantizer is None else quantizer.codebooks
         self.codebooks = [torch.as_tensor(codebook, dtype=torch.float32).contiguous() for codebook in codebooks or []]
         for level, codebook in enumerate(self.codebooks):
             if codebook.ndim != 2 or level >= self.num_levels or codebook.shape[0] != self.codebook_sizes[level]:
@@ -162,8 +172,8 @@ class OneRecTokenizer(TokenizersBackend):
                     f"{list(self.codebook_sizes)}"
                 )
         self.report = dict(report or {})
-
-        self.semantic_id_fingerprint = self._compute_fingerprint()
+        item_ids = item_id_array(as_item_ids(item_ids))
+        self._set_items(item_ids, codes, np.zeros(len(item_ids), dtype=bool) if removed is None else removed)
         if semantic_id_fingerprint is not None and semantic_id_fingerprint != self.semantic_id_fingerprint:
             raise ValueError(
                 "item_index.parquet or codebooks.safetensors do not belong to this tokenizer_config.json: their "
@@ -192,6 +202,7 @@ class OneRecTokenizer(TokenizersBackend):
             tokenizer_object=tokenizer_object,
             codebook_sizes=list(self.codebook_sizes),
             semantic_id_fingerprint=self.semantic_id_fingerprint,
+            quantizer_type=None if quantizer is None else quantizer.quantizer_type,
             **kwargs,
         )
 
@@ -203,89 +214,238 @@ class OneRecTokenizer(TokenizersBackend):
         codebooks: Sequence[torch.Tensor] | None = None,
         report: Mapping | None = None,
         codebook_sizes: Sequence[int] | None = None,
+        quantizer=None,
     ) -> "OneRecTokenizer":
         """Tokenizer of items whose codes are known.
 
         Args:
             item_ids: N unique integers or N unique strings, in catalogue order.
             codes: integers [N, L].
-            codebooks: L tensors [K_l, d]; optional when `codebook_sizes` is given.
+            codebooks: L tensors [K_l, d]; optional when `codebook_sizes` or `quantizer` is given.
             report: JSON-able report of the semantic IDs.
-            codebook_sizes: L sizes; taken from `codebooks` when None.
+            codebook_sizes: L sizes; taken from `quantizer` or `codebooks` when None.
+            quantizer: the fitted quantizer of the codes. Without one no items can be added.
 
         Raises:
             ValueError: duplicate or missing ids, a code out of range, shapes that do not fit.
         """
         if codebook_sizes is None:
-            if not codebooks:
-                raise ValueError("from_semantic_ids needs codebooks or codebook_sizes")
-            codebook_sizes = [len(codebook) for codebook in codebooks]
-        return cls(codebook_sizes, item_ids, codes, codebooks, report)
+            if quantizer is not None:
+                codebook_sizes = quantizer.id_sizes
+            elif codebooks:
+                codebook_sizes = [len(codebook) for codebook in codebooks]
+            else:
+                raise ValueError("from_semantic_ids needs codebooks, codebook_sizes or a quantizer")
+        return cls(codebook_sizes, item_ids, codes, codebooks, report, quantizer=quantizer)
 
     @classmethod
     def fit(cls, item_ids: Iterable, embeddings, quantizer) -> "OneRecTokenizer":
         """Fits `quantizer` on item embeddings [N, d] and builds the tokenizer of its semantic IDs.
 
-        `quantizer` is a `onerec_hf.semantic_ids.ResidualQuantizer`: an object whose `fit(embeddings)` returns codes,
-        codebooks, codebook_sizes and report.
+        `quantizer` is a `onerec_hf.semantic_ids.Quantizer`: its `fit(embeddings)` returns codes, codebook_sizes,
+        report and the fitted quantizer.
         """
-        item_ids = _as_item_ids(item_ids, "item_ids")
+        item_ids = as_item_ids(item_ids)
         if len(item_ids) != len(embeddings):
             raise ValueError(f"{len(item_ids)} item_ids but {len(embeddings)} embeddings; one row per item is needed")
         result = quantizer.fit(embeddings)
-        return cls(result.codebook_sizes, item_ids, result.codes, result.codebooks, result.report)
+        return cls(result.codebook_sizes, item_ids, result.codes, report=result.report, quantizer=result.quantizer)
 
-    def _set_items(self, item_ids: Iterable, codes) -> None:
-        self.item_ids = _as_item_ids(item_ids, "item_ids")
-        codes = np.asarray(codes)
-        if len(self.item_ids) == 0:
+    def _set_items(self, item_ids: np.ndarray, codes: np.ndarray, removed: np.ndarray) -> None:
+        """Takes over a catalogue, or raises ValueError and leaves everything as it was."""
+        codes, removed = np.asarray(codes), np.asarray(removed)
+        if len(item_ids) == 0:
             raise ValueError("item_ids is empty: a tokenizer needs at least one item")
-        if codes.shape != (len(self.item_ids), self.num_levels) or codes.dtype.kind not in "iu":
+        if codes.shape != (len(item_ids), self.num_levels) or codes.dtype.kind not in "iu":
             raise ValueError(
-                f"codes must be integers of shape [{len(self.item_ids)}, {self.num_levels}] (items, levels), "
+                f"codes must be integers of shape [{len(item_ids)}, {self.num_levels}] (items, levels), "
                 f"got {codes.dtype} of shape {list(codes.shape)}"
             )
         out_of_range = (codes < 0) | (codes >= np.asarray(self.codebook_sizes))
         if out_of_range.any():
             row, level = np.argwhere(out_of_range)[0]
             raise ValueError(
-                f"codes row {row} (item {_as_python(self.item_ids, row)!r}): code {codes[row, level]} of level "
+                f"codes row {row} (item {item_ids[row : row + 1].tolist()[0]!r}): code {codes[row, level]} of level "
                 f"{level} is outside [0, {self.codebook_sizes[level]})"
             )
-        self._id_lookup = pd.Index(self.item_ids, dtype=self.item_ids.dtype)
-        if not self._id_lookup.is_unique:
-            row = int(np.flatnonzero(self._id_lookup.duplicated())[0])
-            first = int(np.flatnonzero(self.item_ids == self.item_ids[row])[0])
+        if removed.dtype != bool or removed.shape != (len(item_ids),):
             raise ValueError(
-                f"item_ids holds {_as_python(self.item_ids, row)!r} twice, in rows {first} and {row}; drop "
-                "duplicate items"
+                f"removed must be bool of shape [{len(item_ids)}], got {removed.dtype} of shape {list(removed.shape)}"
             )
-        self.codes = codes.astype(np.int64)
-        self.item_token_ids = torch.from_numpy(self.codes + np.asarray(self.level_offsets))
-        # Sorted keys of the prefixes of each length: a key is (rank of the prefix before) * K + code, so that codes of
-        # any number of levels are found without a product of all K, which overflows int64.
-        self._prefix_keys: list[np.ndarray] = []
-        rank = np.zeros(len(self.codes), dtype=np.int64)
-        for level, size in enumerate(self.codebook_sizes):
-            keys, first, rank = np.unique(rank * size + self.codes[:, level], return_index=True, return_inverse=True)
-            self._prefix_keys.append(keys)
-        self._first_item_of_code = first
+        self._id_lookup = ItemIdLookup(item_ids)
+        self.item_ids = item_ids
+        self.codes = codes.astype(_code_dtype(self.codebook_sizes))
+        self._set_removed(removed)
+
+    def _set_removed(self, removed: np.ndarray) -> None:
+        if removed.all():
+            raise ValueError("all items would be removed: nothing would be left to generate")
+        self.removed = removed
+        # Of items with one ID the first that may be generated is the one it stands for.
+        self._semantic_id_lookup = SemanticIdLookup(self.codes, self.codebook_sizes, last=removed)
+        self.semantic_id_fingerprint = self._compute_fingerprint()
 
     def _compute_fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([str(self.item_ids.dtype), self.codebook_sizes]).encode())
-        if self.item_ids.dtype == np.int64:
-            digest.update(self.item_ids.astype("<i8").tobytes())
-        else:
-            digest.update("\0".join(self.item_ids).encode())
-        digest.update(self.codes.astype("<i8").tobytes())
+        integers = self.item_ids.dtype == np.int64
+        digest.update(json.dumps(["int64" if integers else "object", self.codebook_sizes]).encode())
+        for start in range(0, self.num_items, ITEMS_AT_ONCE):
+            part = self.item_ids[start : start + ITEMS_AT_ONCE]
+            if integers:
+                digest.update(part.astype("<i8").tobytes())
+            else:
+                digest.update(("\0" if start else "").encode() + "\0".join(part.tolist()).encode())
+        for start in range(0, self.num_items, ITEMS_AT_ONCE):
+            digest.update(self.codes[start : start + ITEMS_AT_ONCE].astype("<i8").tobytes())
         for codebook in self.codebooks:
             digest.update(codebook.numpy().astype("<f4").tobytes())
+        if self.removed.any():
+            digest.update(np.packbits(self.removed).tobytes())
         return digest.hexdigest()
 
     @property
     def num_items(self) -> int:
         return len(self.item_ids)
+
+    @property
+    def generatable(self) -> np.ndarray:
+        """Items that may be generated, bool [N]: those that are not removed."""
+        return ~self.removed
+
+    @property
+    def item_token_ids(self) -> torch.LongTensor:
+        """Code token ids of every item, [N, L], computed at each access."""
+        return torch.from_numpy(self._token_ids(slice(None)))
+
+    def _token_ids(self, indices) -> np.ndarray:
+        return self.codes[indices] + np.asarray(self.level_offsets)
+
+    # A catalogue that changes
+
+    def add_items(self, item_ids: Iterable, embeddings) -> np.ndarray:
+        """Appends new items, with codes of the frozen quantizer beside the IDs that are taken.
+
+        No existing catalogue index or semantic ID changes, and no token is added: models trained with this tokenizer
+        stay valid, and generate the new items once the trie is built anew. Warns when a refit is due
+        ([`refit_reasons`]).
+
+        Args:
+            item_ids: M new ids of the catalogue's type.
+            embeddings: M rows in the space of the fitted embeddings, [M, d].
+
+        Returns:
+            Catalogue indices of the new items, int64 [M].
+
+        Raises:
+            ValueError: the tokenizer has no quantizer; an id is in the catalogue or given twice; an embedding of wrong
+                width, NaN or infinite (names the row); the collision policy finds no ID. Nothing is added then.
+        """
+        if self.quantizer is None:
+            raise ValueError(
+                "this tokenizer holds no quantizer to give new items their codes: build it with "
+                "OneRecTokenizer.fit(...) or from_semantic_ids(..., quantizer=...), and load it where onerec_hf is "
+                "installed"
+            )
+        new = as_item_ids(item_ids)
+        if len(new) != len(embeddings):
+            raise ValueError(f"{len(new)} item_ids but {len(embeddings)} embeddings; one row per item is needed")
+        if len(new) == 0:
+            return np.zeros(0, dtype=np.int64)
+        known = np.flatnonzero(self._id_lookup.find(new) >= 0)
+        if len(known):
+            row = int(known[0])
+            raise ValueError(
+                f"item_ids row {row}: {new[row].as_py()!r} is in the catalogue and keeps its semantic ID; drop it, or "
+                "call restore_items if it was removed"
+            )
+        new_ids = item_id_array(new)
+        ItemIdLookup(new_ids)  # names the rows of a duplicate as they were given
+        width = self.quantizer.embedding_dim
+        if isinstance(embeddings, (list, tuple)):
+            for row, embedding in enumerate(embeddings):
+                if len(embedding) != width:
+                    raise ValueError(
+                        f"embeddings row {row} has {len(embedding)} dimensions, the quantizer was fitted on {width}"
+                    )
+        nearest = self.quantizer.encode(embeddings)
+        placed = self.quantizer.place(embeddings, self.codes.astype(np.int64))
+        errors = self.quantizer.quantization_error(embeddings)
+        if placed.shape[1] > nearest.shape[1]:
+            displaced = placed[:, -1] > 0
+        elif self.quantizer.collision_policy == "share":
+            displaced = self.codes_to_index(nearest) >= 0
+        else:
+            displaced = (placed != nearest).any(1)
+
+        first = self.num_items
+        self._set_items(
+            np.concatenate([self.item_ids, new_ids]),
+            np.concatenate([self.codes, placed]),
+            np.concatenate([self.removed, np.zeros(len(new_ids), dtype=bool)]),
+        )
+        before = self.report.get("added_items", {"items": 0, "quantization_error": 0.0, "displaced": 0.0})
+        total = before["items"] + len(new_ids)
+        self.report["added_items"] = {
+            "items": total,
+            **{
+                name: (before[name] * before["items"] + float(values.sum())) / total
+                for name, values in (("quantization_error", errors), ("displaced", displaced))
+            },
+        }
+        reasons = self.refit_reasons()
+        if reasons:
+            warnings.warn(f"the semantic IDs should be fitted anew: {'; '.join(reasons)}", stacklevel=2)
+        return np.arange(first, self.num_items)
+
+    def remove_items(self, item_ids: Iterable) -> None:
+        """Takes items out of generation. They keep their catalogue index and semantic ID and are encoded in histories.
+
+        Raises:
+            ValueError: an id is not in the catalogue, or no item would be left; nothing is removed then.
+        """
+        removed = self.removed.copy()
+        removed[self.item_index(item_ids)] = True
+        self._set_removed(removed)
+
+    def restore_items(self, item_ids: Iterable) -> None:
+        """Brings removed items back into generation, with the semantic IDs they had."""
+        removed = self.removed.copy()
+        removed[self.item_index(item_ids)] = False
+        self._set_removed(removed)
+
+    def refit_reasons(self) -> list[str]:
+        """Why the semantic IDs should be fitted anew, by what was added and removed since; empty if they need not be.
+
+        A refit is due when, of at least 100 added items, the mean squared error of their nearest codes is over 1.5
+        times the fitted items', or the share that found its ID taken exceeds the fitted items' by over 0.2; or when
+        the codes of a quantized level, over the items that may be generated, have less than 0.8 times the perplexity
+        they were fitted with. `report["added_items"]` has the figures.
+        """
+        reasons = []
+        added = self.report.get("added_items", {"items": 0})
+        if added["items"] >= REFIT_MIN_ITEMS:
+            error, fitted_error = added["quantization_error"], self.quantizer.fitted_error
+            if fitted_error is not None and error > REFIT_ERROR_RATIO * fitted_error:
+                reasons.append(
+                    f"the {added['items']} added items have a quantization error of {error:.3g}, the fitted ones "
+                    f"{fitted_error:.3g}"
+                )
+            fitted_share = self.report.get("collision_rate_before_policy", 0.0)
+            if added["displaced"] > fitted_share + REFIT_DISPLACED_SHARE:
+                reasons.append(
+                    f"{added['displaced']:.0%} of the added items found their ID taken, {fitted_share:.0%} of the "
+                    "fitted ones"
+                )
+        for level, fitted in enumerate(self.report.get("levels", [])[: len(self.codebooks)]):
+            counts = np.bincount(self.codes[self.generatable, level])
+            shares = counts[counts > 0] / counts.sum()
+            perplexity = float(np.exp2(-(shares * np.log2(shares)).sum()))
+            if perplexity < REFIT_PERPLEXITY_RATIO * fitted["perplexity"]:
+                reasons.append(
+                    f"the codes of level {level} have a perplexity of {perplexity:.1f}, {fitted['perplexity']:.1f} "
+                    "when fitted"
+                )
+        return reasons
 
     # Items
 
@@ -304,20 +464,12 @@ class OneRecTokenizer(TokenizersBackend):
         """
         if unknown not in ("error", "skip"):
             raise ValueError(f'unknown must be "error" or "skip", got {unknown!r}')
-        wanted = _as_item_ids(item_ids, "item_ids")
-        if wanted.size == 0:
-            return np.zeros(0, dtype=np.int64)
-        if wanted.dtype != self.item_ids.dtype:
-            kinds = {np.dtype(np.int64): "integers", np.dtype(object): "strings"}
-            raise ValueError(
-                f"item ids of this catalogue are {kinds[self.item_ids.dtype]}, got {kinds[wanted.dtype]} "
-                f"(first: {_as_python(wanted, 0)!r}); cast the ids"
-            )
-        indices = self._id_lookup.get_indexer(pd.Index(wanted, dtype=wanted.dtype)).astype(np.int64)
+        wanted = as_item_ids(item_ids)
+        indices = self._id_lookup.find(wanted)
         if unknown == "error" and (indices < 0).any():
             position = int(np.flatnonzero(indices < 0)[0])
             raise ValueError(
-                f"item id {_as_python(wanted, position)!r} (position {position}) is not in the catalogue of "
+                f"item id {wanted[position].as_py()!r} (position {position}) is not in the catalogue of "
                 f"{self.num_items} items; drop it or pass unknown='skip'"
             )
         return indices
@@ -325,21 +477,14 @@ class OneRecTokenizer(TokenizersBackend):
     def codes_to_index(self, codes) -> np.ndarray:
         """Catalogue indices [...] of code tuples [..., L]; -1 where no item has these codes.
 
-        Where several items share the codes, the first in catalogue order is given.
+        Where several items share the codes, the first that is not removed is given; `items_of_semantic_id` has all.
         """
         codes = np.asarray(codes, dtype=np.int64)
         if codes.shape[-1] != self.num_levels:
             raise ValueError(
                 f"codes must have {self.num_levels} levels in the last dimension, got shape {codes.shape}"
             )
-        rank = np.zeros(codes.shape[:-1], dtype=np.int64)
-        found = ((codes >= 0) & (codes < np.asarray(self.codebook_sizes))).all(-1)
-        for level, size in enumerate(self.codebook_sizes):
-            key = rank * size + codes[..., level]
-            keys = self._prefix_keys[level]
-            rank = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
-            found &= keys[rank] == key
-        return np.where(found, self._first_item_of_code[rank], -1)
+        return self._semantic_id_lookup.first(codes)
 
     def semantic_id(self, item_id: int | str) -> str:
         """Text of an item's semantic ID, such as `<a_12><b_7><c_200>`."""
@@ -347,13 +492,13 @@ class OneRecTokenizer(TokenizersBackend):
         return "".join(code_token(level, code) for level, code in enumerate(codes.tolist()))
 
     def items_of_semantic_id(self, semantic_id: str | Sequence[int]) -> list[int | str]:
-        """Ids of the items with this semantic ID, given as text or as a tuple of L codes; empty if there are none."""
+        """Ids of all the items with this semantic ID, given as text or as a tuple of L codes, removed ones last."""
         if isinstance(semantic_id, str):
             token_ids = self(semantic_id, add_special_tokens=False)["input_ids"]
             semantic_id = np.asarray(token_ids) - np.asarray(self.level_offsets[: len(token_ids)] or 0)
         if len(semantic_id) != self.num_levels:
             raise ValueError(f"a semantic ID of this tokenizer has {self.num_levels} codes, got {len(semantic_id)}")
-        return self.item_ids[(self.codes == np.asarray(semantic_id)).all(1)].tolist()
+        return self.item_ids[self._semantic_id_lookup.all(np.asarray(semantic_id, dtype=np.int64))].tolist()
 
     # Sequences
 
@@ -375,14 +520,14 @@ class OneRecTokenizer(TokenizersBackend):
                 row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
                 raise ValueError(f"{name}[{row}]: {flat[position]} is no catalogue index in [0, {self.num_items})")
             return flat, lengths
+        flat = as_item_ids(flat)
         indices = self.item_index(flat, unknown="skip")
         if (indices < 0).any():
             if unknown == "error":
                 position = int(np.flatnonzero(indices < 0)[0])
                 row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-                unknown_id = _as_python(np.asarray(flat, dtype=object), position)
                 raise ValueError(
-                    f"{name}[{row}] holds item id {unknown_id!r}, which is not in the catalogue of "
+                    f"{name}[{row}] holds item id {flat[position].as_py()!r}, which is not in the catalogue of "
                     f"{self.num_items} items; drop it or pass unknown='skip'"
                 )
             rows = np.repeat(np.arange(len(lengths)), lengths)[indices >= 0]
@@ -421,9 +566,10 @@ class OneRecTokenizer(TokenizersBackend):
             indices, rows, from_end = indices[kept], rows[kept], from_end[kept]
             lengths = np.minimum(lengths, max_items)
         longest = max(int(lengths.max(initial=0)), 1)
-        tokens = np.full((len(lengths), longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
-        tokens[rows, longest - 1 - from_end, :-1] = self.item_token_ids.numpy()[indices]
-        tokens[rows, longest - 1 - from_end, -1] = SEP_TOKEN_ID
+        tokens = np.full((len(lengths) * longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
+        items = np.full((len(indices), self.tokens_per_item), SEP_TOKEN_ID, dtype=np.int64)
+        items[:, :-1] = self._token_ids(indices)
+        tokens[(rows + 1) * longest - 1 - from_end] = items
         # The separator after the last item is cut off; an empty history keeps one in the last place.
         tokens = tokens.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1]
         tokens[lengths == 0, -1] = SEP_TOKEN_ID
@@ -460,7 +606,7 @@ class OneRecTokenizer(TokenizersBackend):
             lengths = np.minimum(lengths, max_items)
         longest = max(int(lengths.max(initial=0)), 1)
         labels = np.full((len(lengths), longest, self.tokens_per_item), IGNORE_INDEX, dtype=np.int64)
-        labels[rows, positions, :-1] = self.item_token_ids.numpy()[indices]
+        labels[rows, positions, :-1] = self._token_ids(indices)
         has_next = positions + 1 < lengths[rows]
         labels[rows[has_next], positions[has_next], -1] = BOS_TOKEN_ID
         return torch.from_numpy(
@@ -476,7 +622,7 @@ class OneRecTokenizer(TokenizersBackend):
                 item has): "error" raises, "none" puts None in the item's place.
 
         Returns:
-            B lists of item ids. Items that share a semantic ID decode to the first of them in catalogue order.
+            B lists of item ids. Items that share a semantic ID decode to the first of them that is not removed.
         """
         if illegal not in ("error", "none"):
             raise ValueError(f'illegal must be "error" or "none", got {illegal!r}')
@@ -528,7 +674,10 @@ class OneRecTokenizer(TokenizersBackend):
         push_to_hub: bool = False,
         **kwargs,
     ) -> tuple[str, ...]:
-        """Saves the tokenizer, its item index, codebooks and report; each file appears whole or not at all."""
+        """Saves the tokenizer, its item index, quantizer and report; each file appears whole or not at all.
+
+        A kill between two files leaves a mixture of the old and the new tokenizer, which `from_pretrained` refuses.
+        """
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"{target} is a file; save_pretrained needs a directory")
@@ -538,8 +687,12 @@ class OneRecTokenizer(TokenizersBackend):
             super().save_pretrained(staging, legacy_format, filename_prefix, push_to_hub=False, **kwargs)
             # tokenizer_config.json holds the fingerprint of the other files, so it comes last.
             names = sorted(os.listdir(staging), key=lambda name: (name.endswith("tokenizer_config.json"), name))
-            for name in names:
+            for name in names[:-1]:
                 os.replace(Path(staging) / name, target / name)
+            if self.quantizer is None:
+                # Of a former tokenizer.
+                (target / self._file_name("quantizer_file", filename_prefix)).unlink(missing_ok=True)
+            os.replace(Path(staging) / names[-1], target / names[-1])
         if push_to_hub:
             self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
         return tuple(str(target / name) for name in names)
@@ -551,42 +704,68 @@ class OneRecTokenizer(TokenizersBackend):
         return file_names + self.save_vocabulary(save_directory, filename_prefix)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes item_index.parquet, codebooks.safetensors and semantic_id_report.json."""
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        index_path, codebooks_path, report_path = (
-            os.path.join(save_directory, prefix + VOCAB_FILES_NAMES[key])
-            for key in ("item_index_file", "codebooks_file", "semantic_id_report_file")
-        )
-        id_type = pa.int64() if self.item_ids.dtype == np.int64 else pa.large_string()
-        columns = {"item_id": pa.array(self.item_ids, type=id_type)}
+        """Writes item_index.parquet, the quantizer's files and semantic_id_report.json."""
+        directory = Path(save_directory)
+        paths = {
+            key: directory / self._file_name(f"{key}_file", filename_prefix)
+            for key in ("item_index", "codebooks", "quantizer", "semantic_id_report")
+        }
+        columns = {"item_id": as_item_ids(self.item_ids)}
         for level in range(self.num_levels):
             columns[f"code_{string.ascii_lowercase[level]}"] = pa.array(self.codes[:, level], type=pa.int32())
-        pq.write_table(pa.table(columns), index_path, compression="zstd")
-        save_file(
-            {f"level_{i}": codebook for i, codebook in enumerate(self.codebooks)}, codebooks_path, {"format": "pt"}
-        )
-        with open(report_path, "w", encoding="utf-8") as file:
+        columns["removed"] = pa.array(self.removed)
+        pq.write_table(pa.table(columns), paths["item_index"], compression="zstd")
+        if self.quantizer is None:
+            del paths["quantizer"]
+            save_file(
+                {f"level_{i}": codebook for i, codebook in enumerate(self.codebooks)},
+                paths["codebooks"],
+                {"format": "pt"},
+            )
+        else:
+            self.quantizer.save_pretrained(directory)
+            for key in ("codebooks", "quantizer"):
+                os.replace(directory / VOCAB_FILES_NAMES[f"{key}_file"], paths[key])
+        with open(paths["semantic_id_report"], "w", encoding="utf-8") as file:
             json.dump(self.report, file, indent=2)
             file.write("\n")
-        return index_path, codebooks_path, report_path
+        return tuple(str(path) for path in paths.values())
+
+    @staticmethod
+    def _file_name(key: str, filename_prefix: str | None) -> str:
+        return (f"{filename_prefix}-" if filename_prefix else "") + VOCAB_FILES_NAMES[key]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "OneRecTokenizer":
+        """The tokenizer that `save_pretrained` or `push_to_hub` wrote; a broken or foreign file is a ValueError."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"tokenizer_config.json or config.json of {pretrained_model_name_or_path} is no valid JSON ({error}); "
+                "save or download it again"
+            ) from error
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs):
         for key, name in cls.vocab_files_names.items():
             if resolved_vocab_files.get(key) is None:
+                if key == "quantizer_file":
+                    continue
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds no {name}: it is no complete OneRecTokenizer. Save it "
                     "with OneRecTokenizer.save_pretrained"
                 )
-            if name.endswith(".json"):
+        for path in filter(None, resolved_vocab_files.values()):
+            if Path(path).suffix == ".json":
                 try:
-                    json.loads(Path(resolved_vocab_files[key]).read_text(encoding="utf-8"))
+                    json.loads(Path(path).read_text(encoding="utf-8"))
                 except ValueError as error:
-                    raise ValueError(
-                        f"{name} of {pretrained_model_name_or_path} is no valid JSON ({error}); save or download it "
-                        "again"
-                    ) from error
-        return super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+                    raise ValueError(f"{path} is no valid JSON ({error}); save or download it again") from error
+        tokenizer = super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
+        # Arrow would keep what reading the item index took, half as much again as the tokenizer itself.
+        pa.default_memory_pool().release_unused()
+        return tokenizer
 
     @classmethod
     def convert_to_native_format(cls, **kwargs):
@@ -599,6 +778,12 @@ class OneRecTokenizer(TokenizersBackend):
         tokenizer_path = kwargs.pop("tokenizer_file")
         index_path = kwargs.pop("item_index_file")
         codebooks_path = kwargs.pop("codebooks_file")
+        quantizer_path = kwargs.pop("quantizer_file", None)
+        if kwargs.pop("quantizer_type", None) is not None and quantizer_path is None:
+            raise ValueError(
+                f"{kwargs['name_or_path']} holds no {VOCAB_FILES_NAMES['quantizer_file']}, which its "
+                "tokenizer_config.json speaks of; save or download the tokenizer again"
+            )
         report_path = kwargs.pop("semantic_id_report_file")
 
         columns = [
@@ -609,19 +794,38 @@ class OneRecTokenizer(TokenizersBackend):
             table = pq.read_table(index_path)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{index_path} cannot be read as Parquet ({error}); save or download it again") from error
-        if table.column_names != columns:
+        # `removed` came later: an index without it has all its items.
+        if table.column_names not in (columns, [*columns, "removed"]):
             raise ValueError(
-                f"{index_path} has the columns {table.column_names}, expected {columns}: it is the item index of "
-                "another tokenizer"
+                f"{index_path} has the columns {table.column_names}, expected {[*columns, 'removed']}: it is the item "
+                "index of another tokenizer"
             )
-        kwargs["item_ids"] = table["item_id"].to_numpy()
+        for column in columns[1:]:
+            if not pa.types.is_integer(table[column].type) or table[column].null_count:
+                raise ValueError(
+                    f"{index_path}: column {column} is no column of codes ({table[column].type}, "
+                    f"{table[column].null_count} missing); save or download it again"
+                )
+        kwargs["item_ids"] = table["item_id"]
         kwargs["codes"] = np.stack([table[column].to_numpy() for column in columns[1:]], axis=1)
-        try:
-            with safe_open(codebooks_path, framework="pt") as file:
-                names = sorted(file.keys(), key=lambda name: int(name.removeprefix("level_")))
-                kwargs["codebooks"] = [file.get_tensor(name) for name in names]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{codebooks_path} cannot be read as codebooks ({error}); save it again") from error
+        if "removed" in table.column_names:
+            kwargs["removed"] = table["removed"].to_numpy()
+        kwargs["quantizer"] = None if quantizer_path is None else _load_quantizer(quantizer_path)
+        if kwargs["quantizer"] is None:
+            try:
+                with safe_open(codebooks_path, framework="pt") as file:
+                    levels = itertools.takewhile(file.keys().__contains__, map("level_{}".format, itertools.count()))
+                    kwargs["codebooks"] = [file.get_tensor(name) for name in levels]
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{codebooks_path} cannot be read as codebooks ({error}); save it again") from error
+            sizes = [len(codebook) for codebook in kwargs["codebooks"]]
+        else:
+            sizes = list(kwargs["quantizer"].id_sizes)
+        if sizes != kwargs["codebook_sizes"][: len(sizes)]:
+            raise ValueError(
+                f"{codebooks_path} holds codebooks of {sizes} codes, tokenizer_config.json speaks of "
+                f"{kwargs['codebook_sizes']}: it belongs to another tokenizer; save or download the tokenizer again"
+            )
         try:
             kwargs["tokenizer_object"] = Tokenizer.from_file(tokenizer_path)
         except Exception as error:  # tokenizers raises bare Exception

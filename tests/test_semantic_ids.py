@@ -144,7 +144,9 @@ def test_report_by_hand():
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [-1.0, 0.0], [-1.0, -1.0]])
     codebooks = [torch.tensor([[1.0, 0.0], [-1.0, 0.0], [9.0, 9.0]])]
     codes = np.array([[0, 0], [0, 0], [1, 0], [1, 1]])
-    report = quantization_report(x, codes, codebooks, [3, 2])
+    quantizer = ResidualQuantizer.from_codebooks(codebooks)
+    quantizer.id_sizes = (3, 2)
+    report = quantization_report(x, codes, quantizer)
     assert report["levels"][0] == {
         "codes": 3,
         "used": 2,

@@ -1,8 +1,15 @@
 import copy
+import gc
 import json
+import os
 import pickle
+import sys
+import tempfile
+import warnings
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import onerec_hf  # noqa: F401  registers the Auto classes
+import onerec_hf
+from onerec_hf import item_index
+from onerec_hf.item_index import ItemIdLookup, as_item_ids, item_id_array
 from onerec_hf.semantic_ids import ResidualQuantizer
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -25,6 +34,79 @@ def build(item_ids=INTEGER_IDS, codes=CODES, sizes=SIZES):
     generator = torch.Generator().manual_seed(0)
     codebooks = [torch.randn(size, 2, generator=generator) for size in sizes]
     return OneRecTokenizer.from_semantic_ids(item_ids, codes, codebooks, {"reconstruction_error": 0.25})
+
+
+def points(count, seed=0, dim=4):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def fitted(item_ids=tuple(range(30)), policy="nearest_free", sizes=(4, 4, 8), **settings):
+    quantizer = ResidualQuantizer(list(sizes), collision_policy=policy, max_iterations=5, **settings)
+    return OneRecTokenizer.fit(item_ids, points(len(item_ids)), quantizer)
+
+
+class TestItemIndex:
+    @settings(max_examples=60, deadline=None)
+    @given(st.data())
+    def test_look_up_against_a_dict(self, data):
+        ids = data.draw(st.sampled_from([st.integers(-(2**63), 2**63 - 1), st.text(max_size=20)]))
+        catalogue = data.draw(st.lists(ids, min_size=1, max_size=12, unique=True))
+        wanted = data.draw(st.lists(st.sampled_from(catalogue) | ids, max_size=12))
+        expected = [catalogue.index(item) if item in catalogue else -1 for item in wanted]
+        ids = item_id_array(as_item_ids(catalogue))
+        assert ids.tolist() == catalogue
+        wanted = as_item_ids(wanted) if wanted else as_item_ids(catalogue)[:0]
+        assert ItemIdLookup(ids).find(wanted).tolist() == expected
+
+    @pytest.mark.parametrize("item_ids", [INTEGER_IDS, STRING_IDS])
+    def test_kinds_of_columns(self, item_ids):
+        tokenizer = build(np.array(item_ids))
+        some = item_ids[3:0:-1]
+        columns = [some, np.array(some), pd.Series(some), pd.Index(some), pa.array(some), pa.chunked_array([some, []])]
+        if item_ids is STRING_IDS:
+            columns += [np.array(some, dtype=object), tokenizer.item_ids[3:0:-1], pd.Series(some, dtype="category")]
+        for column in columns:
+            assert tokenizer.item_index(column).tolist() == [3, 2, 1]
+
+    def test_strings_with_equal_hashes(self, monkeypatch):
+        hash_array, salts = pd.util.hash_array, []
+
+        def colliding(values, hash_key, categorize):
+            salts.append(hash_key)
+            hashes = hash_array(values, hash_key=hash_key, categorize=categorize)
+            return hashes % 2 if hash_key == salts[0] else hashes
+
+        monkeypatch.setattr(item_index.pd.util, "hash_array", colliding)
+        tokenizer = build(STRING_IDS)
+        assert tokenizer.item_index([*STRING_IDS, "7x"], unknown="skip").tolist() == [0, 1, 2, 3, 4, -1]
+        assert len(set(salts)) == 2
+        salts.clear()
+        with pytest.raises(ValueError, match="holds 'x y' twice, in rows 1 and 3"):
+            build(["B001", "x y", "7", "x y", "B002"])
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=12), st.data())
+    def test_items_of_shared_ids(self, codes, data):
+        removed = data.draw(st.lists(st.sampled_from(range(len(codes))), max_size=len(codes) - 1, unique=True))
+        tokenizer = OneRecTokenizer.from_semantic_ids(range(len(codes)), np.array(codes), codebook_sizes=[2, 3])
+        tokenizer.remove_items(removed)
+        for code in [(a, b) for a in range(2) for b in range(3)]:
+            items = sorted(np.flatnonzero([code == other for other in codes]), key=lambda item: item in removed)
+            assert tokenizer.items_of_semantic_id(code) == items
+            assert tokenizer.codes_to_index([code]).tolist() == [items[0] if items else -1]
+
+    def test_no_python_object_per_item(self, tmp_path):
+        count = 20_000
+        ids, codes = [f"item-{i:09d}" for i in range(count)], np.random.default_rng(0).integers(99, size=(count, 3))
+        OneRecTokenizer.from_semantic_ids(ids, codes, codebook_sizes=[99] * 3).save_pretrained(tmp_path)
+        OneRecTokenizer.from_pretrained(tmp_path)
+        gc.collect()
+        before = sys.getallocatedblocks()
+        tokenizer = OneRecTokenizer.from_pretrained(tmp_path)
+        tokenizer.encode_histories([ids[:50]])
+        gc.collect()
+        assert sys.getallocatedblocks() - before < count / 4
+        assert tokenizer.codes.dtype == np.uint8 and isinstance(tokenizer.item_ids.dtype, np.dtypes.StringDType)
 
 
 class TestVocabulary:
@@ -113,6 +195,131 @@ class TestSequences:
         assert tokenizer.decode_sessions(tokenizer.encode_sessions(sessions)) == sessions
 
 
+def state(tokenizer):
+    """What must not change when an item is refused."""
+    return (
+        tokenizer.item_ids.tolist(),
+        tokenizer.codes.tolist(),
+        tokenizer.removed.tolist(),
+        tokenizer.semantic_id_fingerprint,
+        copy.deepcopy(tokenizer.report),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the semantic IDs should be fitted anew")
+class TestChangingCatalogue:
+    @settings(max_examples=25, deadline=None)
+    @given(
+        policy=st.sampled_from(["nearest_free", "suffix", "error", "share"]),
+        near=st.lists(st.integers(0, 23), max_size=6),
+        seed=st.integers(0, 1000),
+        strings=st.booleans(),
+    )
+    def test_ids_stay_and_are_one_to_one(self, policy, near, seed, strings):
+        """Through save, load and additions of which some lie on items that are there."""
+        name = "item-{}".format if strings else int
+        try:
+            tokenizer = fitted([name(i) for i in range(24)], policy, (6, 6, 8))
+        except ValueError as error:
+            assert policy == "error" and "have the same codes" in str(error)
+            return
+        new = torch.cat([points(24)[near], points(3, seed)])
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer.save_pretrained(directory)
+            loaded = AutoTokenizer.from_pretrained(directory)
+            expected = tokenizer.codes.tolist()
+            for first, part in ((24, new[:4]), (24 + len(new[:4]), new[4:])):
+                ids = [name(100 + first + i) for i in range(len(part))]
+                before = state(loaded)
+                try:
+                    indices = loaded.add_items(ids, part)
+                except ValueError as error:
+                    assert policy in ("error", "suffix") and state(loaded) == before, error
+                    continue
+                tokenizer.add_items(ids, part)
+                assert indices.tolist() == loaded.item_index(ids).tolist()
+                assert loaded.item_ids.tolist() == before[0] + ids
+                assert loaded.codes[: len(before[0])].tolist() == before[1]
+            assert state(loaded) == state(tokenizer) and loaded.codes[:24].tolist() == expected
+            loaded.save_pretrained(directory)
+            again = AutoTokenizer.from_pretrained(directory)
+            assert state(again) == state(loaded)
+        if policy == "share":
+            items = [again.items_of_semantic_id(code) for code in again.codes.tolist()]
+            assert all(item in shared for item, shared in zip(again.item_ids.tolist(), items, strict=True))
+        else:
+            assert again.codes_to_index(again.codes).tolist() == list(range(again.num_items))
+
+    def test_codes_of_new_items(self):
+        tokenizer = fitted(range(100, 130))
+        nearest = tokenizer.quantizer.encode(points(3, seed=9))
+        assert (tokenizer.codes_to_index(nearest) < 0).all()
+        assert tokenizer.add_items([7, 8, 9], points(3, seed=9)).tolist() == [30, 31, 32]
+        assert np.array_equal(tokenizer.codes[30:], nearest)
+        assert tokenizer.add_items([], torch.empty(0, 4)).tolist() == []
+        batch = tokenizer.encode_histories([[9, 100]])
+        assert tokenizer.decode_sessions(batch["input_ids"]) == [[9, 100]]
+
+    def test_removed_items(self, tmp_path):
+        tokenizer = build()
+        before = tokenizer.semantic_id_fingerprint
+        tokenizer.remove_items([55, 7, 55])
+        assert tokenizer.removed.tolist() == [False, True, True, False, False]
+        assert tokenizer.generatable.tolist() == [True, False, False, True, True]
+        assert tokenizer.item_index([55]).tolist() == [2] and tokenizer.semantic_id(55) == "<a_2><b_3><c_4>"
+        tokenizer.save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert state(loaded) == state(tokenizer)
+        trie = onerec_hf.ItemTrie(loaded.codes[loaded.generatable], loaded.codebook_sizes)
+        assert trie.num_items == 3
+        with pytest.raises(ValueError, match="item id 8 .* is not in the catalogue"):
+            loaded.remove_items([100, 8])
+        with pytest.raises(ValueError, match="nothing would be left"):
+            loaded.remove_items(INTEGER_IDS)
+        assert state(loaded) == state(tokenizer)
+        loaded.restore_items([55, 7])
+        assert not loaded.removed.any() and loaded.semantic_id_fingerprint == before
+
+    def test_refused_items(self):
+        tokenizer = fitted(range(100, 130))
+        tokenizer.remove_items([104])
+        before = state(tokenizer)
+        one_nan = points(3)
+        one_nan[1, 2] = torch.nan
+        for ids, embeddings, message in (
+            ([7, 104, 8], points(3), "row 1: 104 is in the catalogue .* restore_items"),
+            ([7, 8, 7], points(3), "holds 7 twice, in rows 0 and 2"),
+            (["a", "b", "c"], points(3), "are integers, got strings"),
+            ([7, 8], points(3), "2 item_ids but 3 embeddings"),
+            ([7, 8, 9], one_nan, "row 1 holds NaN"),
+            ([7, 8, 9], points(3, dim=5), "embeddings have 5 dimensions, the quantizer was fitted on 4"),
+            ([7, 8], [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0]], "row 1 has 3 dimensions, the quantizer was fitted on 4"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                tokenizer.add_items(ids, embeddings)
+            assert state(tokenizer) == before
+        with pytest.raises(ValueError, match="holds no quantizer"):
+            build().add_items([1], points(1))
+
+    def test_a_refit_is_due(self, tmp_path):
+        tokenizer = fitted(range(400), sizes=(8, 8, 16))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokenizer.add_items(range(1000, 1099), 3 + points(99, seed=5) / 10)  # too few to judge
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match="fitted anew: the 100 added items have a quantization error"):
+            tokenizer.add_items([1099], 3 + points(1, seed=6) / 10)
+        added = tokenizer.report["added_items"]
+        errors = tokenizer.quantizer.quantization_error(
+            torch.cat([3 + points(99, seed=5) / 10, 3 + points(1, seed=6) / 10])
+        )
+        assert added["items"] == 100 and added["quantization_error"] == pytest.approx(float(errors.mean()))
+        assert "found their ID taken" in tokenizer.refit_reasons()[1] and len(tokenizer.refit_reasons()) == 2
+        tokenizer.remove_items(tokenizer.item_ids[tokenizer.codes[:, 0] != tokenizer.codes[0, 0]])
+        assert "the codes of level 0 have a perplexity of 1.0" in tokenizer.refit_reasons()[2]
+
+
 class TestFiles:
     @pytest.mark.parametrize("item_ids", [INTEGER_IDS, STRING_IDS])
     def test_round_trip_through_auto_tokenizer(self, tmp_path, item_ids):
@@ -141,18 +348,26 @@ class TestFiles:
         assert loaded("<a_2><b_3>")["input_ids"] == [7, 11] and loaded.padding_side == "left"
 
     @pytest.mark.parametrize(
-        "name", ["tokenizer.json", "item_index.parquet", "codebooks.safetensors", "semantic_id_report.json"]
+        "name",
+        [
+            "tokenizer.json",
+            "item_index.parquet",
+            "codebooks.safetensors",
+            "quantizer.json",
+            "semantic_id_report.json",
+            "tokenizer_config.json",
+        ],
     )
     @pytest.mark.parametrize("damage", ["missing", "truncated"])
     def test_damaged_file_is_named(self, tmp_path, name, damage):
-        build().save_pretrained(tmp_path)
+        fitted().save_pretrained(tmp_path)
         path = tmp_path / name
         content = path.read_bytes()
         path.unlink()
         if damage == "truncated":
             path.write_bytes(content[: len(content) // 2])
         with pytest.raises(ValueError, match=name):
-            AutoTokenizer.from_pretrained(tmp_path)
+            OneRecTokenizer.from_pretrained(tmp_path)
 
     def test_files_of_another_tokenizer(self, tmp_path):
         build().save_pretrained(tmp_path / "one")
@@ -168,9 +383,60 @@ class TestFiles:
             with pytest.raises(ValueError, match=message):
                 AutoTokenizer.from_pretrained(tmp_path / "one")
             (tmp_path / "one" / name).write_bytes(own)
-        pq.write_table(pa.table({"video": [1, 2]}), tmp_path / "one" / "item_index.parquet")
-        with pytest.raises(ValueError, match="item_index.parquet"):
-            AutoTokenizer.from_pretrained(tmp_path / "one")
+        wrong = {"item_id": INTEGER_IDS, "code_a": [0.5] * 5, "code_b": [0] * 5, "code_c": [0] * 5}
+        for columns in ({"video": [1, 2]}, wrong):
+            pq.write_table(pa.table(columns), tmp_path / "one" / "item_index.parquet")
+            with pytest.raises(ValueError, match="item_index.parquet"):
+                AutoTokenizer.from_pretrained(tmp_path / "one")
+
+    def test_quantizer_of_another_tokenizer(self, tmp_path):
+        fitted(seed=0).save_pretrained(tmp_path / "one")
+        fitted(seed=1).save_pretrained(tmp_path / "other")
+        for name in ("quantizer.json", "codebooks.safetensors"):
+            own = (tmp_path / "one" / name).read_bytes()
+            (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+            with pytest.raises(ValueError, match="fingerprint"):
+                AutoTokenizer.from_pretrained(tmp_path / "one")
+            (tmp_path / "one" / name).write_bytes(own)
+
+    def test_index_without_the_column_removed(self, tmp_path):
+        build().save_pretrained(tmp_path)
+        path = tmp_path / "item_index.parquet"
+        pq.write_table(pq.read_table(path).drop_columns("removed"), path)
+        assert state(AutoTokenizer.from_pretrained(tmp_path)) == state(build())
+
+    @pytest.mark.parametrize("old_has_quantizer", [True, False])
+    def test_a_kill_between_two_files_is_noticed(self, tmp_path, monkeypatch, old_has_quantizer):
+        with_quantizer, without = fitted(), build()
+        old, new = (with_quantizer, without) if old_has_quantizer else (without, with_quantizer)
+        replace, unlink, outcomes = os.replace, Path.unlink, []
+        for steps in range(8):
+            done = []
+
+            def until_killed(action, target, done=done, steps=steps):
+                if Path(target).parent == tmp_path:
+                    if len(done) == steps:
+                        raise KeyboardInterrupt
+                    done.append(target)
+                return action()
+
+            old.save_pretrained(tmp_path)
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "replace", lambda a, b, kill=until_killed: kill(lambda: replace(a, b), b))
+                patched.setattr(Path, "unlink", lambda p, *a, kill=until_killed, **k: kill(lambda: unlink(p, **k), p))
+                try:
+                    new.save_pretrained(tmp_path)
+                except KeyboardInterrupt:
+                    pass
+            try:
+                fingerprint = AutoTokenizer.from_pretrained(tmp_path).semantic_id_fingerprint
+                outcomes.append("old" if fingerprint == old.semantic_id_fingerprint else "new")
+                assert fingerprint in (old.semantic_id_fingerprint, new.semantic_id_fingerprint)
+            except ValueError as error:
+                assert "download" in str(error) or "save" in str(error)
+                outcomes.append("refused")
+        assert outcomes[0] == "old" and outcomes[-1] == "new" and "refused" in outcomes
+        assert sorted(outcomes, key=["old", "refused", "new"].index) == outcomes
 
     def test_a_failed_save_leaves_the_old_files(self, tmp_path):
         build().save_pretrained(tmp_path)

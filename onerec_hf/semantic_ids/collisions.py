@@ -1,0 +1,190 @@
+"""Items with equal codes (collisions): counted, refused, told apart by one more code, or moved to a free ID.
+
+The paper says nothing of them. A policy is applied to a whole catalogue, or to new items beside existing ones, whose
+codes then stay as they are.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+COLLISION_POLICIES = ("nearest_free", "suffix", "share", "error")
+
+
+def prefix_ranks(codes: np.ndarray) -> np.ndarray:
+    """Int64 [N, L]: the rank of each row's first 1, 2, ... L codes among the distinct ones, in lexicographic order."""
+    ranks = np.empty(codes.shape, dtype=np.int64)
+    rank = np.zeros(len(codes), dtype=np.int64)
+    for level in range(codes.shape[1]):
+        # Ranks instead of products of all K, which overflow int64 for many large levels.
+        keys = rank * (int(codes[:, level].max(initial=0)) + 1) + codes[:, level]
+        rank = np.unique(keys, return_inverse=True)[1]
+        ranks[:, level] = rank
+    return ranks
+
+
+def collision_summary(codes: np.ndarray) -> tuple[float, int]:
+    """Share of the items whose ID is not theirs alone, and the largest number of items with one ID."""
+    counts = np.bincount(prefix_ranks(codes)[:, -1])
+    return float(counts[counts > 1].sum() / len(codes)), int(counts.max())
+
+
+def rank_among_equals(codes: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... within each set of rows with equal codes, in the order of the rows: int64 [N]."""
+    group = prefix_ranks(codes)[:, -1]
+    counts = np.bincount(group)
+    ranks = np.empty(len(codes), dtype=np.int64)
+    ranks[np.argsort(group, kind="stable")] = np.arange(len(codes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
+
+
+def raise_on_collision(codes: np.ndarray, num_existing: int = 0) -> None:
+    """ValueError that names two rows with equal codes, if there are any; the first rows may be existing items."""
+    ranks = rank_among_equals(codes)
+    ranks[:num_existing] = 0
+    if not ranks.any():
+        return
+    second = int(np.flatnonzero(ranks)[0])
+    first = int(np.flatnonzero((codes == codes[second]).all(1))[0])
+    rows = f"items of rows {first} and {second}"
+    if num_existing:
+        other = f"row {first - num_existing}" if first >= num_existing else f"the existing item {first}"
+        rows = f"new items: row {second - num_existing} and {other}"
+    raise ValueError(
+        f"{rows} have the same codes {tuple(codes[second].tolist())}, and {int((ranks > 0).sum())} items in all "
+        f"collide; choose larger codebooks, more levels, or another collision_policy than 'error': "
+        f"{', '.join(COLLISION_POLICIES[:3])}"
+    )
+
+
+def move_to_free_ids(
+    latents: torch.Tensor, codes: np.ndarray, codebooks: Sequence[torch.Tensor], existing_codes: np.ndarray
+) -> np.ndarray:
+    """Codes [N, L] with which no two items share an ID, moved from `codes` as little as the collisions demand.
+
+    Where items with a common prefix (all codes but the last) collide, the prefix's free last codes are matched to its
+    items one to one at the least total distance, so that of two items with one ID the one moves that loses less. Items
+    for which a prefix has no code left go to the nearest prefix with room. Only prefixes with a collision are visited.
+
+    Args:
+        latents: what the codebooks quantize, [N, d].
+        codes: int64 [N, L], the codes wanted.
+        codebooks: L tensors [K_l, d].
+        existing_codes: int64 [M, L], IDs that are taken and stay.
+
+    Raises:
+        ValueError: more items than IDs.
+    """
+    num_existing, last = len(existing_codes), len(codebooks) - 1
+    sizes = [len(codebook) for codebook in codebooks]
+    if num_existing + len(codes) > np.prod([float(size) for size in sizes]):
+        raise ValueError(
+            f"codebook_sizes {sizes} give fewer IDs than there are items ({num_existing + len(codes)}); choose larger "
+            "codebooks or more levels"
+        )
+    codes = np.concatenate([existing_codes, codes])
+    ranks = prefix_ranks(codes)
+    id_rank = ranks[:, last]
+    prefix_rank = ranks[:, last - 1] if last else np.zeros(len(codes), dtype=np.int64)
+    collides = np.bincount(id_rank)[id_rank] > 1
+    collides[:num_existing] = False
+    if not collides.any():
+        return codes[num_existing:]
+    contested = np.zeros(prefix_rank.max() + 1, dtype=bool)
+    contested[prefix_rank[collides]] = True
+    rows = np.flatnonzero(contested[prefix_rank])
+    rows = rows[np.argsort(prefix_rank[rows], kind="stable")]
+    movable = rows >= num_existing
+    residuals = np.zeros((len(rows), latents.shape[1]), dtype=np.float32)
+    residuals[movable] = _residuals(latents, codes, codebooks[:last], rows[movable], num_existing)
+    last_codebook = codebooks[last].cpu().numpy()
+    codebook_norms = np.square(last_codebook).sum(1)
+
+    overflow: list[int] = []
+    bounds = np.flatnonzero(np.diff(prefix_rank[rows], prepend=-1, append=-1))
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        group, moves = rows[start:end], movable[start:end]
+        free = np.ones(sizes[last], dtype=bool)
+        free[codes[group[~moves], last]] = False
+        free = np.flatnonzero(free)
+        group, residual = group[moves], residuals[start:end][moves]
+        distances = np.square(residual).sum(1)[:, None] + codebook_norms[free] - 2 * residual @ last_codebook[free].T
+        kept, places = _least_total(distances)
+        codes[group[kept], last] = free[places]
+        overflow.extend(np.delete(group, kept).tolist())
+    if overflow:
+        _move_to_open_prefixes(latents, codes, [codebook.cpu() for codebook in codebooks], overflow, num_existing)
+    return codes[num_existing:]
+
+
+def _residuals(
+    latents: torch.Tensor, codes: np.ndarray, codebooks: Sequence[torch.Tensor], rows: np.ndarray, num_existing: int
+) -> np.ndarray:
+    residuals = latents[torch.from_numpy(rows - num_existing).to(latents.device)].clone()
+    for level, codebook in enumerate(codebooks):
+        residuals -= codebook.to(latents.device)[torch.from_numpy(codes[rows, level]).to(latents.device)]
+    return residuals.cpu().numpy()
+
+
+def _least_total(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the one-to-one matching of the smaller side at the least total distance."""
+    rows, columns = distances.shape
+    if rows * rows < columns:
+        # A best matching needs no more than each row's `rows` nearest columns.
+        nearest = np.unique(np.argpartition(distances, rows - 1, axis=1)[:, :rows])
+        kept, places = linear_sum_assignment(distances[:, nearest])
+        return kept, nearest[places]
+    return linear_sum_assignment(distances)
+
+
+def _move_to_open_prefixes(
+    latents: torch.Tensor, codes: np.ndarray, codebooks: Sequence[torch.Tensor], overflow: list[int], num_existing: int
+) -> None:
+    """Gives each row of `overflow` the nearest free code of the nearest prefix with room; in place."""
+    last = len(codebooks) - 1
+    placed = np.ones(len(codes), dtype=bool)
+    placed[overflow] = False
+    placed = codes[placed]
+    placed = placed[np.lexsort(placed.T[::-1])]
+    # Items under every prefix of every length, so that a full branch is passed over without being searched.
+    load: dict[tuple[int, ...], int] = defaultdict(int)
+    first: dict[tuple[int, ...], int] = {}
+    for depth in range(last + 1):
+        changes = (placed[1:, :depth] != placed[:-1, :depth]).any(1)
+        starts = np.flatnonzero(np.concatenate([[True], changes])) if len(placed) else np.zeros(0, dtype=np.int64)
+        prefixes = list(map(tuple, placed[starts, :depth].tolist()))
+        load.update(zip(prefixes, np.diff(starts, append=len(placed)).tolist(), strict=True))
+        if depth == last:
+            first = dict(zip(prefixes, starts.tolist(), strict=True))
+    taken: dict[tuple[int, ...], set[int]] = {}
+    for row in overflow:
+        prefix, residual = next(_open_prefixes(latents[row - num_existing].cpu(), (), codebooks, load))
+        if prefix not in taken:
+            start = first.get(prefix, 0)
+            taken[prefix] = set(placed[start : start + load.get(prefix, 0), last].tolist())
+        distances = (codebooks[last] - residual).square().sum(1)
+        if taken[prefix]:
+            distances[list(taken[prefix])] = float("inf")
+        code = int(distances.argmin())
+        taken[prefix].add(code)
+        codes[row] = (*prefix, code)
+        for depth in range(last + 1):
+            load[prefix[:depth]] += 1
+
+
+def _open_prefixes(
+    residual: torch.Tensor, prefix: tuple[int, ...], codebooks: Sequence[torch.Tensor], load: dict
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Prefixes with a free last code, each with the residual that is left, nearest code first at every level."""
+    depth = len(prefix)
+    room = int(np.prod([len(codebook) for codebook in codebooks[depth:]], dtype=object))
+    if load.get(prefix, 0) >= room:
+        return
+    if depth == len(codebooks) - 1:
+        yield prefix, residual
+        return
+    for code in (codebooks[depth] - residual).square().sum(1).argsort(stable=True).tolist():
+        yield from _open_prefixes(residual - codebooks[depth][code], (*prefix, code), codebooks, load)

@@ -1,0 +1,386 @@
+"""What all quantizers of item embeddings share: semantic IDs, the collision policy, new items, files.
+
+A quantizer holds one codebook per level. An item's latent vector (its embedding, or what a network makes of it) is
+quantized level by level: r^1 = latent; s^l = argmin_k ||r^l - c_k^l||^2; r^(l+1) = r^l - c^l_(s^l) (section 3.1).
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from onerec_hf.semantic_ids.balanced_kmeans import as_points, nearest_centroid
+from onerec_hf.semantic_ids.collisions import (
+    COLLISION_POLICIES,
+    collision_summary,
+    move_to_free_ids,
+    raise_on_collision,
+    rank_among_equals,
+)
+
+QUANTIZER_FILE = "quantizer.json"
+CODEBOOKS_FILE = "codebooks.safetensors"
+
+
+@dataclass
+class SemanticIds:
+    """Codes of N items: codes int64 array [N, L], codebooks [K_l, d] of the quantized levels, K_l of all L levels.
+
+    `quantizer` is the fitted one, which gives new items their codes.
+    """
+
+    codes: np.ndarray
+    codebooks: list[torch.Tensor]
+    codebook_sizes: tuple[int, ...]
+    report: dict
+    quantizer: "Quantizer"
+
+
+class Quantizer:
+    """Base of the quantizers: [`ResidualQuantizer`] and [`RQVAE`].
+
+    Args:
+        codebook_sizes: K_l, one per quantized level; the paper has 3 levels of 8192.
+        collision_policy: what happens to items with equal codes.
+            "nearest_free": where items that share a prefix (all codes but the last) collide, the prefix's last codes
+            are matched to its items one to one at the least total distance; items for which a prefix has no code left
+            go to the next-nearest prefix with room.
+            "suffix": one more level is added, which counts the items with equal codes. "share": they keep the same
+            ID. "error": ValueError. All but "share" make item and ID one to one.
+        suffix_size: codes of the level that "suffix" adds. None: twice what the fitted items need, so that new items
+            find room.
+        seed: of everything that is drawn. The same seed, data and device give the same codes.
+        device: where it is fitted. Codes and codebooks are handed back on the CPU.
+
+    Attributes after `fit` or `from_pretrained`: codebooks (L tensors [K_l, d]), embedding_dim, id_sizes (K_l of all
+    levels, the suffix level included), fitted_error (mean squared error of the fitted items' nearest codes).
+    """
+
+    quantizer_type: str
+
+    def __init__(
+        self,
+        codebook_sizes: Sequence[int],
+        collision_policy: str = "nearest_free",
+        suffix_size: int | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        show_progress: bool = False,
+    ):
+        if not codebook_sizes or min(codebook_sizes) < 1:
+            raise ValueError(f"codebook_sizes must be positive integers, got {list(codebook_sizes)}")
+        if collision_policy not in COLLISION_POLICIES:
+            raise ValueError(
+                f"collision_policy must be one of {', '.join(COLLISION_POLICIES)}, got {collision_policy!r}"
+            )
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        self.collision_policy = collision_policy
+        self.suffix_size = suffix_size
+        self.seed = seed
+        self.device = device
+        self.show_progress = show_progress
+        self.codebooks: list[torch.Tensor] = []
+        self.id_sizes = self.codebook_sizes
+        self.fitted_error: float | None = None
+
+    # What a kind of quantizer defines
+
+    def _fit_codebooks(self, x: torch.Tensor) -> torch.Tensor:
+        """Fits on embeddings [N, d]: sets `codebooks` and `embedding_dim`, returns codes LongTensor [N, L]."""
+        raise NotImplementedError
+
+    def _latents(self, x: torch.Tensor) -> torch.Tensor:
+        """What the codebooks quantize, [N, latent d], of embeddings [N, d]."""
+        return x
+
+    def _embeddings(self, latents: torch.Tensor) -> torch.Tensor:
+        """The way back from latents to embeddings."""
+        return latents
+
+    def _settings(self) -> dict[str, Any]:
+        """Constructor arguments that are saved."""
+        return {
+            "codebook_sizes": list(self.codebook_sizes),
+            "collision_policy": self.collision_policy,
+            "suffix_size": self.suffix_size,
+            "seed": self.seed,
+        }
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Tensors that are saved; those of the codebooks are `level_0`, `level_1`, ..."""
+        return {f"level_{level}": codebook for level, codebook in enumerate(self.codebooks)}
+
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        self.codebooks = [weights[f"level_{level}"] for level in range(len(self.codebook_sizes))]
+
+    # The interface
+
+    def fit(self, embeddings) -> SemanticIds:
+        """Codebooks and codes of item embeddings [N, d] (array or tensor), row = catalogue index.
+
+        Raises:
+            ValueError: NaN in a row, all rows equal, a codebook larger than the catalogue, fewer IDs than items, or a
+                collision under the policy "error".
+        """
+        x = as_points(embeddings, device=self.device)
+        largest = max(self.codebook_sizes)
+        if largest > len(x):
+            raise ValueError(
+                f"codebook_sizes {list(self.codebook_sizes)}: {largest} codes for a catalogue of {len(x)} items; "
+                f"choose at most {len(x)} codes per level"
+            )
+        if (x == x[0]).all():
+            raise ValueError(
+                f"all {len(x)} embeddings are equal: there is nothing to quantize. Check the source of the embeddings"
+            )
+        one_to_one = self.collision_policy in ("nearest_free", "error")
+        if one_to_one and np.prod([float(size) for size in self.codebook_sizes]) < len(x):
+            raise ValueError(
+                f"codebook_sizes {list(self.codebook_sizes)} give fewer IDs than there are items ({len(x)}); "
+                "choose larger codebooks or more levels"
+            )
+        self.embedding_dim = x.shape[1]
+        initial = self._fit_codebooks(x).cpu().numpy()
+        self.codebooks = [codebook.cpu() for codebook in self.codebooks]
+        self.fitted_error = float(self.quantization_error(x).mean())
+        self.id_sizes = self.codebook_sizes
+        if self.collision_policy == "suffix":
+            needed = int(rank_among_equals(initial).max()) + 1
+            if self.suffix_size is not None and self.suffix_size < needed:
+                raise ValueError(
+                    f"suffix_size {self.suffix_size}, but {needed} items have the same codes; raise it to at least "
+                    f"{needed}, or choose larger codebooks"
+                )
+            self.id_sizes = (*self.codebook_sizes, self.suffix_size or 2 * needed)
+        final = self._resolve(x, initial, np.zeros((0, len(self.id_sizes)), dtype=np.int64))
+        before = collision_summary(initial)
+        report = {
+            "quantizer_type": self.quantizer_type,
+            **self._settings(),
+            **quantization_report(x, final, self),
+            "collision_rate_before_policy": before[0],
+            "max_items_per_id_before_policy": before[1],
+            "moved_items": int((final[:, : initial.shape[1]] != initial).any(1).sum()),
+        }
+        return SemanticIds(final, self.codebooks, self.id_sizes, report, self)
+
+    def encode(self, embeddings) -> np.ndarray:
+        """Nearest codes of embeddings [N, d] at the quantized levels, int64 [N, L]; collisions are left as they are.
+
+        Raises:
+            ValueError: not fitted yet, NaN in a row, or another width than the fitted embeddings.
+        """
+        return self._nearest_codes(self._latents(self._checked(embeddings))).cpu().numpy()
+
+    def decode(self, codes) -> torch.Tensor:
+        """Embeddings float32 [N, d] that codes [N, L] stand for.
+
+        The first levels alone may be given, for a coarser embedding; a suffix level stands for nothing.
+        """
+        self._require_codebooks()
+        codes = torch.from_numpy(np.asarray(codes, dtype=np.int64))
+        levels = range(min(codes.shape[1], len(self.codebooks)))
+        return self._embeddings(sum(self.codebooks[level][codes[:, level]] for level in levels))
+
+    def place(self, embeddings, existing_codes) -> np.ndarray:
+        """Codes of new items beside existing ones by the frozen codebooks and the collision policy.
+
+        Args:
+            embeddings: of the new items, [N, d].
+            existing_codes: int [M, L] of all levels; they stay as they are.
+
+        Returns:
+            int64 [N, L], of all levels. Under "nearest_free" a new item whose nearest ID is taken goes to the nearest
+            free code at the last level, or to the nearest prefix with room; under "suffix" it gets the next number of
+            its codes.
+
+        Raises:
+            ValueError: what `encode` raises; a collision under "error"; no ID left, or no suffix left, with the row.
+        """
+        x = self._checked(embeddings)
+        existing_codes = np.asarray(existing_codes, dtype=np.int64)
+        if existing_codes.ndim != 2 or existing_codes.shape[1] != len(self.id_sizes):
+            raise ValueError(
+                f"existing_codes have shape {list(existing_codes.shape)}, expected [items, {len(self.id_sizes)}]"
+            )
+        return self._resolve(x, self._nearest_codes(self._latents(x)).cpu().numpy(), existing_codes)
+
+    def quantization_error(self, embeddings) -> torch.Tensor:
+        """Squared distance of each embedding to what its nearest codes stand for, float32 [N], on the CPU.
+
+        For new items, far above `fitted_error` it says that the codebooks do not know them.
+        """
+        x = self._checked(embeddings)
+        codes = self._nearest_codes(self._latents(x)).cpu().numpy()
+        return (x.cpu() - self.decode(codes)).square().sum(1)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `quantizer.json` and `codebooks.safetensors`; each appears whole or not at all.
+
+        The JSON carries a fingerprint of the weights and comes last: a mixture of two quantizers is refused on load.
+        """
+        self._require_codebooks()
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self._weights().items()}
+        described = {
+            "quantizer_type": self.quantizer_type,
+            "settings": self._settings(),
+            "embedding_dim": self.embedding_dim,
+            "id_sizes": list(self.id_sizes),
+            "fitted_error": self.fitted_error,
+            "fingerprint": _fingerprint(weights),
+        }
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            save_file(weights, Path(staging) / CODEBOOKS_FILE, {"format": "pt"})
+            (Path(staging) / QUANTIZER_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            for name in (CODEBOOKS_FILE, QUANTIZER_FILE):
+                os.replace(Path(staging) / name, target / name)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> "Quantizer":
+        """The quantizer that [`save_pretrained`] wrote; [`load_quantizer`] finds the class by itself.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: a truncated or foreign file, named.
+        """
+        described = read_quantizer_file(directory)
+        path = Path(directory) / CODEBOOKS_FILE
+        try:
+            weights = load_file(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing; save the quantizer again") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read as safetensors ({error}); save or download it again") from error
+        if _fingerprint(weights) != described["fingerprint"]:
+            raise ValueError(
+                f"{path} does not belong to {QUANTIZER_FILE} beside it: its content has another fingerprint. Files "
+                "of two quantizers are mixed; save or download the quantizer again"
+            )
+        try:
+            quantizer = cls(**described["settings"])
+            quantizer.embedding_dim = described["embedding_dim"]
+            quantizer.id_sizes = tuple(described["id_sizes"])
+            quantizer.fitted_error = described["fitted_error"]
+            quantizer._load_weights(weights)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{Path(directory) / QUANTIZER_FILE} describes no {cls.__name__} ({error}); it was written by "
+                "something else, save the quantizer again"
+            ) from error
+        return quantizer
+
+    # Parts
+
+    def _checked(self, embeddings) -> torch.Tensor:
+        self._require_codebooks()
+        x = as_points(embeddings)
+        if x.shape[1] != self.embedding_dim:
+            raise ValueError(
+                f"embeddings have {x.shape[1]} dimensions, the quantizer was fitted on {self.embedding_dim}"
+            )
+        return x
+
+    def _require_codebooks(self) -> None:
+        if not self.codebooks:
+            raise ValueError(f"this {type(self).__name__} has no codebooks yet; call fit(embeddings) first")
+
+    def _nearest_codes(self, residual: torch.Tensor) -> torch.Tensor:
+        codes = []
+        for codebook in self.codebooks:
+            codebook = codebook.to(residual.device)
+            codes.append(nearest_centroid(residual, codebook))
+            residual = residual - codebook[codes[-1]]
+        return torch.stack(codes, dim=1)
+
+    def _resolve(self, x: torch.Tensor, codes: np.ndarray, existing: np.ndarray) -> np.ndarray:
+        """Applies the collision policy to codes [N, quantized levels] beside existing ones [M, all levels]."""
+        if self.collision_policy == "error":
+            raise_on_collision(np.concatenate([existing, codes]), len(existing))
+        elif self.collision_policy == "nearest_free":
+            return move_to_free_ids(self._latents(x), codes, self.codebooks, existing)
+        elif self.collision_policy == "suffix":
+            # Existing items with the same codes hold the first numbers, in whatever order they stand.
+            suffix = rank_among_equals(np.concatenate([existing[:, :-1], codes]))[len(existing) :]
+            if suffix.max(initial=0) >= self.id_sizes[-1]:
+                row = int(np.flatnonzero(suffix >= self.id_sizes[-1])[0])
+                raise ValueError(
+                    f"row {row}: all {self.id_sizes[-1]} suffixes of its codes {tuple(codes[row].tolist())} are "
+                    "taken; fit anew with a larger suffix_size or larger codebooks"
+                )
+            return np.concatenate([codes, suffix[:, None]], axis=1)
+        return codes
+
+
+def read_quantizer_file(directory: str | os.PathLike) -> dict[str, Any]:
+    """What quantizer.json says. Raises FileNotFoundError or ValueError with the file's name."""
+    path = Path(directory) / QUANTIZER_FILE
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {directory} holds no quantizer") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}); save or download it again") from error
+    missing = {"quantizer_type", "settings", "embedding_dim", "id_sizes", "fitted_error", "fingerprint"} - set(
+        described if isinstance(described, dict) else ()
+    )
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(sorted(missing))}: it is the file of something else")
+    return described
+
+
+def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        digest.update(f"{name} {tuple(weights[name].shape)} ".encode())
+        digest.update(weights[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> dict:
+    """JSON-able quality report of codes [N, L] for embeddings [N, d].
+
+    Per level: codes (K_l), used, use (used / K_l), entropy_bits and perplexity (2 ** entropy) of the code frequencies,
+    min_size and max_size (items per code), and for quantized levels reconstruction_error: the squared error that is
+    left after this level, as a share of the embeddings' variance. Over all levels: num_items, reconstruction_error,
+    collision_rate (share of the items whose ID is not theirs alone) and max_items_per_id.
+    """
+    x = as_points(embeddings).cpu()
+    codes = np.asarray(codes)
+    variance = float((x - x.mean(0)).square().sum(dtype=torch.float64))
+    levels = []
+    for level, size in enumerate(quantizer.id_sizes):
+        counts = np.bincount(codes[:, level], minlength=size)
+        shares = counts[counts > 0] / len(codes)
+        entropy = float(-(shares * np.log2(shares)).sum()) + 0.0
+        summary = {
+            "codes": int(size),
+            "used": int((counts > 0).sum()),
+            "use": float((counts > 0).mean()),
+            "entropy_bits": entropy,
+            "perplexity": 2.0**entropy,
+            "min_size": int(counts.min()),
+            "max_size": int(counts.max()),
+        }
+        if level < len(quantizer.codebooks):
+            error = x - quantizer.decode(codes[:, : level + 1])
+            summary["reconstruction_error"] = float(error.square().sum(dtype=torch.float64)) / variance
+        levels.append(summary)
+    collision_rate, max_items_per_id = collision_summary(codes)
+    return {
+        "num_items": len(codes),
+        "codebook_sizes": [int(size) for size in quantizer.id_sizes],
+        "levels": levels,
+        "reconstruction_error": levels[len(quantizer.codebooks) - 1]["reconstruction_error"],
+        "collision_rate": collision_rate,
+        "max_items_per_id": max_items_per_id,
+    }
