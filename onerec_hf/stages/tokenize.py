@@ -1,4 +1,4 @@
-"""Stage `tokenize`: item embeddings, balanced residual quantization and the tokenizer (section 3.1)."""
+"""Stage `tokenize`: item embeddings, their alignment with behaviour, quantization and the tokenizer (section 3.1)."""
 
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from ..data import Feed
+from ..item_alignment import ItemAlignment
 from ..item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
 from ..pretraining import catalogue_index_lists
-from ..semantic_ids import ResidualQuantizer
+from ..semantic_ids import make_quantizer
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, PreparedData, prepare_data, prepared_data
 from .recipe_arguments import RecipeArguments
@@ -31,11 +32,19 @@ def tokenize(args: RecipeArguments) -> Path:
         prepared = prepared_data(args, "tokenize")
         feed = prepared.feed()
         embeddings = embed_items(feed, prepared, args)
-        quantizer = ResidualQuantizer(
+        if options.item_alignment is not None:
+            alignment = ItemAlignment(**{"seed": args.run.seed, "show_progress": True, **options.item_alignment})
+            alignment.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
+            embeddings = alignment.transform(embeddings)
+        quantizer = make_quantizer(
+            options.quantizer_type,
             options.codebook_sizes,
-            collision_policy=options.collision_policy,
-            seed=args.run.seed,
-            show_progress=True,
+            **{
+                "collision_policy": options.collision_policy,
+                "seed": args.run.seed,
+                "show_progress": True,
+                **options.quantizer,
+            },
         )
         tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
         tokenizer.save_pretrained(folder)
@@ -43,6 +52,15 @@ def tokenize(args: RecipeArguments) -> Path:
         return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
 
     return run_stage("tokenize", args.output_dir, args.settings("tokenize", "run.seed"), ["data"], work)
+
+
+def fitted_histories(feed: Feed, prepared: PreparedData) -> list[np.ndarray]:
+    """Catalogue indices of every user's positive behaviours before the evaluated period, oldest first."""
+    histories = catalogue_index_lists(
+        prepared.read(USER_HISTORIES).with_format("arrow")[:]["history_item_ids"],
+        pd.Index(feed.items["item_id"]).get_indexer,
+    )
+    return [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
 
 
 def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np.ndarray:
@@ -63,17 +81,8 @@ def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np
             (*text_embeddings(feed.items[feed.text_column].tolist(), options.text_encoder), options.text_weight)
         )
     if options.behaviour_weight:
-        histories = catalogue_index_lists(
-            prepared.read(USER_HISTORIES).with_format("arrow")[:]["history_item_ids"],
-            pd.Index(feed.items["item_id"]).get_indexer,
-        )
-        lists = [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
-        sources.append(
-            (
-                *behaviour_embeddings(lists, len(feed.items), dim=options.behaviour_dim),
-                options.behaviour_weight,
-            )
-        )
+        behaviour = behaviour_embeddings(fitted_histories(feed, prepared), len(feed.items), dim=options.behaviour_dim)
+        sources.append((*behaviour, options.behaviour_weight))
     columns = (feed.categorical_columns, feed.multi_categorical_columns, feed.numeric_columns)
     if options.feature_weight and any(columns):
         sources.append((*feature_embeddings(feed.items, *columns, dim=options.feature_dim), options.feature_weight))
