@@ -1,6 +1,7 @@
 """Stage `tokenize`: item embeddings, their alignment with behaviour, quantization and the tokenizer (section 3.1)."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,12 +14,14 @@ from ..item_alignment import ItemAlignment
 from ..item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
 from ..pretraining import catalogue_index_lists
 from ..semantic_ids import make_quantizer
+from ..semantic_ids.semantic_id_report import CODE_SAMPLES_FILE, ITEM_MAP_FILE, write_semantic_id_report
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, PreparedData, prepare_data, prepared_data
 from .recipe_arguments import RecipeArguments
-from .stage_runner import run_stage
+from .stage_runner import read_json, run_stage
 
 ITEM_EMBEDDINGS = "item_embeddings.safetensors"
+SEMANTIC_ID_REPORT = "semantic_ids"
 
 
 def tokenize(args: RecipeArguments) -> Path:
@@ -49,9 +52,21 @@ def tokenize(args: RecipeArguments) -> Path:
         tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
         tokenizer.save_pretrained(folder)
         save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
+        write_semantic_id_report(
+            folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, tokenizer.codebook_sizes, feed.item_name
+        )
         return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
 
     return run_stage("tokenize", args.output_dir, args.settings("tokenize", "run.seed"), ["data"], work)
+
+
+def semantic_id_pictures(folder: Path) -> dict[str, Any]:
+    """What the run's report shows of the stage's pictures: `item_map`, a PNG, and `code_samples`, a table."""
+    report = folder / SEMANTIC_ID_REPORT
+    return {
+        "item_map": (report / ITEM_MAP_FILE).read_bytes(),
+        "code_samples": read_json(report / CODE_SAMPLES_FILE),
+    }
 
 
 def fitted_histories(feed: Feed, prepared: PreparedData) -> list[np.ndarray]:

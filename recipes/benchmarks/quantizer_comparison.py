@@ -53,7 +53,7 @@ TRAINING = {
     },
 }
 EPOCHS = {"kuairand": 1.5, "amazon_beauty": 3}
-NUM_BEAMS = 32
+NUM_BEAMS = 20
 COLUMNS = {
     "use": "codes in use",
     "entropy": "entropy [bits]",
@@ -123,6 +123,7 @@ def _make_cell(data_set: str, data_dir: str, name: str, folder: Path, max_users:
     cases = prepared_data(args, "the comparison").read(EVALUATION_CASES)
     if max_users is not None and max_users < len(cases):
         cases = cases.shuffle(seed=0).select(range(max_users))
+    model.config.session_items = 1  # only the ranked list is looked at
     recommended = onerec_hf.recommend(
         model, tokenizer, cases["history_item_ids"][:], top_k=10, num_beams=NUM_BEAMS, batch_size=64
     )
