@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from tqdm.auto import tqdm
 
-ASSIGNMENTS = ("greedy", "transport", "nearest")
+ASSIGNMENTS = ("greedy", "transport")
 # Of the Sinkhorn iterations, in units of the mean squared distance to the nearest centroid.
 TEMPERATURES = (0.1, 0.03, 0.01)
 SINKHORN_PASSES = 3
@@ -78,8 +78,6 @@ class BalancedKMeans:
             "transport": all clusters at once. A price per cluster is found by Sinkhorn iterations of the optimal
             transport between points and clusters, then points choose in order of regret and pairs of points that gain
             by it are exchanged. Slower and of lower inertia.
-            "nearest": plain K-means, not balanced. A cluster that nobody chose gets the point that is farthest from
-            its own centroid.
         max_iterations: upper bound; fitting stops when the inertia no longer falls by `tolerance` of itself.
         seed: of the k-means++ seeding. The same seed, data and device give the same clusters.
 
@@ -134,8 +132,6 @@ class BalancedKMeans:
         for iteration in progress:
             if self.assignment == "greedy":
                 labels = self._assign_greedy(x, centroids)
-            elif self.assignment == "nearest":
-                labels = self._assign_nearest(x, centroids)
             else:
                 # Prices are warm after the first iteration, so only the last temperature is needed.
                 temperatures = TEMPERATURES if iteration == 0 else TEMPERATURES[-1:]
@@ -171,22 +167,6 @@ class BalancedKMeans:
             order = distances.argsort(stable=True)
             labels[left[order[:capacity]]] = cluster
             left = left[order[capacity:].sort().values]
-        return labels
-
-    def _assign_nearest(self, x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-        labels = nearest_centroid(x, centroids)
-        sizes = torch.bincount(labels, minlength=self.num_clusters)
-        empty = (sizes == 0).nonzero()[:, 0]
-        if len(empty):
-            distances = (x - centroids[labels]).square().sum(1)
-            # The nearest point of a cluster stays, so that no other cluster becomes empty.
-            order = distances.argsort(stable=True)
-            first = torch.full((self.num_clusters,), len(x), device=x.device)
-            first.scatter_reduce_(0, labels[order], torch.arange(len(x), device=x.device), "amin")
-            movable = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            movable[first[first < len(x)]] = False
-            farthest = order[movable].flip(0)[: len(empty)]
-            labels[farthest] = empty
         return labels
 
     def _assign_transport(
