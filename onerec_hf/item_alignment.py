@@ -26,7 +26,7 @@ WEIGHTS_FILE = "item_alignment.safetensors"
 ROWS_AT_ONCE = 2**16
 
 
-def cooccurring_pairs(histories: Sequence[np.ndarray], window: int = 5) -> np.ndarray:
+def cooccurring_pairs(histories: Sequence[np.ndarray], window: int = 2) -> np.ndarray:
     """Pairs of different items at most `window` places apart in a history, int64 [P, 2], as often as they occur.
 
     Args:
@@ -100,9 +100,9 @@ class ItemAlignment:
         self,
         dim: int = 64,
         hidden_size: int = 256,
-        window: int = 5,
+        window: int = 2,
         temperature: float = 0.1,
-        num_steps: int = 1000,
+        num_steps: int = 500,
         batch_size: int = 1024,
         learning_rate: float = 1e-3,
         seed: int = 0,

@@ -26,13 +26,13 @@ from onerec_hf.stages.stage_runner import read_json, write_json
 RECIPES = Path(__file__).parents[1]
 CELLS: dict[str, dict[str, Any]] = {
     "balanced_rkmeans": {"quantizer_type": "balanced_rkmeans"},
-    "balanced_rkmeans, aligned": {"quantizer_type": "balanced_rkmeans", "item_alignment": {}},
     "balanced_rkmeans, balanced codes": {
         "quantizer_type": "balanced_rkmeans",
         "quantizer": {"code_assignment": "balanced"},
     },
-    "rqvae": {"quantizer_type": "rqvae"},
     "rkmeans": {"quantizer_type": "rkmeans"},
+    "rqvae": {"quantizer_type": "rqvae"},
+    "balanced_rkmeans, aligned": {"quantizer_type": "balanced_rkmeans", "item_alignment": {}},
 }
 # The same for every cell: short histories and short sessions, so that one thread trains a cell in minutes.
 TRAINING = {
@@ -52,7 +52,7 @@ TRAINING = {
         "save_strategy": "no",
     },
 }
-EPOCHS = {"kuairand": 1.5, "amazon_beauty": 3}
+EPOCHS = {"kuairand": 1, "amazon_beauty": 2}
 NUM_BEAMS = 20
 COLUMNS = {
     "use": "codes in use",
