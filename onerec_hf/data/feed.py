@@ -163,6 +163,15 @@ class Feed:
     def user_features(self) -> Features:
         return user_features(self.users)
 
+    def item_name(self, index: int) -> str:
+        """What a reader knows an item by, given its catalogue index: its text, or what its feature columns say."""
+        row = self.items.iloc[int(index)]
+        if self.text_column is not None:
+            return str(row[self.text_column])
+        columns = [*self.multi_categorical_columns, *self.categorical_columns][:2]
+        values = [", ".join(row[column]) if isinstance(row[column], list) else row[column] for column in columns]
+        return "; ".join(f"{column} {value}" for column, value in zip(columns, values, strict=True))
+
     def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
         """A copy with another meaning of a positive behaviour. Raises DataError for an unknown column."""
         return dataclasses.replace(self, positive_feedback=list(positive_feedback))

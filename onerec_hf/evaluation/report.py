@@ -6,8 +6,6 @@ alignment, no truth) is left out of the report, never filled in.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 import tempfile
@@ -16,11 +14,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from ..figure_style import ACCENT, GRID, INK, MUTED, OTHERS, SECOND, png_image, set_title, styled_axes, svg_image
+from ..semantic_ids.semantic_id_report import code_use_figure
 
 METHOD_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE", "sasrec": "SASRec"}
 JUDGE_NAMES = {"reward_model": "Reward model", "independent_judge": "Independent judge", "truth": "Simulated truth"}
@@ -34,8 +33,6 @@ HEAD_NAMES = {
 RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
 SESSION_COLUMNS = ("intra_session_diversity", "illegal_rate", "duplicate_rate")
 
-_INK, _MUTED, _GRID = "#1d2733", "#66717f", "#e4e8ed"
-_ACCENT, _SECOND, _OTHERS = "#2f6fde", "#8fb4f3", "#b9c2cc"
 _LONGEST_LIST = 16
 _STYLE = """
 :root { color-scheme: light; }
@@ -75,6 +72,8 @@ def write_report(
     code_use: Sequence[np.ndarray],
     examples: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
+    item_map: bytes | None = None,
+    code_samples: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write the report, atomically.
 
@@ -89,6 +88,8 @@ def write_report(
             {"item", "label", "score"}, best first; optionally "next_item", what the user really took next.
             "label" is text beside the id, such as title or tags, and may be empty.
         settings: the run's configuration, nested as it likes.
+        item_map: a PNG, the items in two dimensions.
+        code_samples: items of some first codes, see `sample_items` of the semantic IDs' report.
 
     Returns:
         The path written.
@@ -98,7 +99,7 @@ def write_report(
         ("Recommendation quality", _quality_section(metrics, alignment)),
         ("Rewards by alignment round", _reward_section(alignment)),
         ("Losses", _figure_section(_curves_figure(training_curves), "Training and validation curves")),
-        ("Semantic IDs", _code_section(code_use, metrics.get("tokenizer") or {})),
+        ("Semantic IDs", _code_section(code_use, metrics.get("tokenizer") or {}, item_map, code_samples)),
         ("Histories and recommendations", _examples_section(examples)),
         ("Reward models", _reward_model_section(metrics.get("reward_models") or {})),
         ("All numbers and settings", _details_section(metrics, settings)),
@@ -266,12 +267,12 @@ def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str
         '<p class="note">Each user\'s next item, ranked among the full catalogue, all methods on the same split and '
         "users. Coverage: share of the catalogue in the top 10 of at least one user.</p>"
     )
-    text += _image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
+    text += svg_image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
     text += _html_table(["", *RANKING_COLUMNS], rows, classes=classes)
     if len(alignment) > 1:
         columns = [c for c in (*RANKING_COLUMNS, *SESSION_COLUMNS) if any(c in entry for entry in alignment)]
         text += "<h3>By alignment round</h3>"
-        text += _image(_rounds_figure(alignment), "Recall@10 and NDCG@10 by alignment round")
+        text += svg_image(_rounds_figure(alignment), "Recall@10 and NDCG@10 by alignment round")
         rows = [
             [str(entry.get("round", i)), *(_number(entry.get(c)) for c in columns)]
             for i, entry in enumerate(alignment)
@@ -295,7 +296,7 @@ def _reward_section(alignment: Sequence[Mapping[str, Any]]) -> str:
         + (", and the truth is the simulated world's own expectation" if "truth" in judges else "")
         + ".</p>"
     )
-    text += _image(_reward_figure(alignment, judges, heads), "Rewards by round and judge")
+    text += svg_image(_reward_figure(alignment, judges, heads), "Rewards by round and judge")
     for judge in judges:
         header = ["round", *(f"{head} {kind}" for head in heads for kind in ("mean", "max"))]
         rows = []
@@ -308,15 +309,28 @@ def _reward_section(alignment: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _figure_section(figure: Figure | None, description: str) -> str:
-    return "" if figure is None else _image(figure, description)
+    return "" if figure is None else svg_image(figure, description)
 
 
-def _code_section(code_use: Sequence[np.ndarray], report: Mapping[str, Any]) -> str:
+def _code_section(
+    code_use: Sequence[np.ndarray],
+    report: Mapping[str, Any],
+    item_map: bytes | None,
+    code_samples: Sequence[Mapping[str, Any]],
+) -> str:
     text = ""
     if len(code_use):
         text += (
             '<p class="note">Items that have each code, codes sorted by use. The dashed line is even use, which '
-            "balanced clustering aims at.</p>" + _image(_code_figure(code_use), "Use of codes by level")
+            "balanced clustering aims at.</p>" + svg_image(code_use_figure(code_use), "Use of codes by level")
+        )
+    if item_map is not None:
+        text += "<h3>Items by first code</h3>" + png_image(item_map, "Items in two dimensions by first code")
+    if code_samples:
+        text += "<h3>Some items of some first codes</h3>" + _html_table(
+            ["first code", "items", "of them"],
+            [[str(row["code"]), _number(row["num_items"]), "; ".join(map(str, row["items"]))] for row in code_samples],
+            kind="plain",
         )
     if report:
         text += _html_table(["", ""], _flatten(report), kind="plain")
@@ -384,46 +398,22 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
     return rows
 
 
-# Pictures. Figures are made without pyplot, which would keep them in a global list and choose a global backend.
-
-
-def _image(figure: Figure, description: str) -> str:
-    buffer = io.BytesIO()
-    # The salt and the missing date make the same run write the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "onerec"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'
-
-
-def _axes(figure: Figure, rows: int, columns: int) -> np.ndarray:
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(_GRID)
-        axis.tick_params(colors=_MUTED, labelsize=8.5, length=0)
-        axis.grid(axis="y", color=_GRID, linewidth=0.7)
-        axis.set_axisbelow(True)
-    return axes
-
-
-def _title(axis: Axes, text: str) -> None:
-    axis.set_title(text, loc="left", fontsize=10, color=_INK, fontweight="bold")
+# Pictures
 
 
 def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure:
     figure = Figure(figsize=(10.6, 0.8 + 0.42 * len(methods)), layout="constrained")
     places = np.arange(len(methods))[::-1]
     ours = [name.startswith("OneRec") for name, _ in methods]
-    colours = [_OTHERS if not own else _ACCENT if i == 0 else _SECOND for i, own in enumerate(ours)]
-    for axis, metric in zip(_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
+    colours = [OTHERS if not own else ACCENT if i == 0 else SECOND for i, own in enumerate(ours)]
+    for axis, metric in zip(styled_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
         values = np.array([values.get(metric, math.nan) for _, values in methods], dtype=float)
         axis.barh(places, np.nan_to_num(values), color=colours, height=0.66)
         reach = np.nan_to_num(values)
         for index, (_, row) in enumerate(methods):
             interval = row.get(f"{metric}_interval")
             if interval is not None:
-                axis.plot(interval, [places[index]] * 2, color=_INK, linewidth=1.1, solid_capstyle="butt")
+                axis.plot(interval, [places[index]] * 2, color=INK, linewidth=1.1, solid_capstyle="butt")
                 reach[index] = max(reach[index], interval[1])
         for place, value, end in zip(places, values, reach, strict=True):
             axis.annotate(
@@ -433,38 +423,38 @@ def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figu
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
-                color=_INK,
+                color=INK,
             )
         axis.set_xlim(0, max(float(reach.max()) * 1.16, 1e-6))
-        axis.set_yticks(places, [name for name, _ in methods], fontsize=9.5, color=_INK)
+        axis.set_yticks(places, [name for name, _ in methods], fontsize=9.5, color=INK)
         axis.grid(axis="y", visible=False)
-        axis.grid(axis="x", color=_GRID, linewidth=0.7)
-        _title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
+        axis.grid(axis="x", color=GRID, linewidth=0.7)
+        set_title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
     return figure
 
 
 def _rounds_figure(alignment: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(10.6, 2.6), layout="constrained")
     rounds = [entry.get("round", index) for index, entry in enumerate(alignment)]
-    for axis, metric in zip(_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
+    for axis, metric in zip(styled_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
         values = np.array([entry.get(metric, math.nan) for entry in alignment], dtype=float)
-        axis.plot(rounds, values, color=_ACCENT, marker="o", markersize=4.5, linewidth=1.8)
+        axis.plot(rounds, values, color=ACCENT, marker="o", markersize=4.5, linewidth=1.8)
         finite = values[np.isfinite(values)]
         if len(finite):
             axis.set_ylim(0, float(finite.max()) * 1.2 or 1.0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("round", fontsize=9, color=_MUTED)
-        _title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
+        axis.set_xlabel("round", fontsize=9, color=MUTED)
+        set_title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
     return figure
 
 
 def _reward_figure(alignment: Sequence[Mapping[str, Any]], judges: Sequence[str], heads: Sequence[str]) -> Figure:
     figure = Figure(figsize=(11.4, 2.15 * len(judges) + 0.25), layout="constrained")
     rounds = [entry.get("round", index) for index, entry in enumerate(alignment)]
-    axes = _axes(figure, len(judges), len(heads))
+    axes = styled_axes(figure, len(judges), len(heads))
     for row, judge in zip(axes, judges, strict=True):
         for axis, head in zip(row, heads, strict=True):
-            for kind, colour in (("max", _SECOND), ("mean", _ACCENT)):
+            for kind, colour in (("max", SECOND), ("mean", ACCENT)):
                 values = [entry.get("judges", {}).get(judge, {}).get(f"{head}_{kind}") for entry in alignment]
                 values = [math.nan if value is None else float(value) for value in values]
                 axis.plot(rounds, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=kind)
@@ -472,12 +462,12 @@ def _reward_figure(alignment: Sequence[Mapping[str, Any]], judges: Sequence[str]
             axis.yaxis.set_major_locator(MaxNLocator(4))
             axis.margins(y=0.15)
             if judge == judges[0]:
-                _title(axis, HEAD_NAMES[head])
+                set_title(axis, HEAD_NAMES[head])
             if judge == judges[-1]:
-                axis.set_xlabel("round", fontsize=9, color=_MUTED)
-        row[0].set_ylabel(JUDGE_NAMES.get(judge, judge), fontsize=9.5, color=_INK)
+                axis.set_xlabel("round", fontsize=9, color=MUTED)
+        row[0].set_ylabel(JUDGE_NAMES.get(judge, judge), fontsize=9.5, color=INK)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9, labelcolor=_INK)
+    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -488,35 +478,15 @@ def _curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figur
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.55 * columns if columns > 1 else 6.0, 2.4 * rows), layout="constrained")
-    axes = _axes(figure, rows, columns)
+    axes = styled_axes(figure, rows, columns)
     for axis, (name, curve) in zip(axes.flat, curves.items(), strict=False):
         steps, values = np.array(curve, dtype=float).T
         few = len(steps) <= 20
-        axis.plot(steps, values, color=_ACCENT, linewidth=1.4, marker="o" if few else None, markersize=3.5)
+        axis.plot(steps, values, color=ACCENT, linewidth=1.4, marker="o" if few else None, markersize=3.5)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(5))
-        axis.set_xlabel("step", fontsize=9, color=_MUTED)
-        _title(axis, name)
+        axis.set_xlabel("step", fontsize=9, color=MUTED)
+        set_title(axis, name)
     for axis in list(axes.flat)[len(curves) :]:
-        axis.set_visible(False)
-    return figure
-
-
-def _code_figure(code_use: Sequence[np.ndarray]) -> Figure:
-    columns = min(4, len(code_use))
-    rows = math.ceil(len(code_use) / columns)
-    figure = Figure(figsize=(10.6, 2.5 * rows), layout="constrained")
-    axes = _axes(figure, rows, columns)
-    for level, (axis, counts) in enumerate(zip(axes.flat, code_use, strict=False)):
-        counts = np.sort(np.asarray(counts))[::-1]
-        # One outline instead of a bar a code keeps the picture small for thousands of codes.
-        axis.stairs(counts, np.arange(len(counts) + 1), fill=True, color=_SECOND)
-        axis.axhline(counts.mean(), color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        axis.set_xlim(0, len(counts))
-        axis.set_ylim(0, max(1.0, float(counts.max()) * 1.1))
-        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.set_xlabel(f"{int((counts > 0).sum())} of {len(counts)} codes used", fontsize=9, color=_MUTED)
-        _title(axis, f"Level {level + 1}")
-    for axis in list(axes.flat)[len(code_use) :]:
         axis.set_visible(False)
     return figure

@@ -1,19 +1,47 @@
-"""Balanced K-means: clusters whose sizes differ by at most one (OneRec section 3.1, Algorithm 1)."""
+"""Balanced K-means: clusters whose sizes differ by at most one (OneRec section 3.1, Algorithm 1).
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+An iteration assigns the points to the centroids under that constraint and moves every centroid to the mean of its
+points. The optimal assignment is a transport problem, and its dual has one price per cluster: at the right prices
+every point may take the cluster of least distance plus price. Prices come from Sinkhorn iterations of the
+entropic problem [1] and stay warm from one iteration to the next; a rounding by regret makes the sizes exact; and
+points move along disjoint cycles of clusters wherever all of them together gain. Nothing of N x K numbers is ever held
+whole: distances are computed in blocks of rows, again in each pass.
+
+[1] M. Cuturi. Sinkhorn Distances: Lightspeed Computation of Optimal Transport. NIPS 2013.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
+from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
-ASSIGNMENTS = ("greedy", "transport")
-# Of the Sinkhorn iterations, in units of the mean squared distance to the nearest centroid.
-TEMPERATURES = (0.1, 0.03, 0.01)
-SINKHORN_PASSES = 3
-EXCHANGE_PASSES = 20
-# Distances are computed in blocks of this many numbers (4 MB in float32, which stays in a CPU's cache) ...
-BLOCK_NUMBERS = 2**20
-# ... and kept for the passes of one iteration while all of them are at most this many (512 MB).
+ASSIGNMENTS = ("greedy", "transport", "nearest")
+# Distances are computed in blocks of this many numbers (2 MB in float32, which stays in a CPU's cache).
+BLOCK_NUMBERS = 2**19
+# Rows whose sums are added up at once; the sums of such parts are added in order, whoever computed them.
+PART_ROWS = 2**16
+
+# K-means++ draws its seeds from at most this many random points per cluster ...
+SEEDING_POINTS = 32
+# ... and prices are found on at most this many; all points are assigned by them.
+PRICING_POINTS = 128
+# The Sinkhorn kernel of the pricing points is kept while it has at most this many numbers (512 MB); a larger one is
+# computed again in every pass.
 KEPT_NUMBERS = 2**27
+# Temperature of the Sinkhorn iterations, as a share of the points' mean squared distance to the own centroid.
+TEMPERATURE = 0.05
+# The first iteration has no warm prices: it starts at these multiples of the temperature.
+COOLING = (4.0, 2.0)
+SINKHORN_PASSES = 15
+# Prices are good enough when the mean deviation of the clusters' loads falls below this share of a load.
+LOAD_TOLERANCE = 0.02
+# One pass changes a load at most by this factor, so that the prices of clusters that nothing is near to stay finite.
+LARGEST_STEP = 10.0
+# Exchange solves an assignment problem between all clusters, which takes seconds beyond this many.
+EXCHANGE_CLUSTERS = 2048
 
 
 def as_points(x, name: str = "embeddings", device: torch.device | str | None = None) -> torch.Tensor:
@@ -28,41 +56,52 @@ def as_points(x, name: str = "embeddings", device: torch.device | str | None = N
     return x
 
 
-Block = tuple[slice, torch.Tensor]
-
-
-def _distance_blocks(x: torch.Tensor, centroids: torch.Tensor) -> Iterator[Block]:
-    """Yields (rows, squared distances [rows, K])."""
-    step = max(1, BLOCK_NUMBERS // len(centroids))
-    centroid_norms = centroids.square().sum(1)
-    for start in range(0, len(x), step):
-        block = x[start : start + step]
-        distances = block.square().sum(1, keepdim=True) + centroid_norms - 2 * block @ centroids.T
-        yield slice(start, start + step), distances.clamp_(min=0)
-
-
 def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Index of the nearest centroid of each row: LongTensor [N]."""
     labels = torch.empty(len(x), dtype=torch.long, device=x.device)
-    for rows, distances in _distance_blocks(x, centroids):
-        labels[rows] = distances.argmin(1)
+    scores = _Scores(x, centroids)
+    for rows in scores.blocks():
+        labels[rows] = scores[rows].argmin(1)
     return labels
+
+
+class _Scores:
+    """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster: `scores[rows]`
+    is a matrix [rows, K] that is valid until the next one is asked for."""
+
+    def __init__(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None):
+        self.x = x
+        self.offsets = centroids.square().sum(1)
+        if prices is not None:
+            self.offsets = self.offsets + prices
+        self.directions = centroids.T.contiguous()
+        self.block_rows = max(1, BLOCK_NUMBERS // len(centroids))
+        self.buffer = x.new_empty(min(self.block_rows, len(x)), len(centroids))
+
+    def blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self.x), self.block_rows):
+            yield slice(start, min(start + self.block_rows, len(self.x)))
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        points = self.x[rows]
+        out = self.buffer[: len(points)] if len(points) <= len(self.buffer) else None
+        return torch.addmm(self.offsets, points, self.directions, alpha=-2, out=out)
 
 
 def _plus_plus_seeds(x: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
     """K-means++: each seed is drawn with probability proportional to its squared distance from the seeds before."""
-    seeds = [int(torch.randint(len(x), (1,), generator=generator))]
-    distances = (x - x[seeds[0]]).square().sum(1).double()
-    for _ in range(num_clusters - 1):
+    x = x[torch.randperm(len(x), generator=generator)[: SEEDING_POINTS * num_clusters].to(x.device)]
+    drawn = torch.rand(num_clusters, generator=generator).to(x.device)
+    norms = x.square().sum(1)
+    seeds = [(drawn[0] * len(x)).long().clamp_(max=len(x) - 1)]
+    distances = torch.full_like(norms, math.inf)
+    for fraction in drawn[1:]:
+        seed = seeds[-1]
+        distances = torch.minimum(distances, torch.addmv(norms + norms[seed], x, x[seed], alpha=-2)).clamp_(min=0)
         cumulative = distances.cumsum(0)
-        drawn = torch.rand(1, generator=generator, dtype=torch.float64).to(x.device)
-        if cumulative[-1] > 0:
-            seed = int(torch.searchsorted(cumulative, drawn * cumulative[-1], right=True).clamp(max=len(x) - 1))
-        else:  # fewer distinct points than clusters
-            seed = int(drawn * len(x))
-        seeds.append(seed)
-        distances = torch.minimum(distances, (x - x[seed]).square().sum(1).double())
-    return x[seeds].clone()
+        # Where all distances are zero, there are fewer distinct points than clusters: any point will do.
+        seeds.append(torch.searchsorted(cumulative, fraction * cumulative[-1], right=True).clamp_(max=len(x) - 1))
+    return x[torch.stack(seeds)]
 
 
 class BalancedKMeans:
@@ -73,13 +112,17 @@ class BalancedKMeans:
     Args:
         num_clusters: K.
         assignment: how points are spread over the clusters in each iteration.
+            "transport": all clusters at once, near the optimum: prices by Sinkhorn iterations, rounding by regret,
+            exchange along cycles.
             "greedy": Algorithm 1 as printed: cluster after cluster takes the points nearest to it among those left.
             The last clusters get what nobody wanted.
-            "transport": all clusters at once. A price per cluster is found by Sinkhorn iterations of the optimal
-            transport between points and clusters, then points choose in order of regret and pairs of points that gain
-            by it are exchanged. Slower and of lower inertia.
+            "nearest": plain K-means without the constraint, for comparison; empty clusters restart at the points
+            farthest from their centroids.
         max_iterations: upper bound; fitting stops when the inertia no longer falls by `tolerance` of itself.
-        seed: of the k-means++ seeding. The same seed, data and device give the same clusters.
+        seed: of the k-means++ seeding. The same seed, data and device give the same clusters (on a GPU under
+            `torch.use_deterministic_algorithms(True)`).
+        distributed: the blocks of rows are shared out over the processes of the initialised torch.distributed group.
+            Every process must call `fit` with the same points; all of them get the result that one process would.
 
     Attributes after `fit`: centroids [K, d], labels LongTensor [N] (the balanced assignment), inertia (sum of squared
     distances to the own centroid), num_iterations.
@@ -90,9 +133,10 @@ class BalancedKMeans:
         num_clusters: int,
         assignment: str = "transport",
         max_iterations: int = 50,
-        tolerance: float = 1e-4,
+        tolerance: float = 3e-4,
         seed: int = 0,
         show_progress: bool = False,
+        distributed: bool = False,
     ):
         if assignment not in ASSIGNMENTS:
             raise ValueError(f"assignment must be one of {', '.join(ASSIGNMENTS)}, got {assignment!r}")
@@ -106,6 +150,7 @@ class BalancedKMeans:
         self.tolerance = tolerance
         self.seed = seed
         self.show_progress = show_progress
+        self.distributed = distributed
 
     def fit(self, x) -> "BalancedKMeans":
         """Fits the centroids on points [N, d].
@@ -124,36 +169,73 @@ class BalancedKMeans:
         center = x.mean(0)
         x = x - center
         centroids = _plus_plus_seeds(x, num_clusters, generator)
-        prices = torch.zeros(num_clusters, device=x.device)
-        best_inertia, best = float("inf"), None
-        progress = tqdm(
-            range(self.max_iterations), desc="balanced k-means", disable=not self.show_progress, leave=False
-        )
+        total = float(x.square().sum(1).sum(dtype=torch.float64))
+        inertia = None
+        if self.assignment == "transport":
+            sample = x
+            if num_points > PRICING_POINTS * num_clusters:
+                chosen = torch.randperm(num_points, generator=generator)[: PRICING_POINTS * num_clusters]
+                sample = x[chosen.to(x.device)]
+            prices = x.new_zeros(num_clusters)
+        best_inertia, best = math.inf, None
+        progress = tqdm(range(self.max_iterations), desc="k-means", disable=not self.show_progress, leave=False)
         for iteration in progress:
             if self.assignment == "greedy":
                 labels = self._assign_greedy(x, centroids)
+            elif self.assignment == "nearest":
+                labels = self._assign_nearest(x, centroids)
             else:
-                # Prices are warm after the first iteration, so only the last temperature is needed.
-                temperatures = TEMPERATURES if iteration == 0 else TEMPERATURES[-1:]
-                labels = self._assign_transport(x, centroids, prices, temperatures)
-            sums = torch.zeros(num_clusters, x.shape[1], dtype=torch.float64, device=x.device)
-            sums.index_add_(0, labels, x.double())
-            sizes = torch.bincount(labels, minlength=num_clusters)
-            centroids = (sums / sizes[:, None]).float()
-            inertia = float((x - centroids[labels]).square().sum(dtype=torch.float64))
+                prices = self._prices(sample, centroids, prices, inertia and inertia / num_points)
+                labels = self._assign_transport(x, centroids, prices)
+            sums, sizes = self._cluster_sums(x, labels)
+            means = sums / sizes[:, None]
+            centroids = means.float()
+            # Sum of |x - mean|^2; a pass over the points is saved.
+            inertia = max(0.0, total - float((means.square().sum(1) * sizes).sum()))
             progress.set_postfix(inertia=f"{inertia:.4g}")
             improved = inertia < best_inertia * (1 - self.tolerance)
-            if inertia < best_inertia:
+            if best is None or inertia < best_inertia:
                 best_inertia, best = inertia, (centroids, labels)
             if not improved:
                 break
-        self.centroids, self.labels = best[0] + center, best[1]
-        self.inertia, self.num_iterations = best_inertia, iteration + 1
+        centroids, self.labels = best
+        self.inertia = sum(
+            float((part - centroids[labels]).square().sum(dtype=torch.float64))
+            for part, labels in zip(x.split(PART_ROWS), self.labels.split(PART_ROWS), strict=True)
+        )
+        self.centroids, self.num_iterations = centroids + center, iteration + 1
         return self
 
     def predict(self, x) -> torch.Tensor:
         """Nearest centroid of each row, LongTensor [N]; not balanced."""
         return nearest_centroid(as_points(x, device=self.centroids.device), self.centroids)
+
+    def _over_ranks(self, pieces: Iterator, work: Callable, *results: torch.Tensor) -> None:
+        """Does `work(index, piece)` for every piece; each fills its own part of the zero tensors `results`.
+
+        With several processes, each does every n-th piece. The sum over processes then completes the results, exactly,
+        as all but one of the summands are zero.
+        """
+        world, rank = (dist.get_world_size(), dist.get_rank()) if self.distributed else (1, 0)
+        for index, piece in enumerate(pieces):
+            if index % world == rank:
+                work(index, piece)
+        if world > 1:
+            for result in results:
+                # NCCL knows no tensors of the CPU.
+                sent = result.cuda() if dist.get_backend() == "nccl" else result
+                dist.all_reduce(sent)
+                result.copy_(sent)
+
+    def _cluster_sums(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums [K, d], float64, and sizes [K] of the clusters."""
+        parts = x.new_zeros(-(-len(x) // PART_ROWS), self.num_clusters, x.shape[1], dtype=torch.float64)
+
+        def work(index: int, rows: slice) -> None:
+            parts[index].index_add_(0, labels[rows], x[rows].double())
+
+        self._over_ranks(_row_parts(len(x)), work, parts)
+        return parts.sum(0) if len(parts) > 1 else parts[0], torch.bincount(labels, minlength=self.num_clusters)
 
     def _capacities(self, num_points: int) -> list[int]:
         size, rest = divmod(num_points, self.num_clusters)
@@ -169,85 +251,149 @@ class BalancedKMeans:
             left = left[order[capacity:].sort().values]
         return labels
 
-    def _assign_transport(
-        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, temperatures: Sequence[float]
-    ) -> torch.Tensor:
-        """Balanced labels [N]; `prices` [K] are updated in place and warm-start the next iteration."""
-        num_points, num_clusters = len(x), self.num_clusters
-        kept = list(_distance_blocks(x, centroids)) if num_points * num_clusters <= KEPT_NUMBERS else None
+    def _assign_nearest(self, x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        distances = x.new_zeros(len(x))
+        scores = _Scores(x, centroids)
 
-        def blocks() -> Iterable[Block]:
-            return _distance_blocks(x, centroids) if kept is None else kept
+        def work(_: int, rows: slice) -> None:
+            distances[rows], labels[rows] = scores[rows].min(1)
 
-        scale = float(torch.cat([distances.min(1).values for _, distances in blocks()]).mean())
-        if scale > 0:
-            target = num_points / num_clusters
-            for temperature in temperatures:
-                for _ in range(SINKHORN_PASSES):
-                    load = torch.zeros(num_clusters, device=x.device)
-                    for _, distances in blocks():
-                        load += torch.sub(prices, distances).div_(temperature * scale).softmax(1).sum(0)
-                    # Where nothing is near, the load underflows and the step would be infinite.
-                    prices += temperature * scale * (target / load.clamp(min=1e-6 * target)).log()
-            prices -= prices.mean()
-        labels = self._round_by_regret(x, blocks, prices)
-        threshold = 1e-6 * float(x.square().sum(1).mean())
-        for _ in range(EXCHANGE_PASSES):
-            if not self._exchange(x, centroids, blocks(), labels, threshold):
-                break
+        self._over_ranks(scores.blocks(), work, labels, distances)
+        sizes = torch.bincount(labels, minlength=self.num_clusters)
+        empty = (sizes == 0).nonzero()[:, 0]
+        if len(empty):
+            # A point may leave unless it is the first of its cluster, so that no cluster is emptied in turn.
+            order = labels.argsort(stable=True)
+            first = order[(sizes.cumsum(0) - sizes)[sizes > 0]]
+            distances += x.square().sum(1)
+            distances[first] = -math.inf
+            labels[distances.topk(len(empty)).indices] = empty
         return labels
 
-    def _round_by_regret(
-        self, x: torch.Tensor, blocks: Callable[[], Iterable[Block]], prices: torch.Tensor
+    def _prices(
+        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
+        """Prices [K] at which the points spread evenly; `scale`: mean squared distance to the own centroid.
+
+        The prices given are the start; without a scale it is taken from the nearest centroids, and the start is cold.
+        """
+        if scale is not None:
+            return self._sinkhorn(x, centroids, prices, TEMPERATURE * scale)
+        scores = _Scores(x, centroids)
+        nearest = x.new_zeros(len(x))
+
+        def work(_: int, rows: slice) -> None:
+            nearest[rows] = scores[rows].amin(1)
+
+        self._over_ranks(scores.blocks(), work, nearest)
+        scale = max(0.0, float((nearest + x.square().sum(1)).mean()))
+        for multiple in (*COOLING, 1.0):
+            prices = self._sinkhorn(x, centroids, prices, multiple * TEMPERATURE * scale)
+        return prices
+
+    def _sinkhorn(
+        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        if temperature == 0:  # every point is a centroid
+            return prices
+        scores = _Scores(x, centroids, prices)
+        blocks = list(scores.blocks())
+        kept: dict[int, torch.Tensor] = {}
+
+        def kernel(index: int) -> torch.Tensor:
+            if index in kept:
+                return kept[index]
+            values = scores[blocks[index]]
+            values = values.sub_(values.amin(1, keepdim=True)).mul_(-1 / temperature).exp_()
+            if len(x) * self.num_clusters <= KEPT_NUMBERS:
+                kept[index] = values = values.clone()
+            return values
+
+        scaling = torch.ones_like(prices)
+        for _ in range(SINKHORN_PASSES):
+            loads = x.new_zeros(len(blocks), self.num_clusters)
+
+            def work(index: int, _: slice, scaling=scaling, loads=loads) -> None:
+                values = kernel(index)
+                torch.mv(values.T, torch.mv(values, scaling).clamp_(min=1e-30).reciprocal_(), out=loads[index])
+
+            self._over_ranks(blocks, work, loads)
+            ratio = loads.sum(0).mul_(scaling).mul_(self.num_clusters / len(x))
+            scaling = scaling / ratio.clamp(1 / LARGEST_STEP, LARGEST_STEP)
+            if float((ratio - 1).abs().mean()) < LOAD_TOLERANCE:
+                break
+        prices = prices - temperature * scaling.log()
+        return prices - prices.mean()
+
+    def _assign_transport(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
+        labels = self._round_by_regret(x, centroids, prices)
+        if 1 < self.num_clusters <= EXCHANGE_CLUSTERS:
+            self._exchange(x, centroids, labels)
+        return labels
+
+    def _round_by_regret(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
         """Every point asks for its cheapest open cluster; a full one keeps those that would lose most elsewhere."""
         capacity = torch.tensor(self._capacities(len(x)), device=x.device)
-        # The clusters in highest demand, those with the lowest price, hold the extra points.
-        capacity = capacity[prices.argsort(stable=True).argsort()]
+        # The clusters in highest demand, those with the highest price, hold the extra points.
+        capacity = capacity[prices.argsort(stable=True, descending=True).argsort()]
         labels = torch.full((len(x),), -1, dtype=torch.long, device=x.device)
-        choice = torch.empty(len(x), dtype=torch.long, device=x.device)
-        regret = torch.zeros(len(x), device=x.device)
-        while (labels < 0).any():
-            closed = torch.where(capacity > 0, prices, -float("inf"))
-            for rows, distances in blocks():
-                open_rows = (labels[rows] < 0).nonzero()[:, 0]
-                if len(open_rows):
-                    cheapest = (distances[open_rows] - closed).topk(min(2, self.num_clusters), dim=1, largest=False)
-                    choice[rows.start + open_rows] = cheapest.indices[:, 0]
-                    if self.num_clusters > 1:
-                        regret[rows.start + open_rows] = cheapest.values[:, 1] - cheapest.values[:, 0]
-            left = (labels < 0).nonzero()[:, 0]
-            by_regret = left[regret[left].argsort(descending=True, stable=True)]
-            order = by_regret[choice[by_regret].argsort(stable=True)]
-            counts = torch.bincount(choice[left], minlength=self.num_clusters)
-            rank = torch.arange(len(left), device=x.device) - (counts.cumsum(0) - counts)[choice[order]]
-            taken = order[rank < capacity[choice[order]]]
-            labels[taken] = choice[taken]
-            capacity = capacity - counts.minimum(capacity)
+        left = torch.arange(len(x), device=x.device)
+        points = x
+        while len(left):
+            choice = torch.zeros(len(left), dtype=torch.long, device=x.device)
+            regret = x.new_zeros(len(left))
+            scores = _Scores(points, centroids, torch.where(capacity > 0, prices, math.inf))
+
+            def work(_: int, rows: slice, choice=choice, regret=regret, scores=scores) -> None:
+                cheapest = scores[rows].topk(min(2, self.num_clusters), dim=1, largest=False)
+                choice[rows] = cheapest.indices[:, 0]
+                regret[rows] = cheapest.values[:, -1] - cheapest.values[:, 0]
+
+            self._over_ranks(scores.blocks(), work, choice, regret)
+            order = regret.argsort(descending=True, stable=True)
+            order = order[choice[order].argsort(stable=True)]
+            asked = torch.bincount(choice, minlength=self.num_clusters)
+            rank = torch.arange(len(left), device=x.device) - (asked.cumsum(0) - asked)[choice[order]]
+            taken = rank < capacity[choice[order]]
+            labels[left[order[taken]]] = choice[order[taken]]
+            capacity = capacity - asked.minimum(capacity)
+            left = left[order[~taken]]
+            points = x[left]
         return labels
 
-    def _exchange(
-        self, x: torch.Tensor, centroids: torch.Tensor, blocks: Iterable[Block], labels: torch.Tensor, threshold: float
-    ) -> bool:
-        """Exchanges points between pairs of clusters, one pair per cluster, where both together gain; in place."""
-        gains = torch.full((self.num_clusters, self.num_clusters), -float("inf"), device=x.device)
-        for rows, distances in blocks:
-            own = distances.gather(1, labels[rows, None])
-            gains.scatter_reduce_(0, labels[rows, None].expand_as(distances), own - distances, "amax")
-        total = torch.triu(gains + gains.T, diagonal=1)
-        first, second = (total > threshold).nonzero(as_tuple=True)
-        order = total[first, second].argsort(descending=True, stable=True)
-        members = torch.split(
-            labels.argsort(stable=True), torch.bincount(labels, minlength=self.num_clusters).tolist()
-        )
-        busy: set[int] = set()
-        for a, b in zip(first[order].tolist(), second[order].tolist(), strict=True):
-            if a in busy or b in busy:
-                continue
-            busy.update((a, b))
-            difference = centroids[b] - centroids[a]
-            # |x - a|^2 - |x - b|^2 is linear in x, so the best point of each side is found by one product.
-            i = members[a][(x[members[a]] @ difference).argmax()]
-            j = members[b][(x[members[b]] @ difference).argmin()]
-            labels[i], labels[j] = b, a
-        return bool(busy)
+    def _exchange(self, x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> None:
+        """Moves at most one point out of every cluster and into it, where all moves together gain most; in place.
+
+        The best set of disjoint cycles of clusters is an assignment problem between clusters, in which the gain of
+        a pair is that of the point best moved from the one to the other.
+        """
+        sizes = torch.bincount(labels, minlength=self.num_clusters)
+        places = torch.arange(int(sizes.max()), device=x.device)
+        # Members of each cluster [K, largest size]; where there are fewer, the first stands in again.
+        places = torch.where(places < sizes[:, None], places, 0) + (sizes.cumsum(0) - sizes)[:, None]
+        members = labels.argsort(stable=True)[places]
+        gains = x.new_zeros(self.num_clusters, self.num_clusters)
+        movers = torch.zeros_like(gains, dtype=torch.long)
+        scores = _Scores(x, centroids)
+        step = max(1, scores.block_rows // members.shape[1])
+        clusters = torch.arange(self.num_clusters, device=x.device).split(step)
+
+        def work(_: int, chunk: torch.Tensor) -> None:
+            values = scores[members[chunk].flatten()].view(len(chunk), -1, self.num_clusters)
+            own = values.gather(2, chunk[:, None, None].expand(-1, values.shape[1], 1))
+            least = values.sub_(own).min(1)
+            gains[chunk] = -least.values
+            movers[chunk] = members[chunk].gather(1, least.indices)
+
+        self._over_ranks(clusters, work, gains, movers)
+        gains.fill_diagonal_(0)
+        sources, targets = map(torch.from_numpy, linear_sum_assignment(gains.cpu().numpy(), maximize=True))
+        moved = sources != targets
+        sources, targets = sources[moved].to(x.device), targets[moved].to(x.device)
+        labels[movers[sources, targets]] = targets
+
+
+def _row_parts(num_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, PART_ROWS):
+        yield slice(start, min(start + PART_ROWS, num_rows))

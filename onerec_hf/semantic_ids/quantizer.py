@@ -29,6 +29,7 @@ from onerec_hf.semantic_ids.collisions import (
 
 QUANTIZER_FILE = "quantizer.json"
 CODEBOOKS_FILE = "codebooks.safetensors"
+NUMBERS_AT_ONCE = 2**25  # distances held in memory while neighbours are looked for
 
 
 @dataclass
@@ -350,9 +351,10 @@ def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> 
     """JSON-able quality report of codes [N, L] for embeddings [N, d].
 
     Per level: codes (K_l), used, use (used / K_l), entropy_bits and perplexity (2 ** entropy) of the code frequencies,
-    min_size and max_size (items per code), and for quantized levels reconstruction_error: the squared error that is
-    left after this level, as a share of the embeddings' variance. Over all levels: num_items, reconstruction_error,
-    collision_rate (share of the items whose ID is not theirs alone) and max_items_per_id.
+    min_size and max_size (items per code), balance (N / K_l over max_size: 1 is even), and for quantized levels
+    reconstruction_error: the squared error that is left after this level, as a share of the embeddings' variance. Over
+    all levels: num_items, reconstruction_error, neighbours_kept (see that function), collision_rate (share of the
+    items whose ID is not theirs alone) and max_items_per_id.
     """
     x = as_points(embeddings).cpu()
     codes = np.asarray(codes)
@@ -370,6 +372,7 @@ def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> 
             "perplexity": 2.0**entropy,
             "min_size": int(counts.min()),
             "max_size": int(counts.max()),
+            "balance": len(codes) / size / int(counts.max()),
         }
         if level < len(quantizer.codebooks):
             error = x - quantizer.decode(codes[:, : level + 1])
@@ -381,6 +384,31 @@ def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> 
         "codebook_sizes": [int(size) for size in quantizer.id_sizes],
         "levels": levels,
         "reconstruction_error": levels[len(quantizer.codebooks) - 1]["reconstruction_error"],
+        "neighbours_kept": neighbours_kept(x, codes[:, 0]),
         "collision_rate": collision_rate,
         "max_items_per_id": max_items_per_id,
     }
+
+
+def neighbours_kept(
+    embeddings: torch.Tensor, first_codes: np.ndarray, num_neighbours: int = 10, max_items: int = 1000, seed: int = 0
+) -> float:
+    """Share of an item's nearest neighbours (Euclidean) that have its first code, over at most `max_items` items.
+
+    The items are drawn by seed, their neighbours looked for in the whole catalogue. 0 for a catalogue of one item.
+    """
+    num_items = len(embeddings)
+    num_neighbours = min(num_neighbours, num_items - 1)
+    if num_neighbours == 0:
+        return 0.0
+    centred = embeddings - embeddings.mean(0)
+    norms = centred.square().sum(1)
+    drawn = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))[:max_items]
+    codes = torch.from_numpy(np.asarray(first_codes))
+    kept = 0
+    for rows in drawn.split(max(1, NUMBERS_AT_ONCE // num_items)):
+        distances = norms - 2 * centred[rows] @ centred.T
+        distances[torch.arange(len(rows)), rows] = torch.inf
+        nearest = distances.topk(num_neighbours, dim=1, largest=False).indices
+        kept += int((codes[nearest] == codes[rows][:, None]).sum())
+    return kept / (len(drawn) * num_neighbours)

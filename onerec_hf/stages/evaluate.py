@@ -32,6 +32,7 @@ from ..model_cards import onerec_card, push_run_to_hub, reward_model_card, save_
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
 from ..reward import OneRecRewardModel, score_sessions
+from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import excluded_items, generate_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
@@ -39,7 +40,7 @@ from .pretrain import MODEL
 from .recipe_arguments import BASELINES, RecipeArguments
 from .reward import INDEPENDENT_JUDGE, REWARD_MODEL
 from .stage_runner import completed_stage, read_json, run_stage, stage_dir, write_json
-from .tokenize import ITEM_EMBEDDINGS
+from .tokenize import ITEM_EMBEDDINGS, semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
 CUTOFFS = (5, 10, 50)
@@ -168,7 +169,8 @@ class Evaluation:
         return {
             "metrics": metrics,
             "training_curves": training_curves(stages),
-            "code_use": self.code_use(),
+            "code_use": code_use(self.tokenizer.codes, self.tokenizer.codebook_sizes),
+            **semantic_id_pictures(self.args.output_dir / "tokenize"),
             "examples": self.examples(model),
             "settings": {name: asdict(getattr(self.args, name)) for name in ("run", "data", "tokenize", "training")}
             | {"evaluation": asdict(self.options)},
@@ -264,12 +266,6 @@ class Evaluation:
             judges["truth"] = mean_and_max(truth)
         return judges
 
-    def code_use(self) -> list[np.ndarray]:
-        return [
-            np.bincount(self.tokenizer.codes[:, level], minlength=size)
-            for level, size in enumerate(self.tokenizer.codebook_sizes)
-        ]
-
     def examples(self, model: OneRecForConditionalGeneration) -> list[dict[str, Any]]:
         """A few users' latest behaviours beside what is recommended to them."""
         model.eval()
@@ -286,11 +282,11 @@ class Evaluation:
                 {
                     "user": str(self.cases["user_id"][int(row)]),
                     "next_item": str(item_ids[self.targets[row]]),
-                    "history": [{"item": str(item_ids[item]), "label": self.item_name(item)} for item in history],
+                    "history": [{"item": str(item_ids[item]), "label": self.feed.item_name(item)} for item in history],
                     "recommendations": [
                         {
                             "item": str(item_ids[item]),
-                            "label": self.item_name(item),
+                            "label": self.feed.item_name(item),
                             "score": float(score),
                         }
                         for item, score in zip(recommended, found.scores[0].tolist(), strict=True)
@@ -299,15 +295,6 @@ class Evaluation:
                 }
             )
         return examples
-
-    def item_name(self, index: int) -> str:
-        """The item's text, or what its feature columns say."""
-        row = self.feed.items.iloc[int(index)]
-        if self.feed.text_column is not None:
-            return str(row[self.feed.text_column])
-        columns = [*self.feed.multi_categorical_columns, *self.feed.categorical_columns][:2]
-        values = [", ".join(row[column]) if isinstance(row[column], list) else row[column] for column in columns]
-        return "; ".join(f"{column} {value}" for column, value in zip(columns, values, strict=True))
 
 
 def mean_and_max(values: dict[str, np.ndarray]) -> dict[str, float]:

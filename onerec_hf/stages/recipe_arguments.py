@@ -13,6 +13,7 @@ from trl import TrlParser
 
 from ..data import DataArguments
 from ..evaluation import EASE, ItemKNN, Popularity, SASRec
+from ..semantic_ids import QUANTIZERS
 
 BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasrec": SASRec}
 
@@ -63,13 +64,34 @@ class TokenizeArguments:
     embedding_normalisation: str = field(
         default="l2", metadata={"help": "What is done to each source before the fusion: l2 or whiten."}
     )
+    item_alignment: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of ItemAlignment, which draws items that follow one another together before they are "
+            "quantized (QARM); {} for its defaults. Default: no alignment."
+        },
+    )
+    quantizer_type: str = field(
+        default="balanced_rkmeans", metadata={"help": "balanced_rkmeans, rkmeans (plain K-means) or rqvae."}
+    )
+    quantizer: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further fields of the quantizer's class, such as code_assignment."}
+    )
     codebook_sizes: list[int] = field(
         default_factory=lambda: [128, 128, 128],
         metadata={"help": "Codes K of every level (the paper: three levels of 8192)."},
     )
     collision_policy: str = field(
-        default="nearest_free", metadata={"help": "What happens to items with one ID: error, nearest_free or suffix."}
+        default="nearest_free",
+        metadata={"help": "What happens to items with one ID: nearest_free, suffix, share or error."},
     )
+
+    def __post_init__(self):
+        self.quantizer = _as_dict(self.quantizer, "quantizer")
+        if self.item_alignment is not None:
+            self.item_alignment = _as_dict(self.item_alignment, "item_alignment")
+        if self.quantizer_type not in QUANTIZERS:
+            raise ValueError(f"quantizer_type must be one of {', '.join(QUANTIZERS)}, got {self.quantizer_type!r}.")
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""Stage `tokenize`: item embeddings, balanced residual quantization and the tokenizer (section 3.1)."""
+"""Stage `tokenize`: item embeddings, their alignment with behaviour, quantization and the tokenizer (section 3.1)."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,15 +10,18 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from ..data import Feed
+from ..item_alignment import ItemAlignment
 from ..item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
 from ..pretraining import catalogue_index_lists
-from ..semantic_ids import ResidualQuantizer
+from ..semantic_ids import make_quantizer
+from ..semantic_ids.semantic_id_report import CODE_SAMPLES_FILE, ITEM_MAP_FILE, write_semantic_id_report
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, PreparedData, prepare_data, prepared_data
 from .recipe_arguments import RecipeArguments
-from .stage_runner import run_stage
+from .stage_runner import read_json, run_stage
 
 ITEM_EMBEDDINGS = "item_embeddings.safetensors"
+SEMANTIC_ID_REPORT = "semantic_ids"
 
 
 def tokenize(args: RecipeArguments) -> Path:
@@ -31,18 +35,47 @@ def tokenize(args: RecipeArguments) -> Path:
         prepared = prepared_data(args, "tokenize")
         feed = prepared.feed()
         embeddings = embed_items(feed, prepared, args)
-        quantizer = ResidualQuantizer(
+        if options.item_alignment is not None:
+            alignment = ItemAlignment(**{"seed": args.run.seed, "show_progress": True, **options.item_alignment})
+            alignment.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
+            embeddings = alignment.transform(embeddings)
+        quantizer = make_quantizer(
+            options.quantizer_type,
             options.codebook_sizes,
-            collision_policy=options.collision_policy,
-            seed=args.run.seed,
-            show_progress=True,
+            **{
+                "collision_policy": options.collision_policy,
+                "seed": args.run.seed,
+                "show_progress": True,
+                **options.quantizer,
+            },
         )
         tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
         tokenizer.save_pretrained(folder)
         save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
+        write_semantic_id_report(
+            folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, tokenizer.codebook_sizes, feed.item_name
+        )
         return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
 
     return run_stage("tokenize", args.output_dir, args.settings("tokenize", "run.seed"), ["data"], work)
+
+
+def semantic_id_pictures(folder: Path) -> dict[str, Any]:
+    """What the run's report shows of the stage's pictures: `item_map`, a PNG, and `code_samples`, a table."""
+    report = folder / SEMANTIC_ID_REPORT
+    return {
+        "item_map": (report / ITEM_MAP_FILE).read_bytes(),
+        "code_samples": read_json(report / CODE_SAMPLES_FILE),
+    }
+
+
+def fitted_histories(feed: Feed, prepared: PreparedData) -> list[np.ndarray]:
+    """Catalogue indices of every user's positive behaviours before the evaluated period, oldest first."""
+    histories = catalogue_index_lists(
+        prepared.read(USER_HISTORIES).with_format("arrow")[:]["history_item_ids"],
+        pd.Index(feed.items["item_id"]).get_indexer,
+    )
+    return [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
 
 
 def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np.ndarray:
@@ -63,17 +96,8 @@ def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np
             (*text_embeddings(feed.items[feed.text_column].tolist(), options.text_encoder), options.text_weight)
         )
     if options.behaviour_weight:
-        histories = catalogue_index_lists(
-            prepared.read(USER_HISTORIES).with_format("arrow")[:]["history_item_ids"],
-            pd.Index(feed.items["item_id"]).get_indexer,
-        )
-        lists = [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
-        sources.append(
-            (
-                *behaviour_embeddings(lists, len(feed.items), dim=options.behaviour_dim),
-                options.behaviour_weight,
-            )
-        )
+        behaviour = behaviour_embeddings(fitted_histories(feed, prepared), len(feed.items), dim=options.behaviour_dim)
+        sources.append((*behaviour, options.behaviour_weight))
     columns = (feed.categorical_columns, feed.multi_categorical_columns, feed.numeric_columns)
     if options.feature_weight and any(columns):
         sources.append((*feature_embeddings(feed.items, *columns, dim=options.feature_dim), options.feature_weight))

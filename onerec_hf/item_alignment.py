@@ -1,0 +1,223 @@
+"""Alignment of item embeddings with behaviour before they are quantized (OneRec section 3.1; QARM, arXiv 2411.11739).
+
+Items that users take one after the other are pulled together, others pushed apart: item-to-item contrastive learning
+of a small projection, with the other items of a batch as negatives. Pairs come from histories that end before the
+evaluated period.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .semantic_ids.balanced_kmeans import as_points
+
+SETTINGS_FILE = "item_alignment.json"
+WEIGHTS_FILE = "item_alignment.safetensors"
+ROWS_AT_ONCE = 2**16
+
+
+def cooccurring_pairs(histories: Sequence[np.ndarray], window: int = 2) -> np.ndarray:
+    """Pairs of different items at most `window` places apart in a history, int64 [P, 2], as often as they occur.
+
+    Args:
+        histories: per user an array of catalogue indices, in order of time.
+    """
+    items = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
+    users = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    pairs = []
+    for offset in range(1, window + 1):
+        kept = (users[offset:] == users[:-offset]) & (items[offset:] != items[:-offset])
+        pairs.append(np.stack([items[:-offset][kept], items[offset:][kept]], axis=1))
+    return np.concatenate(pairs)
+
+
+def contrastive_loss(
+    projected: torch.Tensor, other: torch.Tensor, pairs: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Symmetric InfoNCE of B pairs, the other pairs' items being the negatives.
+
+    Args:
+        projected, other: unit vectors [B, d] of the first and of the second item of each pair.
+        pairs: the items, LongTensor [B, 2]; an item is no negative of a pair that it is part of.
+    """
+    logits = projected @ other.T / temperature
+    first, second = pairs.T
+    itself = torch.eye(len(pairs), dtype=torch.bool, device=pairs.device)
+
+    def loss(logits: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        known = (candidates == first[:, None]) | (candidates == second[:, None])
+        logits = logits.masked_fill(known & ~itself, -torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+    return (loss(logits, second) + loss(logits.T, first)) / 2
+
+
+class AlignmentProjection(nn.Module):
+    """x -> unit vector of W x + MLP(x). W starts as the principal directions and the MLP as zero."""
+
+    def __init__(self, embedding_dim: int, dim: int, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(embedding_dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(embedding_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, dim))
+
+    @torch.no_grad()
+    def start_from_principal_directions(self, x: torch.Tensor) -> None:
+        center = x.mean(0)
+        _, directions = torch.linalg.eigh(((x - center).T @ (x - center)).double())
+        weight = directions.flip(1)[:, : self.linear.out_features].T.float()
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(-weight @ center)
+        self.mlp[-1].weight.zero_()
+        self.mlp[-1].bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.linear(x) + self.mlp(x), dim=-1)
+
+
+class ItemAlignment:
+    """Contrastive projection of item embeddings, fitted on which items follow one another.
+
+    Args:
+        dim: of the aligned embeddings; at most that of the given ones.
+        hidden_size: of the projection's MLP.
+        window: how far apart in a history two items may stand and still be a pair.
+        temperature: of the InfoNCE loss.
+        num_steps, batch_size, learning_rate: of AdamW; a step takes `batch_size` pairs.
+        seed: the same seed, data and device give the same projection.
+    """
+
+    def __init__(
+        self,
+        dim: int = 64,
+        hidden_size: int = 256,
+        window: int = 2,
+        temperature: float = 0.1,
+        num_steps: int = 500,
+        batch_size: int = 1024,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        show_progress: bool = False,
+    ):
+        if dim < 1 or window < 1 or temperature <= 0 or batch_size < 2:
+            raise ValueError(
+                "dim and window must be positive, temperature above 0 and batch_size at least 2, got "
+                f"{dim}, {window}, {temperature} and {batch_size}"
+            )
+        self.dim = dim
+        self.hidden_size = hidden_size
+        self.window = window
+        self.temperature = temperature
+        self.num_steps = num_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.seed = seed
+        self.device = device
+        self.show_progress = show_progress
+        self.projection: AlignmentProjection | None = None
+
+    def fit(self, embeddings, histories: Sequence[np.ndarray]) -> "ItemAlignment":
+        """Fits the projection.
+
+        Args:
+            embeddings: of the catalogue, [N, d].
+            histories: per user an array of catalogue indices, in order of time, before the evaluated period.
+
+        Raises:
+            ValueError: NaN in a row; an index outside [0, N), with the history; no pair anywhere.
+        """
+        x = as_points(embeddings, device=self.device)
+        for row, history in enumerate(histories):
+            if len(history) and (min(history) < 0 or max(history) >= len(x)):
+                raise ValueError(f"histories[{row}] holds an index outside the catalogue of {len(x)} items")
+        pairs = torch.from_numpy(cooccurring_pairs(histories, self.window))
+        if not len(pairs):
+            raise ValueError(
+                f"no two different items lie within {self.window} places in any of the {len(histories)} histories; "
+                "alignment needs users with at least two positive behaviours"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            projection = AlignmentProjection(x.shape[1], min(self.dim, x.shape[1]), self.hidden_size)
+        projection.start_from_principal_directions(x.cpu())
+        projection.to(x.device)
+        optimizer = torch.optim.AdamW(projection.parameters(), lr=self.learning_rate, weight_decay=0.01)
+        for _ in tqdm(range(self.num_steps), desc="item alignment", disable=not self.show_progress):
+            batch = pairs[torch.randint(len(pairs), (self.batch_size,), generator=generator)].to(x.device)
+            first, second = projection(x[batch.flatten()]).view(*batch.shape, -1).unbind(1)
+            loss = contrastive_loss(first, second, batch, self.temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.projection = projection.requires_grad_(False)
+        return self
+
+    def transform(self, embeddings) -> np.ndarray:
+        """Aligned embeddings of unit length, float32 [N, dim], of any items, new ones too.
+
+        Raises:
+            ValueError: not fitted yet, NaN in a row, or another width than the fitted embeddings.
+        """
+        if self.projection is None:
+            raise ValueError("this ItemAlignment is not fitted yet; call fit(embeddings, histories) first")
+        x = as_points(embeddings)
+        expected = self.projection.linear.in_features
+        if x.shape[1] != expected:
+            raise ValueError(f"embeddings have {x.shape[1]} dimensions, the alignment was fitted on {expected}")
+        self.projection.to(x.device)
+        return torch.cat([self.projection(rows) for rows in x.split(ROWS_AT_ONCE)]).cpu().numpy()
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `item_alignment.json` and `item_alignment.safetensors`, each whole or not at all."""
+        if self.projection is None:
+            raise ValueError("this ItemAlignment is not fitted yet; call fit(embeddings, histories) first")
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        settings = {
+            name: getattr(self, name)
+            for name in (
+                "dim",
+                "hidden_size",
+                "window",
+                "temperature",
+                "num_steps",
+                "batch_size",
+                "learning_rate",
+                "seed",
+            )
+        }
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.projection.state_dict().items()}
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            save_file(weights, Path(staging) / WEIGHTS_FILE, {"format": "pt"})
+            (Path(staging) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            for name in (WEIGHTS_FILE, SETTINGS_FILE):
+                os.replace(Path(staging) / name, target / name)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> "ItemAlignment":
+        """What [`save_pretrained`] wrote. Raises ValueError for a truncated or foreign file, with its name."""
+        settings_path, weights_path = Path(directory) / SETTINGS_FILE, Path(directory) / WEIGHTS_FILE
+        try:
+            alignment = cls(**json.loads(settings_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{settings_path} describes no ItemAlignment ({error}); save it again") from error
+        try:
+            weights = load_file(weights_path)
+            dim, embedding_dim = weights["linear.weight"].shape
+            projection = AlignmentProjection(embedding_dim, dim, alignment.hidden_size)
+            projection.load_state_dict(weights)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{weights_path} holds no weights of this alignment ({error}); save it again") from error
+        alignment.projection = projection.requires_grad_(False)
+        return alignment
