@@ -263,6 +263,7 @@ class OneRecPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -277,6 +278,19 @@ class OneRecPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.expert_bias)
             init.zeros_(module.tokens_per_expert)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As every model's; the decoder's own embeddings, where they are not tied to the encoder's, grow with them."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        decoder = self.get_decoder()
+        if decoder is not self and decoder.embed_tokens.num_embeddings != embeddings.num_embeddings:
+            decoder.resize_token_embeddings(embeddings.num_embeddings, mean_resizing=mean_resizing)
+        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Shifts labels to the right behind BOS, which gives eq 3's BOS before *every* item; -100 becomes padding."""
@@ -341,21 +355,21 @@ class OneRecEncoder(OneRecPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Code and SEP tokens.
             attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 0 on padding, which may be left or right.
-            inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`.
+            inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`, one
+                embedding per encoder position.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = self.position_mask(attention_mask)
-        per_item = 1
+        per_item = 1 if self.config.history_positions == "item" else self.config.tokens_per_item
         if inputs_embeds is None:
             if self.config.history_positions == "item":
                 slots = self._to_item_slots(input_ids, self.config.pad_token_id)
                 inputs_embeds = self.item_proj(self.embed_tokens(slots).flatten(2))
             else:
                 inputs_embeds = self.embed_tokens(input_ids)
-                per_item = self.config.tokens_per_item
         if mask is None:
             mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         from_latest = mask.flip(1).cumsum(1).flip(1) - 1
@@ -468,7 +482,8 @@ class OneRecModel(OneRecPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.encoder.embed_tokens = value
-        self.decoder.embed_tokens = value
+        if self.config.tie_word_embeddings:
+            self.decoder.embed_tokens = value
 
     @torch.no_grad()
     def update_expert_bias(self) -> dict[str, torch.Tensor]:
