@@ -40,6 +40,7 @@ ONEREC_NOT_APPLICABLE = {
     "returned on request, see tests/model_conformance.py",
     "test_sdpa_can_dispatch_composite_models": "not a composite model",
 }
+ITEM_POSITIONS_NOT_APPLICABLE = {}
 REWARD_NOT_APPLICABLE = {
     "test_resize_tokens_embeddings": "writes to input_ids, which are history_ids and session_ids here; resized in "
     "tests/model_conformance.py",
@@ -82,8 +83,11 @@ class OneRecTester:
     num_hidden_layers, num_attention_heads, hidden_size = 2, 4, 32
     tie_word_embeddings = False
 
-    def __init__(self, parent: unittest.TestCase):
+    def __init__(self, parent: unittest.TestCase, history_positions: str):
         self.parent = parent
+        self.history_positions = history_positions
+        if history_positions == "item":
+            self.encoder_seq_length = 2
 
     def get_config(self) -> OneRecConfig:
         return OneRecConfig(
@@ -97,6 +101,7 @@ class OneRecTester:
             num_experts=4,
             history_items=8,
             session_items=4,
+            history_positions=self.history_positions,
             dropout=0.0,
             tie_word_embeddings=self.tie_word_embeddings,
         )
@@ -154,11 +159,12 @@ def make_test_cases(modelling: types.ModuleType, configuration: types.ModuleType
 
     class OneRecModelTest(modelling.ModelTesterMixin, modelling.GenerationTesterMixin, unittest.TestCase):
         all_model_classes = (OneRecModel, OneRecForConditionalGeneration)
+        history_positions = "token"
         is_encoder_decoder = True
         test_can_init_all_missing_weights_before_2023 = True  # asked by the year of a copyright line; there is none
 
         def setUp(self):
-            self.model_tester = OneRecTester(self)
+            self.model_tester = OneRecTester(self, self.history_positions)
 
         def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
             inputs = dict(super()._prepare_for_class(inputs_dict, model_class))
@@ -174,6 +180,9 @@ def make_test_cases(modelling: types.ModuleType, configuration: types.ModuleType
         def test_config(self):
             tester = configuration.ConfigTester(self, config_class=OneRecConfig, hidden_size=40)
             tester.run_common_tests()
+
+    class OneRecItemPositionsTest(OneRecModelTest):
+        history_positions = "item"
 
     class OneRecRewardModelTest(modelling.ModelTesterMixin, unittest.TestCase):
         all_model_classes = (OneRecRewardModel,)
@@ -193,10 +202,15 @@ def make_test_cases(modelling: types.ModuleType, configuration: types.ModuleType
             tester = configuration.ConfigTester(self, config_class=OneRecRewardConfig, hidden_size=40)
             tester.run_common_tests()
 
-    for case, reasons in ((OneRecModelTest, ONEREC_NOT_APPLICABLE), (OneRecRewardModelTest, REWARD_NOT_APPLICABLE)):
+    cases = {
+        OneRecModelTest: ONEREC_NOT_APPLICABLE,
+        OneRecItemPositionsTest: ITEM_POSITIONS_NOT_APPLICABLE,
+        OneRecRewardModelTest: REWARD_NOT_APPLICABLE,
+    }
+    for case, reasons in cases.items():
         for name, reason in reasons.items():
             setattr(case, name, not_applicable(reason))
-    return [OneRecModelTest, OneRecRewardModelTest]
+    return list(cases)
 
 
 class OutcomeRecorder(unittest.TestResult):
