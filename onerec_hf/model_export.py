@@ -128,7 +128,9 @@ def _flatten_imports(module: str) -> tuple[str, list[str]]:
             )
         if target:
             line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = re.sub(r"from\s+\S+\s+import", f"from .{_flat_name(target)} import", line, count=1)
+            lines[node.lineno - 1] = re.sub(
+                r"from\s+\S+\s+import", f"from .{_flat_name(target)} import", line, count=1
+            )
             imported.append(target)
     return "".join(lines), imported
 

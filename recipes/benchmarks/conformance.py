@@ -17,7 +17,6 @@ import tempfile
 import time
 import types
 import unittest
-import warnings
 from pathlib import Path
 
 import torch
@@ -195,7 +194,9 @@ def make_test_cases(modelling: types.ModuleType, configuration: types.ModuleType
         def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
             inputs = dict(super()._prepare_for_class(inputs_dict, model_class))
             if return_labels:
-                inputs["labels"] = torch.tensor([[0.0, 1.0, 0.5, float("nan")]]).repeat(self.model_tester.batch_size, 1)
+                inputs["labels"] = torch.tensor([[0.0, 1.0, 0.5, float("nan")]]).repeat(
+                    self.model_tester.batch_size, 1
+                )
             return inputs
 
         def test_config(self):
@@ -274,6 +275,8 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = run(options.transformers_source, options.only, True)
-    if options.json: options.json.write_text(json.dumps(rows, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
     from collections import Counter
+
     print(Counter((r["case"], r["outcome"]) for r in rows))
