@@ -1,8 +1,8 @@
 """Export to a Hub folder that loads with `trust_remote_code=True` where this package is not installed.
 
-Beside weights, configuration and tokenizer files the folder gets the source of the modules that they need. transformers
-takes such modules only as flat siblings with imports of the form `from .module import name`, so subpackages are
-flattened: `onerec_hf/reward/modeling_onerec_reward.py` becomes `reward_modeling_onerec_reward.py`.
+Beside weights, configuration and tokenizer files the folder gets the source of the modules that they need.
+transformers takes such modules only as flat siblings with imports of the form `from .module import name`, so
+subpackages are flattened: `onerec_hf/reward/modeling_onerec_reward.py` becomes `reward_modeling_onerec_reward.py`.
 """
 
 import ast
@@ -25,8 +25,8 @@ PACKAGE_DIRECTORY = Path(__file__).parent
 def export_remote_code(
     model: OneRecForConditionalGeneration | OneRecRewardModel, tokenizer: OneRecTokenizer, directory: str | Path
 ) -> Path:
-    """Writes a folder from which `AutoConfig`, `AutoModel`, `AutoModelForSeq2SeqLM`, `AutoTokenizer` and, for a session
-    generator, `pipeline` load with `trust_remote_code=True` alone.
+    """Writes a folder from which `AutoConfig`, `AutoModel`, `AutoTokenizer` and, for a session generator,
+    `AutoModelForSeq2SeqLM` and `pipeline` load with `trust_remote_code=True` alone.
 
     Args:
         model: The session generator, or a reward model.

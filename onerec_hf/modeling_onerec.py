@@ -264,7 +264,7 @@ class OneRecPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["OneRecEncoderLayer", "OneRecDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flash_attn = True
+    # Not flash: transformers' unpadding takes the queries' mask from the keys', which cross-attention does not share.
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True

@@ -205,7 +205,7 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["OneRecRewardItemEncoder", "OneRecRewardTargetAttention", "OneRecRewardSessionLayer"]
     _supports_sdpa = True
-    _supports_flash_attn = True
+    # Not flash: transformers' unpadding takes the queries' mask from the keys', which target attention does not share.
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -322,7 +322,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         hidden_states = hidden_states.unflatten(1, (num_candidates, num_items)).flatten(0, 1)
         positions = torch.arange(num_items, device=hidden_states.device)
         hidden_states = hidden_states + self.position_embeddings(positions)
-        # The first place can always be seen, so that a session of padding alone is well defined; the sum leaves it out.
+        # A session of padding alone sees its first place, so that it is well defined; the sum leaves it out.
         visible = session_mask | ((positions == 0) & ~session_mask.any(1, keepdim=True))
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=visible

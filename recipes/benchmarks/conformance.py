@@ -12,6 +12,8 @@ checkout of the release's tag has the generation mixin (`tests/generation/`) too
 import argparse
 import importlib
 import json
+import os
+import re
 import sys
 import tempfile
 import time
@@ -26,6 +28,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecModel
 from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel
 
+CASES = {
+    "OneRecModelTest": "OneRec, token positions",
+    "OneRecItemPositionsTest": "OneRec, item positions",
+    "OneRecRewardModelTest": "reward model",
+}
+OUTCOMES = ("passed", "not applicable", "failed")
+
 # What the test modules import from files that a source distribution leaves out, and what stands in for it.
 LEFT_OUT = {
     "__init__.py": "",
@@ -39,7 +48,10 @@ ONEREC_NOT_APPLICABLE = {
     "returned on request, see tests/model_conformance.py",
     "test_sdpa_can_dispatch_composite_models": "not a composite model",
 }
-ITEM_POSITIONS_NOT_APPLICABLE = {}
+ITEM_POSITIONS_NOT_APPLICABLE = ONEREC_NOT_APPLICABLE | {
+    name: "gives an embedding per token where the encoder has a position per item"
+    for name in ("test_inputs_embeds", "test_inputs_embeds_matches_input_ids")
+}
 REWARD_NOT_APPLICABLE = {
     "test_resize_tokens_embeddings": "writes to input_ids, which are history_ids and session_ids here; resized in "
     "tests/model_conformance.py",
@@ -215,23 +227,22 @@ def make_test_cases(modelling: types.ModuleType, configuration: types.ModuleType
 
 
 class OutcomeRecorder(unittest.TestResult):
-    """Outcome, reason and seconds of every test."""
+    """Outcome, reason and seconds of every test and of every subtest that failed or did not apply."""
 
-    def __init__(self, show_progress: bool):
+    def __init__(self):
         super().__init__()
         self.outcomes: list[dict[str, str | float]] = []
-        self.show_progress = show_progress
 
     def startTest(self, test):
         super().startTest(test)
-        self.started, self.subtest_failures = time.perf_counter(), []
+        self.started = time.perf_counter()
 
-    def _record(self, test, outcome: str, reason: str = ""):
-        case, _, name = test.id().rpartition(".")[0].rpartition(".")[2], None, test.id().rpartition(".")[2]
-        row = {"case": case, "test": name, "outcome": outcome, "reason": reason.strip()}
-        self.outcomes.append(row | {"seconds": round(time.perf_counter() - self.started, 2)})
-        if self.show_progress:
-            print(f"{outcome:14} {case}.{name} {reason.strip()[-1500:] if outcome == 'failed' else ''}", flush=True)
+    def _record(self, test: unittest.TestCase, outcome: str, reason: str = ""):
+        case, name = test.id().split(" ")[0].split(".")[-2:]
+        seconds = round(time.perf_counter() - self.started, 2)
+        self.outcomes.append(
+            {"case": case, "test": name, "outcome": outcome, "reason": reason.strip(), "seconds": seconds}
+        )
 
     def addSuccess(self, test):
         self._record(test, "passed")
@@ -246,14 +257,16 @@ class OutcomeRecorder(unittest.TestResult):
 
     def addSubTest(self, test, subtest, err):
         if err is not None:
-            self.subtest_failures.append(subtest)
-            self._record(test, "failed", self._exc_info_to_string(err, test))
+            self.addFailure(test, err)
 
 
-def run(source: Path, only: str = "", show_progress: bool = False) -> list[dict[str, str | float]]:
-    """Runs every test whose name contains `only`; returns a dict of case, test, outcome, reason and seconds each."""
-    recorder = OutcomeRecorder(show_progress)
-    loader = unittest.TestLoader()
+def run(source: Path, only: str = "") -> tuple[list[dict[str, str | float]], list[str]]:
+    """Runs every test whose name contains `only`.
+
+    Returns:
+        `tuple`: For every test a dict of case, test, outcome, reason and seconds, and the files that `source` lacks.
+    """
+    recorder = OutcomeRecorder()
     with tempfile.TemporaryDirectory() as directory:
         package = Path(directory) / "transformers_tests"
         missing = link_tests(source, package)
@@ -261,22 +274,67 @@ def run(source: Path, only: str = "", show_progress: bool = False) -> list[dict[
         modelling = importlib.import_module("transformers_tests.test_modeling_common")
         configuration = importlib.import_module("transformers_tests.test_configuration_common")
         for case in make_test_cases(modelling, configuration):
-            for name in loader.getTestCaseNames(case):
+            for name in unittest.TestLoader().getTestCaseNames(case):
                 if only in name:
                     case(name).run(recorder)
         sys.path.remove(directory)
-    return recorder.outcomes
+    return recorder.outcomes, missing
 
 
-if __name__ == "__main__":
+def markdown_table(rows: list[dict[str, str | float]]) -> str:
+    """A line for each test, its parametrizations counted together, a column for each case; then the reasons."""
+    cells: dict[str, dict[str, Counter]] = {}
+    reasons: dict[str, set[str]] = {}
+    for row in rows:
+        test = re.sub(r"_\d+(_.*)?$", "", row["test"])
+        cells.setdefault(test, {}).setdefault(row["case"], Counter())[row["outcome"]] += 1
+        if row["outcome"] == "not applicable":
+            # What the two models' sentences differ in is their names.
+            reason = re.sub(r"^<class '[\w.]+'>|^(OneRec\w+|The model|This model|Model)\b", "the model", row["reason"])
+            reasons.setdefault(reason.rstrip("."), set()).add(test)
+    lines = [f"| test | {' | '.join(CASES.values())} |", f"| --- |{' --- |' * len(CASES)}"]
+    for test, by_case in sorted(cells.items()):
+        shown = []
+        for case in CASES:
+            outcomes = by_case.get(case, Counter())
+            if outcomes["failed"]:
+                shown.append(f"FAILED {outcomes['failed']}")
+            elif outcomes["not applicable"]:
+                shown.append("n/a")
+            else:
+                shown.append("passed" if outcomes["passed"] < 2 else f"passed {outcomes['passed']}")
+        lines.append(f"| {test} | {' | '.join(shown)} |")
+    lines += ["", "Not applicable:"]
+    lines += [f"- {reason}: {', '.join(sorted(tests))}" for reason, tests in sorted(reasons.items())]
+    return "\n".join(lines)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transformers_source", type=Path, required=True)
     parser.add_argument("--only", default="", help="run the tests whose names contain this")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = run(options.transformers_source, options.only, True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    from collections import Counter
+    # Their slow tests too; read when the test modules are imported.
+    os.environ.setdefault("RUN_SLOW", "1")
+    transformers.logging.disable_progress_bar()
 
-    print(Counter((r["case"], r["outcome"]) for r in rows))
+    started = time.perf_counter()
+    rows, missing = run(options.transformers_source, options.only)
+    totals = {case: Counter(row["outcome"] for row in rows if row["case"] == case) for case in CASES}
+    print(markdown_table(rows))
+    print(f"\nNot in {options.transformers_source}: {', '.join(missing) or 'nothing'}.")
+    for case, title in CASES.items():
+        print(f"{title}: " + ", ".join(f"{totals[case][outcome]} {outcome}" for outcome in OUTCOMES))
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {time.perf_counter() - started:.0f} s")
+    for row in rows:
+        if row["outcome"] == "failed":
+            print(f"\nFAILED {row['case']}.{row['test']}\n{row['reason']}", file=sys.stderr)
+    if options.json:
+        record = {"rows": rows, "totals": totals, "missing": missing, "transformers": transformers.__version__}
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    return int(any(counts["failed"] for counts in totals.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
