@@ -22,8 +22,8 @@ TASK = "generative-recommendation"
 TAGS = ["onerec", "recommender-systems", "generative-retrieval", "semantic-ids"]
 LICENSE = "apache-2.0"
 EXAMPLE_ITEMS = 5
-# Weights, configurations, vocabularies and item index; what a Trainer leaves beside them stays at home.
-PUBLISHED_SUFFIXES = (".json", ".jinja", ".parquet", ".safetensors")
+# Weights, configurations, vocabularies, item index and exported code; what a Trainer leaves beside them stays at home.
+PUBLISHED_SUFFIXES = (".json", ".jinja", ".parquet", ".py", ".safetensors")
 
 
 def onerec_card(model_dir: str | Path, metrics: Mapping[str, Any], repo_id: str | None = None) -> ModelCard:

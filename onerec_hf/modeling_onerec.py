@@ -174,7 +174,9 @@ class OneRecTopKRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.num_experts))
-        self.register_buffer("tokens_per_expert", torch.zeros(config.num_experts), persistent=False)
+        # Integers, which no cast to half precision touches: a bfloat16 count would stop at 256.
+        counts = torch.zeros(config.num_experts, dtype=torch.long)
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         router_logits = nn.functional.linear(hidden_states, self.weight)  # (tokens, experts)
@@ -184,7 +186,7 @@ class OneRecTopKRouter(nn.Module):
         if self.training:
             with torch.no_grad():
                 chosen = top_k_index.flatten()
-                self.tokens_per_expert.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+                self.tokens_per_expert.index_add_(0, chosen, torch.ones_like(chosen))
         return router_logits, top_k_weights, top_k_index
 
 
@@ -262,9 +264,12 @@ class OneRecPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["OneRecEncoderLayer", "OneRecDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _supports_flash_attn = True
+    # Not flash: transformers' unpadding takes the queries' mask from the keys', which cross-attention does not share.
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Its steps are finer than a bfloat16 of its size.
+    _keep_in_fp32_modules_strict = ["expert_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -278,11 +283,45 @@ class OneRecPreTrainedModel(PreTrainedModel):
             init.zeros_(module.expert_bias)
             init.zeros_(module.tokens_per_expert)
 
+    def num_parameters(
+        self, only_trainable: bool = False, exclude_embeddings: bool = False, active: bool = False
+    ) -> int:
+        """Number of parameters; with `active` those that one token passes through: K_MoE of every N_MoE experts."""
+        total = super().num_parameters(only_trainable, exclude_embeddings)
+        if active:
+            experts = [module for module in self.modules() if isinstance(module, OneRecExperts)]
+            values = [
+                tensor.numel()
+                for module in experts
+                for tensor in module.parameters(recurse=False)
+                if tensor.requires_grad or not only_trainable
+            ]
+            idle = self.config.num_experts - self.config.num_experts_per_tok
+            total -= sum(values) * idle // self.config.num_experts
+        return total
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As every model's; the decoder's own embeddings, where they are not tied to the encoder's, grow with them."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        decoder = self.get_decoder()
+        if decoder is not self and decoder.embed_tokens.num_embeddings != embeddings.num_embeddings:
+            decoder.resize_token_embeddings(embeddings.num_embeddings, mean_resizing=mean_resizing)
+        return embeddings
+
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """Shifts labels to the right behind BOS, which gives eq 3's BOS before *every* item; -100 becomes padding."""
         decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         decoder_input_ids[:, 1:] = labels[:, :-1]
         return decoder_input_ids.masked_fill_(decoder_input_ids == -100, self.config.pad_token_id)
+
+
+# Tensor-parallel plans stand on the classes: one in the configuration would be applied to both submodels.
+ATTENTION_TP_PLAN = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 
 
 class OneRecEncoder(OneRecPreTrainedModel):
@@ -295,6 +334,12 @@ class OneRecEncoder(OneRecPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OneRecEncoderLayer,
         "attentions": OutputRecorder(OneRecAttention, index=1, layer_name="self_attn"),
+    }
+    _tp_plan = {
+        **{f"layers.*.self_attn.{name}": style for name, style in ATTENTION_TP_PLAN.items()},
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
     }
 
     def __init__(self, config: OneRecConfig):
@@ -382,7 +427,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Code and SEP tokens.
             attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 0 on padding, which may be left or right.
-            inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`.
+            inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`, one
+                embedding per encoder position.
             history_feedback (`torch.LongTensor` of shape `(batch, items, conditions)`): 1 where the condition holds,
                 -1 where it does not, 0 where that is unknown and on padding.
             history_time_gaps (`torch.LongTensor` of shape `(batch, items)`): Bucket of the time to the moment of
@@ -405,14 +451,13 @@ class OneRecEncoder(OneRecPreTrainedModel):
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = self.position_mask(attention_mask)
-        per_item = 1
+        per_item = 1 if self.config.history_positions == "item" else self.config.tokens_per_item
         if inputs_embeds is None:
             if self.config.history_positions == "item":
                 slots = self._to_item_slots(input_ids, self.config.pad_token_id)
                 inputs_embeds = self.item_proj(self.embed_tokens(slots).flatten(2))
             else:
                 inputs_embeds = self.embed_tokens(input_ids)
-                per_item = self.config.tokens_per_item
         inputs_embeds = self._add_behaviours(inputs_embeds, history_feedback, history_time_gaps)
         columns = len(self.config.user_features)
         if mask is None:
@@ -440,6 +485,18 @@ class OneRecDecoder(OneRecPreTrainedModel):
         "attentions": OutputRecorder(OneRecAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(OneRecAttention, index=1, layer_name="cross_attn"),
         "router_logits": OutputRecorder(OneRecTopKRouter, index=0),
+    }
+    _tp_plan = {
+        **{f"layers.*.self_attn.{name}": style for name, style in ATTENTION_TP_PLAN.items()},
+        **{f"layers.*.cross_attn.{name}": style for name, style in ATTENTION_TP_PLAN.items()},
+        "layers.*.moe.experts.gate_up_proj": "packed_colwise",
+        "layers.*.moe.experts.down_proj": "rowwise",
+        "layers.*.moe.experts": "moe_tp_experts",
+    }
+    _ep_plan = {
+        "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.moe.experts.down_proj": "grouped_gemm",
+        "layers.*.moe.experts": "ep_dispatch_experts",
     }
 
     def __init__(self, config: OneRecConfig):
@@ -531,7 +588,8 @@ class OneRecModel(OneRecPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding):
         self.encoder.embed_tokens = value
-        self.decoder.embed_tokens = value
+        if self.config.tie_word_embeddings:
+            self.decoder.embed_tokens = value
 
     @torch.no_grad()
     def update_expert_bias(self) -> dict[str, torch.Tensor]:
@@ -540,21 +598,24 @@ class OneRecModel(OneRecPreTrainedModel):
         The counts are summed over the processes of a distributed run first, so that all ranks keep the same bias.
 
         Returns:
-            `dict[str, torch.Tensor]`: `expert_load_max`, the busiest expert's load relative to the mean (1 is
-            balance), and `dead_experts`, the share of experts with no token, over all decoder layers; scalars on the
-            model's device, so that no step has to wait for them.
+            `dict[str, torch.Tensor]`: `expert_load` (layers, experts), the tokens of each expert relative to the mean
+            of its layer (1 is balance); `expert_load_max`, the largest of them, and `dead_experts`, the share of
+            experts with no token, both scalars. All on the model's device, so that no step has to wait for them.
         """
         routers = [layer.moe.gate for layer in self.decoder.layers]
         counts = torch.stack([router.tokens_per_expert for router in routers])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
+        counts = counts.float()
         mean = counts.mean(dim=1, keepdim=True)
+        load = counts / mean.clamp(min=1)
         step = self.config.expert_bias_update_rate * torch.sign(mean - counts)
         for router, change in zip(routers, step, strict=True):
             router.expert_bias += change
             router.tokens_per_expert.zero_()
         return {
-            "expert_load_max": (counts.amax(dim=1) / mean.squeeze(1).clamp(min=1)).max(),
+            "expert_load": load,
+            "expert_load_max": load.max(),
             "dead_experts": (counts == 0).float().mean(),
         }
 
@@ -639,6 +700,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: OneRecConfig):
         super().__init__(config)

@@ -99,6 +99,13 @@ class ExpertBalanceCallback(TrainerCallback):
         unwrapped = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
         self.load = unwrapped.model.update_expert_bias()
 
+    def log_entries(self) -> dict[str, float | str]:
+        """The load of the last step as trackers take it: numbers, and a line of all experts' loads for each layer."""
+        entries = {name: round(value.item(), 4) for name, value in self.load.items() if value.dim() == 0}
+        for layer, loads in enumerate(self.load["expert_load"].tolist() if self.load else []):
+            entries[f"expert_load_layer_{layer}"] = " ".join(f"{load:.2f}" for load in loads)
+        return entries
+
 
 class CheckpointCompleteCallback(TrainerCallback):
     """Marks a checkpoint once every file of it is written; only marked ones are resumed from."""
@@ -136,7 +143,7 @@ class OneRecPretrainer(Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            logs = logs | {name: round(value.item(), 4) for name, value in self.expert_balance.load.items()}
+            logs = logs | self.expert_balance.log_entries()
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):

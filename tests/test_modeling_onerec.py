@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM
+from model_conformance import ModelConformanceTests
+from transformers import AutoModelForSeq2SeqLM
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecModel
@@ -35,6 +36,121 @@ def history(model, *items):
 
 
 LABELS = torch.tensor([[5, 13, 21, BOS, 6, 14, 22]])
+
+
+class TestConformance(ModelConformanceTests):
+    """With the paper's positions; the mixin's base model is checked through it."""
+
+    model_class = OneRecForConditionalGeneration
+    base_model_class = OneRecModel
+    expert_parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    offloaded = "model.decoder"
+    history_positions = "token"
+
+    def make_config(self, **overrides):
+        settings = {"history_positions": self.history_positions, "history_items": 4, "session_items": 2}
+        return OneRecConfig.from_preset("debug", **(settings | overrides))
+
+    def make_inputs(self, config, batch_size=3):
+        generator = torch.Generator().manual_seed(1)
+        levels = torch.tensor(config.level_offsets)
+        items = torch.randint(8, (batch_size, 3, 3), generator=generator) + levels
+        tokens = torch.nn.functional.pad(items, (0, 1), value=config.sep_token_id).flatten(1)[:, :-1]
+        attention_mask = torch.ones_like(tokens)
+        # One history is padded on the left, one on the right.
+        attention_mask[0, :4] = attention_mask[-1, -4:] = 0
+        session = torch.randint(8, (batch_size, 2, 3), generator=generator) + levels
+        labels = torch.nn.functional.pad(session, (0, 1), value=BOS).flatten(1)[:, :-1]
+        return {"input_ids": tokens * attention_mask, "attention_mask": attention_mask, "labels": labels}
+
+    def test_generation_config_is_saved(self, tmp_path):
+        self.make_model().save_pretrained(tmp_path)
+        generation = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).generation_config
+        assert (generation.do_sample, generation.num_beams, generation.max_new_tokens) == (False, 128, 7)
+
+    def test_experts_implementations_agree(self):
+        model = self.make_model()
+        inputs = self.make_inputs(model.config)
+        gradients = []
+        for name in ("eager", "grouped_mm", "batched_mm"):
+            model.set_experts_implementation(name)
+            model.zero_grad()
+            model(**inputs).loss.backward()
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        for other in gradients[1:]:
+            for one, two in zip(gradients[0], other, strict=True):
+                torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+    def test_tied_embeddings(self, tmp_path):
+        for tied in (False, True):
+            model = self.make_model(tie_word_embeddings=tied)
+            model.save_pretrained(tmp_path / str(tied))
+            loaded = self.model_class.from_pretrained(tmp_path / str(tied))
+            for one in (model, loaded):
+                weights = one.model.encoder.embed_tokens, one.model.decoder.embed_tokens, one.lm_head
+                assert len({module.weight.data_ptr() for module in weights}) == (1 if tied else 3)
+                one.resize_token_embeddings(one.config.vocab_size + 2)
+                weights = one.model.encoder.embed_tokens, one.model.decoder.embed_tokens, one.lm_head
+                assert len({module.weight.data_ptr() for module in weights}) == (1 if tied else 3)
+                assert {module.weight.shape[0] for module in weights} == {one.config.vocab_size}
+
+    def test_embeddings_in_place_of_ids(self):
+        model = self.make_model()
+        inputs = self.make_inputs(model.config)
+        expected = model(**inputs).logits
+        session = model.prepare_decoder_input_ids_from_labels(inputs.pop("labels"))
+        inputs["decoder_inputs_embeds"] = model.get_decoder().embed_tokens(session)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+        if self.history_positions == "token":
+            inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+            torch.testing.assert_close(model(**inputs).logits, expected)
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}], ids=str
+    )
+    def test_generates_the_same_with_and_without_a_cache(self, options):
+        model = self.make_model()
+        inputs = self.make_inputs(model.config)
+        del inputs["labels"]
+        options = {"num_beams": 1, "max_new_tokens": 7} | options
+        options |= {"return_dict_in_generate": True, "output_scores": True}
+        generated = []
+        for use_cache in (True, False):
+            if not use_cache:
+                options.pop("cache_implementation", None)
+            torch.manual_seed(0)
+            generated.append(model.generate(**inputs, **options, use_cache=use_cache))
+        assert torch.equal(generated[0].sequences, generated[1].sequences)
+        for one, two in zip(generated[0].scores, generated[1].scores, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+    def test_compiles_a_decoding_step_in_one_graph(self):
+        model = self.make_model()
+        inputs = self.make_inputs(model.config)
+        del inputs["labels"]
+        torch.compiler.reset()
+        encoder = torch.compile(model.get_encoder(), fullgraph=True, backend="aot_eager")
+        decoder = torch.compile(model.get_decoder(), fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            encoded = model.get_encoder()(**inputs)[0]
+            torch.testing.assert_close(encoder(**inputs)[0], encoded)
+            tokens = torch.full((3, 1), BOS)
+            session = {"input_ids": tokens, "encoder_hidden_states": encoded}
+            torch.testing.assert_close(decoder(**session)[0], model.get_decoder()(**session)[0])
+
+    def test_half_precision_keeps_the_balance_exact(self, tmp_path):
+        self.make_model().save_pretrained(tmp_path)
+        model = self.model_class.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
+        router = model.model.decoder.layers[0].moe.gate
+        assert router.weight.dtype == torch.bfloat16 and router.expert_bias.dtype == torch.float32
+        inputs = self.make_inputs(model.config)
+        for _ in range(20):
+            model(**inputs)
+        assert router.tokens_per_expert.sum() == 20 * inputs["labels"].numel() * model.config.num_experts_per_tok
+
+
+class TestConformanceOfItemPositions(TestConformance):
+    history_positions = "item"
 
 
 def test_padding_does_not_change_the_output(model):
@@ -104,18 +220,6 @@ def test_sessions_of_one_history_can_share_its_encoding(model):
         model(input_ids=tokens, decoder_input_ids=sessions[:3])
 
 
-def test_attention_and_experts_implementations_agree(model):
-    inputs = {"input_ids": history(model, (1, 2, 3), (4, 5, 6)), "labels": LABELS}
-    expected = model(**inputs).logits
-    for set_implementation, names in (
-        (model.set_attn_implementation, ("eager", "sdpa")),
-        (model.set_experts_implementation, ("eager", "grouped_mm", "batched_mm")),
-    ):
-        for name in names:
-            set_implementation(name)
-            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_mixture_of_experts_is_equation_2():
     torch.manual_seed(0)
     config = OneRecConfig.from_preset("debug", initializer_range=0.5)
@@ -143,7 +247,7 @@ def test_expert_bias_moves_against_the_load_and_is_saved(model, tmp_path):
     model.train()
     model(input_ids=history(model, (1, 2, 3)), labels=LABELS)
     router = model.model.decoder.layers[0].moe.gate
-    counts = router.tokens_per_expert.clone()
+    counts = router.tokens_per_expert.float()
     assert counts.sum() == LABELS.shape[1] * model.config.num_experts_per_tok
     model.model.update_expert_bias()
     expected = model.config.expert_bias_update_rate * torch.sign(counts.mean() - counts)
@@ -152,40 +256,6 @@ def test_expert_bias_moves_against_the_load_and_is_saved(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     torch.testing.assert_close(loaded.model.decoder.layers[0].moe.gate.expert_bias, expected)
-
-
-def test_round_trip_through_the_auto_classes(model, tmp_path):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    assert isinstance(loaded, OneRecForConditionalGeneration)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), OneRecModel)
-    assert AutoConfig.from_pretrained(tmp_path).to_dict() == loaded.config.to_dict()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
-    generation = loaded.generation_config
-    assert (generation.do_sample, generation.num_beams, generation.max_new_tokens) == (False, 128, 7)
-    assert not list(tmp_path.glob("*.bin"))
-
-
-def test_every_parameter_gets_the_same_gradient_with_checkpointing(model):
-    inputs = {"input_ids": history(model, (1, 2, 3), (4, 5, 6)), "labels": LABELS}
-    model.config.dropout = 0.0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    model.train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        model(**inputs).loss.backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_hidden_states_attentions_and_router_logits_on_request(model):
@@ -210,6 +280,10 @@ def test_presets_have_the_papers_sizes(name, billions):
         model = OneRecForConditionalGeneration(OneRecConfig.from_preset(name))
     assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.05)
     assert (model.config.num_experts, model.config.num_experts_per_tok) == (24, 2)
+    # Of every decoder layer's 24 experts a token passes through 2; all else is active.
+    config = model.config
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    assert model.num_parameters() - model.num_parameters(active=True) == config.decoder_layers * 22 * expert
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec_reward import OneRecRewardConfig
 
@@ -42,12 +47,21 @@ class OneRecRewardOutput(ModelOutput):
             Sigmoid of `logits` (eq 6).
         reward (`torch.FloatTensor` of shape `(B,)` or `(B, C)`):
             Sum of `probabilities` weighted by `config.objective_weights`.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
+            e_1..e_m with their positions, then the output of every session layer, each `(B * C, m, hidden_size)`.
+        attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            Of every session layer, `(B * C, heads, m, m)`.
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
+            Of the target attention, `(B, heads, C * m, 1 + n)`; the first key stands for no behaviour.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     probabilities: torch.FloatTensor | None = None
     reward: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def eager_attention_forward(
@@ -55,21 +69,21 @@ def eager_attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over `(batch, heads, length, head_dim)` with a boolean mask, True where a key may be attended to."""
     scores = query @ key.transpose(2, 3) * scaling
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if attention_mask is not None:
+        scores = scores + attention_mask
     probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     probabilities = F.dropout(probabilities, p=dropout, training=module.training)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 class OneRecRewardAttention(nn.Module):
-    """Multi-head attention of `queries` `(B, Q, H)` over `states` `(B, S, H)`; returns `(B, Q, H)`."""
+    """Multi-head attention of `queries` `(B, Q, H)` over `states` `(B, S, H)`; returns `(B, Q, H)` and the weights."""
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
@@ -83,7 +97,9 @@ class OneRecRewardAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, queries: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, queries: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, x in ((self.q_proj, queries), (self.k_proj, states), (self.v_proj, states))
@@ -91,7 +107,7 @@ class OneRecRewardAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, _ = attention_interface(
+        attended, weights = attention_interface(
             self,
             query,
             key,
@@ -99,8 +115,9 @@ class OneRecRewardAttention(nn.Module):
             attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
         )
-        return self.o_proj(attended.flatten(2))
+        return self.o_proj(attended.flatten(2)), weights
 
 
 class OneRecRewardItemEncoder(nn.Module):
@@ -122,11 +139,12 @@ class OneRecRewardItemEncoder(nn.Module):
         return self.dropout(self.norm(self.down_proj(self.act_fn(self.up_proj(codes)))))
 
 
-class OneRecRewardTargetAttention(nn.Module):
+class OneRecRewardTargetAttention(GradientCheckpointingLayer):
     """e_i = v_i (.) u: each session item `(B, Q, H)` attends over the history `(B, n, H)` of its user."""
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
+        self.config = config
         self.recency_embeddings = nn.Embedding(config.history_items, config.hidden_size)
         # A learned key that is never masked: what an item gathers from a user without any behaviour, and where its
         # attention can go when nothing in the history bears on it.
@@ -135,18 +153,24 @@ class OneRecRewardTargetAttention(nn.Module):
         self.attention = OneRecRewardAttention(config)
         self.fusion = nn.Linear(3 * config.hidden_size, config.hidden_size)
 
-    def forward(self, items: torch.Tensor, history: torch.Tensor, history_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, items: torch.Tensor, history: torch.Tensor, history_mask: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
         # Positions count back from the latest item, so padding on either side changes nothing.
         recency = history_mask.flip(1).cumsum(1).flip(1).sub(1).clamp(min=0)
         history = self.history_norm(history + self.recency_embeddings(recency))
         states = torch.cat([self.no_behaviour.expand(history.shape[0], -1, -1).to(history.dtype), history], dim=1)
-        attention_mask = F.pad(history_mask, (1, 0), value=True)[:, None, None, :]
-        attention_mask = attention_mask.expand(-1, 1, items.shape[1], -1)
-        user = self.attention(items, states, attention_mask)
+        attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=items,
+            attention_mask=F.pad(history_mask, (1, 0), value=True),
+            encoder_hidden_states=states,
+        )
+        user, _ = self.attention(items, states, attention_mask, **kwargs)
         return self.fusion(torch.cat([items, user, items * user], dim=-1))
 
 
-class OneRecRewardSessionLayer(nn.Module):
+class OneRecRewardSessionLayer(GradientCheckpointingLayer):
     """h + SelfAttention(h W_q, h W_k, h W_v) over a session's items (eq 5), h normalised first."""
 
     def __init__(self, config: OneRecRewardConfig):
@@ -154,9 +178,10 @@ class OneRecRewardSessionLayer(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = OneRecRewardAttention(config)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         normed = self.norm(hidden_states)
-        return hidden_states + self.attention(normed, normed, attention_mask)
+        attended, _ = self.attention(normed, normed, attention_mask, **kwargs)
+        return hidden_states + attended
 
 
 class OneRecRewardTower(nn.Module):
@@ -177,7 +202,18 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
     config: OneRecRewardConfig
     base_model_prefix = "reward_model"
     main_input_name = "history_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OneRecRewardItemEncoder", "OneRecRewardTargetAttention", "OneRecRewardSessionLayer"]
     _supports_sdpa = True
+    # Not flash: transformers' unpadding takes the queries' mask from the keys', which target attention does not share.
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": OneRecRewardSessionLayer,
+        "attentions": OutputRecorder(OneRecRewardAttention, index=1, layer_name="layers"),
+        "cross_attentions": OutputRecorder(OneRecRewardAttention, index=1, layer_name="target_attention"),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -200,6 +236,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         self.layers = nn.ModuleList([OneRecRewardSessionLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.towers = nn.ModuleDict({objective: OneRecRewardTower(config) for objective in config.objectives})
+        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -246,12 +283,14 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 f"{self.config.session_items}: shorten the sessions or raise session_items."
             )
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs
     def forward(
         self,
         history_ids: torch.LongTensor,
         session_ids: torch.LongTensor,
         labels: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
         r"""
         The history is encoded once for all of a user's candidate sessions. Sessions shorter than m are padded; the
@@ -278,16 +317,18 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
 
         history = self.item_encoder(history_ids)
         items = self.item_encoder(candidates.flatten(1, 2))
-        hidden_states = self.target_attention(items, history, history_mask)
+        hidden_states = self.target_attention(items, history, history_mask, **kwargs)
 
         hidden_states = hidden_states.unflatten(1, (num_candidates, num_items)).flatten(0, 1)
         positions = torch.arange(num_items, device=hidden_states.device)
         hidden_states = hidden_states + self.position_embeddings(positions)
-        # An item always sees itself, so that a row of padding alone is well defined; the sum leaves it out.
-        itself = torch.eye(num_items, dtype=torch.bool, device=hidden_states.device)
-        attention_mask = (session_mask[:, None, :] | itself)[:, None]
+        # A session of padding alone sees its first place, so that it is well defined; the sum leaves it out.
+        visible = session_mask | ((positions == 0) & ~session_mask.any(1, keepdim=True))
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=visible
+        )
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask)
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
         hidden_states = self.norm(hidden_states)
 
         session = (hidden_states * session_mask[..., None]).sum(1).unflatten(0, (batch, num_candidates))

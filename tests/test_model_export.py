@@ -1,0 +1,102 @@
+"""Export to a folder that loads with `trust_remote_code` in a process that cannot import this package."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import onerec_hf
+from onerec_hf.model_export import export_remote_code, flat_modules
+from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel
+
+LOAD = """
+import json, sys
+sys.modules["onerec_hf"] = None  # every import of the package fails from here on
+import torch
+from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
+
+generator, reward = sys.argv[1:3]
+history, results = json.loads(sys.argv[3]), {}
+for folder in (generator, reward):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    inputs = tokenizer.encode_histories([history])
+model = AutoModelForSeq2SeqLM.from_pretrained(generator, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules")
+results["tokens"] = model.generate(**inputs, num_beams=4, max_new_tokens=7, min_new_tokens=7).tolist()
+recommender = pipeline("generative-recommendation", model=generator, trust_remote_code=True)
+results["recommended"] = recommender(history, top_k=4, num_beams=8)
+reward_model = AutoModel.from_pretrained(reward, trust_remote_code=True).eval()
+codes = torch.as_tensor(tokenizer.item_token_ids)[None, :2]
+results["reward"] = reward_model(codes, codes).reward.tolist()
+print(json.dumps(results))
+"""
+HISTORY = ["b", "c"]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    torch.manual_seed(0)
+    codes = np.stack(np.unravel_index(np.random.default_rng(0).permutation(8**3)[:12], (8, 8, 8)), axis=1)
+    codebooks = [torch.randn(8, 4) for _ in range(3)]
+    tokenizer = onerec_hf.OneRecTokenizer.from_semantic_ids(list("abcdefghijkl"), codes, codebooks)
+    config = onerec_hf.OneRecConfig.from_preset("debug", history_positions="item", session_items=2)
+    model = onerec_hf.OneRecForConditionalGeneration(config).eval()
+    reward_model = OneRecRewardModel(OneRecRewardConfig(codebook_sizes=[8, 8, 8], hidden_size=16)).eval()
+    for name, exported_model in (("generator", model), ("reward", reward_model)):
+        assert export_remote_code(exported_model, tokenizer, tmp_path / name) == tmp_path / name
+    return model, reward_model, tokenizer
+
+
+def test_loads_where_the_package_cannot_be_imported(exported, tmp_path):
+    model, reward_model, tokenizer = exported
+    command = [sys.executable, "-c", LOAD, "generator", "reward", json.dumps(HISTORY)]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr
+    results = json.loads(ran.stdout.splitlines()[-1])
+
+    inputs = tokenizer.encode_histories([HISTORY])
+    tokens = model.generate(**inputs, num_beams=4, max_new_tokens=7, min_new_tokens=7)
+    assert results["tokens"] == tokens.tolist()
+    expected = onerec_hf.recommend(model, tokenizer, [HISTORY], top_k=4, num_beams=8)[0]
+    assert results["recommended"]["items"] == expected["items"]
+    codes = torch.as_tensor(tokenizer.item_token_ids)[None, :2]
+    torch.testing.assert_close(torch.tensor(results["reward"]), reward_model(codes, codes).reward)
+
+
+def test_a_folder_is_replaced_and_holds_nothing_half_written(exported, tmp_path):
+    model, _, tokenizer = exported
+    before = {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()}
+    export_remote_code(model, tokenizer, tmp_path / "generator")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "generator").iterdir()} == before
+    assert not any(name.startswith(".") or name.endswith((".bin", ".pt", ".pkl")) for name in before)
+    # What is saved by the package itself stays free of code.
+    model.save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_modules_are_flat_siblings():
+    sources = flat_modules(["reward.modeling_onerec_reward"])
+    assert "configuration_onerec.py" in sources and "reward_configuration_onerec_reward.py" in sources
+    assert "from .reward_configuration_onerec_reward import" in sources["reward_modeling_onerec_reward.py"]
+    for source in sources.values():
+        assert not re.search(r"^\s*(from|import)\s+(\.\.|onerec_hf)", source, re.MULTILINE)
+
+
+def test_other_models_are_refused(exported, tmp_path):
+    with pytest.raises(TypeError, match="OneRecModel"):
+        export_remote_code(exported[0].model, exported[2], tmp_path / "other")
+
+
+def test_whole_module_imports_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "module.py").write_text("from . import sibling\n")
+    monkeypatch.setattr("onerec_hf.model_export.PACKAGE_DIRECTORY", Path(tmp_path))
+    with pytest.raises(ValueError, match="module.py, line 1"):
+        flat_modules(["module"])
