@@ -66,6 +66,9 @@ class OneRecConfig(PreTrainedConfig):
         history_positions (`"token"` or `"item"`):
             `"token"` (the paper): every code token and separator of the history is an encoder position. `"item"`: the
             L code embeddings of an item are projected together into one position, a quarter of the length at L = 3.
+        encoder_attention (`"bidirectional"` or `"causal"`):
+            `"bidirectional"` (the paper): every position of the history sees the whole history. `"causal"`: it sees
+            what lies before it, so that one encoding of a history serves the targets after each of its prefixes.
         expert_bias_update_rate (`float`):
             Step by which a router's selection bias moves towards balanced load after every optimizer step; 0 turns
             the balancing off.
@@ -95,6 +98,7 @@ class OneRecConfig(PreTrainedConfig):
     history_items: int = 256
     session_items: int = 5
     history_positions: str = "token"
+    encoder_attention: str = "bidirectional"
     hidden_act: str = "silu"
     dropout: float = 0.1
     rms_norm_eps: float = 1e-6
@@ -135,6 +139,8 @@ class OneRecConfig(PreTrainedConfig):
             )
         if self.history_positions not in ("token", "item"):
             raise ValueError(f"history_positions must be 'token' or 'item', got {self.history_positions!r}.")
+        if self.encoder_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"encoder_attention must be 'bidirectional' or 'causal', got {self.encoder_attention!r}.")
 
     @property
     def num_levels(self) -> int:
