@@ -595,7 +595,7 @@ class OneRecModel(OneRecPreTrainedModel):
         shared = target_histories is not None
         if shared and (self.config.encoder_attention != "causal" or encoder_outputs is not None or use_cache):
             raise ValueError(
-                "Targets after prefixes of one history need encoder_attention='causal' and input_ids, and use no cache."
+                "Targets that share a history need encoder_attention='causal', and neither encoder_outputs nor a cache."
             )
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
