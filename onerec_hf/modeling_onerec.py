@@ -595,7 +595,7 @@ class OneRecModel(OneRecPreTrainedModel):
         shared = target_histories is not None
         if shared and (self.config.encoder_attention != "causal" or encoder_outputs is not None or use_cache):
             raise ValueError(
-                "Targets that share a history need encoder_attention='causal', and neither encoder_outputs nor a cache."
+                "Targets that share a history need encoder_attention='causal', no encoder_outputs and no cache."
             )
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
