@@ -75,6 +75,9 @@ class OneRecConfig(PreTrainedConfig):
         user_features (`dict[str, list[str]]`):
             Known values by categorical column of the users; each column is one encoder position in front of the
             history. None by default.
+        encoder_attention (`"bidirectional"` or `"causal"`):
+            `"bidirectional"` (the paper): every position of the history sees the whole history. `"causal"`: it sees
+            what lies before it, so that one encoding of a history serves the targets after each of its prefixes.
         expert_bias_update_rate (`float`):
             Step by which a router's selection bias moves towards balanced load after every optimizer step; 0 turns
             the balancing off.
@@ -107,6 +110,7 @@ class OneRecConfig(PreTrainedConfig):
     history_feedback: list[str] | tuple[str, ...] = ()
     time_gap_buckets: int = 0
     user_features: dict[str, list[str]] | None = None
+    encoder_attention: str = "bidirectional"
     hidden_act: str = "silu"
     dropout: float = 0.1
     rms_norm_eps: float = 1e-6
@@ -151,6 +155,13 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(f"history_positions must be 'token' or 'item', got {self.history_positions!r}.")
         if self.time_gap_buckets < 0:
             raise ValueError(f"time_gap_buckets must not be negative, got {self.time_gap_buckets}.")
+        if self.encoder_attention not in ("bidirectional", "causal"):
+            raise ValueError(f"encoder_attention must be 'bidirectional' or 'causal', got {self.encoder_attention!r}.")
+        if self.encoder_attention == "causal" and (self.time_gap_buckets or self.user_features):
+            raise ValueError(
+                "encoder_attention='causal' encodes a history once for the targets after each of its prefixes: it "
+                "takes neither time_gap_buckets, which count to one target's moment, nor user_features."
+            )
 
     @property
     def num_levels(self) -> int:

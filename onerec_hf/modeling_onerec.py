@@ -2,6 +2,7 @@
 sparse mixture of experts (eq 2), trained by next-token prediction over the session's codes (eq 3 and 4)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -56,6 +57,20 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class HistoryPrefixes(NamedTuple):
+    """Which history, and how much of it, each decoder row reads where several targets share an encoding.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(targets,)`): The target's history, a row of the encoder's output.
+        recency (`torch.LongTensor` of shape `(targets, positions)`): Items from the latest one of the target's prefix.
+        embeddings (`torch.Tensor` of shape `(history_items, hidden_size)`): What is added to a position by recency.
+    """
+
+    rows: torch.LongTensor
+    recency: torch.LongTensor
+    embeddings: torch.Tensor
+
+
 class OneRecAttention(nn.Module):
     """Multi-head attention: bidirectional (encoder), causal (decoder) or over the encoder's output (cross)."""
 
@@ -73,9 +88,19 @@ class OneRecAttention(nn.Module):
         # A module, so that trainers which turn dropout off by module reach the attention weights too.
         self.dropout = nn.Dropout(config.dropout)
 
-    def _project_keys_values(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (*states.shape[:-1], -1, self.head_dim)
-        return self.k_proj(states).view(shape).transpose(1, 2), self.v_proj(states).view(shape).transpose(1, 2)
+    def _project_keys_values(
+        self, states: torch.Tensor, prefixes: HistoryPrefixes | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.k_proj(states), self.v_proj(states)
+        if prefixes is not None:
+            # The projections are linear: histories and recencies are projected apart, once each and not per target.
+            keys, values = (
+                projected.index_select(0, prefixes.rows)
+                + nn.functional.embedding(prefixes.recency, projection(prefixes.embeddings))
+                for projected, projection in ((keys, self.k_proj), (values, self.v_proj))
+            )
+        shape = (*keys.shape[:-1], -1, self.head_dim)
+        return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
 
     def forward(
         self,
@@ -83,6 +108,7 @@ class OneRecAttention(nn.Module):
         key_value_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        prefixes: HistoryPrefixes | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         input_shape = hidden_states.shape[:-1]
@@ -91,7 +117,7 @@ class OneRecAttention(nn.Module):
             if past_key_values is not None:
                 keys, values = past_key_values.self_attention_cache.update(keys, values, self.layer_idx)
         elif past_key_values is None:
-            keys, values = self._project_keys_values(key_value_states)
+            keys, values = self._project_keys_values(key_value_states, prefixes)
         elif past_key_values.is_updated.get(self.layer_idx):
             layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
             keys, values = layer.keys, layer.values
@@ -207,7 +233,7 @@ class OneRecSparseMoeBlock(nn.Module):
 class OneRecEncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: OneRecConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = OneRecAttention(config, layer_idx)
+        self.self_attn = OneRecAttention(config, layer_idx, is_causal=config.encoder_attention == "causal")
         self.mlp = OneRecMLP(config)
         self.self_attn_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -237,6 +263,7 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None = None,
+        prefixes: HistoryPrefixes | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attended, _ = self.self_attn(
@@ -251,6 +278,7 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
             key_value_states=encoder_hidden_states,
             attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
+            prefixes=prefixes,
             **kwargs,
         )
         hidden_states = hidden_states + self.dropout(attended)
@@ -325,10 +353,11 @@ ATTENTION_TP_PLAN = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwis
 
 
 class OneRecEncoder(OneRecPreTrainedModel):
-    """Full self-attention over the user's positive behaviours, oldest first.
+    """Self-attention over the user's positive behaviours, oldest first: full, or causal by configuration.
 
     Positions are learned and counted in items from the latest behaviour, so that the same history gives the same
-    output under left and right padding.
+    output under left and right padding. A causal encoder counts from the oldest instead, as a prefix must not know
+    what follows it, and adds the recency to its output, where the decoder reads it.
     """
 
     _can_record_outputs = {
@@ -346,6 +375,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_recency = nn.Embedding(config.history_items, config.hidden_size)
+        if config.encoder_attention == "causal":
+            self.embed_positions = nn.Embedding(config.history_items, config.hidden_size)
         if config.history_positions == "item":
             self.item_proj = nn.Linear(config.num_levels * config.hidden_size, config.hidden_size, bias=False)
         if config.history_feedback:
@@ -407,6 +438,30 @@ class OneRecEncoder(OneRecPreTrainedModel):
             inputs_embeds = inputs_embeds + embeds
         return inputs_embeds
 
+    def _item_steps(self, positions: torch.Tensor) -> torch.Tensor:
+        """Encoder positions counted from one end as items, within the learned range."""
+        per_item = self.config.tokens_per_item if self.config.history_positions == "token" else 1
+        return (positions // per_item).clamp(0, self.config.history_items - 1)
+
+    def history_prefixes(
+        self, mask: torch.Tensor, rows: torch.LongTensor, items: torch.LongTensor
+    ) -> tuple[HistoryPrefixes, torch.Tensor]:
+        """For targets that read the first `items` behaviours of histories `rows`: how, and the mask over positions.
+
+        Args:
+            mask (`torch.Tensor` of shape `(batch, positions)`): From [`position_mask`].
+            rows, items (`torch.LongTensor` of shape `(targets,)`): A target's history and prefix, at least one item.
+
+        Returns:
+            `tuple`: [`HistoryPrefixes`], and a mask of shape `(targets, positions)`.
+        """
+        from_oldest = (mask.cumsum(1) - 1)[rows]
+        # With a position per token the separator behind the last item is not part of the prefix.
+        length = items if self.config.history_positions == "item" else items * self.config.tokens_per_item - 1
+        from_latest = length[:, None] - 1 - from_oldest
+        prefixes = HistoryPrefixes(rows, self._item_steps(from_latest), self.embed_recency.weight)
+        return prefixes, mask[rows] * (from_latest >= 0)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -417,6 +472,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         history_feedback: torch.LongTensor | None = None,
         history_time_gaps: torch.LongTensor | None = None,
         user_features: torch.LongTensor | None = None,
+        recency_in_output: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encodes histories.
@@ -435,6 +491,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
                 recommendation, 0 where it is unknown and on padding.
             user_features (`torch.LongTensor` of shape `(batch, columns)`): Ids counted from 1 over the values of all
                 columns, 0 where the value is unknown.
+            recency_in_output (`bool`): Whether a causal encoder adds the recency of the whole history to its output;
+                `False` where each target adds that of its own prefix.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -451,7 +509,6 @@ class OneRecEncoder(OneRecPreTrainedModel):
         if input_ids is not None and attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask = self.position_mask(attention_mask)
-        per_item = 1 if self.config.history_positions == "item" else self.config.tokens_per_item
         if inputs_embeds is None:
             if self.config.history_positions == "item":
                 slots = self._to_item_slots(input_ids, self.config.pad_token_id)
@@ -463,18 +520,24 @@ class OneRecEncoder(OneRecPreTrainedModel):
         if mask is None:
             shape = (inputs_embeds.shape[0], columns + inputs_embeds.shape[1])
             mask = torch.ones(shape, dtype=torch.long, device=inputs_embeds.device)
-        from_latest = mask[:, columns:].flip(1).cumsum(1).flip(1) - 1
-        recency = (from_latest // per_item).clamp(0, self.config.history_items - 1)
-        hidden_states = inputs_embeds + self.embed_recency(recency)
+        causal = self.config.encoder_attention == "causal"
+        behaviours = mask[:, columns:]
+        recency = self.embed_recency(self._item_steps(behaviours.flip(1).cumsum(1).flip(1) - 1))
+        positions = self.embed_positions(self._item_steps(behaviours.cumsum(1) - 1)) if causal else recency
+        hidden_states = inputs_embeds + positions
         if user_features is not None:
             hidden_states = torch.cat([self.embed_user_features(user_features), hidden_states], dim=1)
         hidden_states = self.dropout(hidden_states)
-        layer_mask = create_bidirectional_mask(
+        make_mask = create_causal_mask if causal else create_bidirectional_mask
+        layer_mask = make_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=None
         )
         for layer in self.layers:
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.dropout(self.norm(hidden_states)))
+        hidden_states = self.dropout(self.norm(hidden_states))
+        if causal and recency_in_output:
+            hidden_states = hidden_states + recency
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
 
 class OneRecDecoder(OneRecPreTrainedModel):
@@ -521,6 +584,7 @@ class OneRecDecoder(OneRecPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        prefixes: HistoryPrefixes | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decodes sessions.
@@ -530,6 +594,8 @@ class OneRecDecoder(OneRecPreTrainedModel):
             encoder_hidden_states (`torch.Tensor` of shape `(batch, positions, hidden_size)`): The beams of a user
                 stand in consecutive rows of `input_ids` and share one row here.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, positions)`): 0 on padding.
+            prefixes ([`HistoryPrefixes`], *optional*): Each row of `input_ids` reads a prefix of the history that
+                this names, without a cache; `encoder_attention_mask` has shape `(targets, positions)` then.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either decoder input_ids or inputs_embeds.")
@@ -549,16 +615,19 @@ class OneRecDecoder(OneRecPreTrainedModel):
             past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
             position_ids=position_ids,
         )
-        queries_per_user = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
+        read = encoder_hidden_states
+        if prefixes is not None:
+            read = read[:1].expand(len(prefixes.rows), -1, -1)  # of which the mask takes the shape alone
+        queries_per_user = hidden_states.reshape(read.shape[0], -1, hidden_states.shape[-1])
         cross_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=queries_per_user,
             attention_mask=encoder_attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
+            encoder_hidden_states=read,
         )
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, encoder_hidden_states, self_mask, cross_mask, past_key_values, **kwargs
+                hidden_states, encoder_hidden_states, self_mask, cross_mask, past_key_values, prefixes, **kwargs
             )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.dropout(self.norm(hidden_states)),
@@ -631,6 +700,8 @@ class OneRecModel(OneRecPreTrainedModel):
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
+        target_histories: torch.LongTensor | None = None,
+        target_prefixes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         history_feedback: torch.LongTensor | None = None,
         history_time_gaps: torch.LongTensor | None = None,
@@ -641,7 +712,20 @@ class OneRecModel(OneRecPreTrainedModel):
 
         With k * batch decoder rows for `batch` histories, row i of the histories serves the decoder rows
         i, batch + i, 2 * batch + i, ...: sessions of the same history are scored with one encoding of it.
+
+        A causal encoder may serve decoder rows that read different prefixes of the histories, as [`SessionCollator`]
+        lays them out, with the result of encoding every prefix by itself:
+
+        Args:
+            target_histories (`torch.LongTensor` of shape `(decoder rows,)`, *optional*): The history of each row.
+            target_prefixes (`torch.LongTensor` of shape `(decoder rows,)`, *optional*): How many of its oldest items
+                the row reads, at least 1.
         """
+        shared = target_histories is not None
+        if shared and (self.config.encoder_attention != "causal" or encoder_outputs is not None or use_cache):
+            raise ValueError(
+                "Targets that share a history need encoder_attention='causal', no encoder_outputs and no cache."
+            )
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -650,15 +734,25 @@ class OneRecModel(OneRecPreTrainedModel):
                 history_feedback=history_feedback,
                 history_time_gaps=history_time_gaps,
                 user_features=user_features,
+                recency_in_output=not shared,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         encoder_hidden_states = encoder_outputs.last_hidden_state
         encoder_attention_mask = self.encoder.position_mask(attention_mask)
+        prefixes = None
+        if shared:
+            if encoder_attention_mask is None:
+                encoder_attention_mask = torch.ones(
+                    encoder_hidden_states.shape[:2], dtype=torch.long, device=encoder_hidden_states.device
+                )
+            prefixes, encoder_attention_mask = self.encoder.history_prefixes(
+                encoder_attention_mask, target_histories, target_prefixes
+            )
 
         decoder_rows = (decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds).shape[0]
-        copies, remainder = divmod(decoder_rows, encoder_hidden_states.shape[0])
+        copies, remainder = (1, 0) if shared else divmod(decoder_rows, encoder_hidden_states.shape[0])
         if remainder:
             raise ValueError(
                 f"{decoder_rows} decoder rows are not a multiple of the {encoder_hidden_states.shape[0]} histories."
@@ -676,7 +770,8 @@ class OneRecModel(OneRecPreTrainedModel):
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if shared else use_cache,
+            prefixes=prefixes,
             **kwargs,
         )
         return Seq2SeqMoEModelOutput(
@@ -756,8 +851,10 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         Returns:
             `Seq2SeqMoEOutput`: `logits` has shape `(batch, session tokens, vocab_size)`.
         """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if labels is not None:
+            use_cache = bool(use_cache)  # a loss has no next step to keep keys and values for
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -48,6 +48,7 @@ def index_sessions(sessions: Dataset, tokenizer: OneRecTokenizer) -> Dataset:
     return Dataset(pa.table(columns))
 
 
+<<<<<<< HEAD
 def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
     """`OneRecConfig.user_features` of sessions with a column `user_features`: the values that occur, by column."""
     if "user_features" not in sessions.column_names:
@@ -57,10 +58,93 @@ def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
         name: sorted(pc.unique(pc.struct_field(column, name)).drop_null().to_pylist())
         for name in sessions.features["user_features"]
     }
+=======
+def share_histories(sessions: Dataset, history_items: int, targets_per_row: int = 16) -> Dataset:
+    """Sessions of [`index_sessions`] for a causal encoder, which encodes a history once for the targets after each of
+    its prefixes.
+
+    Consecutive sessions of a user whose histories continue one another share the last one's history. Where histories
+    are cut to the latest `history_items`, a target may thus lose its oldest behaviours, at most half of
+    `history_items`. Histories of similar length with about `targets_per_row` targets in all are packed in a row, so
+    that the work of a batch hardly varies.
+
+    Args:
+        sessions (`Dataset`): A user's sessions stand together, in order of time.
+        history_items (`int`): n, the latest behaviours of a history that are kept.
+        targets_per_row (`int`): Divide the batch size by it to keep the targets of a batch.
+
+    Returns:
+        `Dataset`: `rows`, per history the columns of its last session and, in place of `session`, `sessions` and
+        `prefixes`, the items of the history before each; and `length`, the items of the longest history.
+    """
+    table = sessions.with_format("arrow")[:].combine_chunks()
+    history, lengths = table["history"].combine_chunks(), np.asarray(sessions["length"][:], dtype=np.int64)
+    history = pc.list_flatten(history).to_numpy()
+    kept = np.minimum(lengths, history_items)
+    shift = _continued_histories(history, np.cumsum(lengths) - kept, kept, _same_user(table))
+    # The end of each history in its user's run of behaviours; a chain of continued histories starts a run.
+    chain = np.cumsum(shift < 0)
+    starts = np.flatnonzero(shift < 0)
+    dropped = np.cumsum(np.maximum(shift, 0))
+    end = dropped - np.repeat(dropped[starts], np.diff(np.r_[starts, len(kept)])) + kept
+    block = np.maximum(-(-(end - history_items) // max(history_items // 2, 1)), 0)
+    group = np.cumsum((np.diff(chain, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0)) - 1
+    last = np.r_[np.flatnonzero(np.diff(group)), len(group) - 1]
+    prefixes = kept[last][group] - (end[last][group] - end)
+
+    counts = np.bincount(group)
+    shared = table.take(last)
+    columns = {name: shared[name].combine_chunks() for name in shared.column_names if name != "session"}
+    offsets = pa.array(np.r_[0, np.cumsum(counts)].astype(np.int32))
+    columns["sessions"] = pa.ListArray.from_arrays(offsets, table["session"].combine_chunks())
+    columns["prefixes"] = pa.ListArray.from_arrays(offsets, pa.array(prefixes))
+    by_length = np.argsort(kept[last], kind="stable")
+    bins = (np.cumsum(counts[by_length]) - 1) // targets_per_row
+    first = np.flatnonzero(np.diff(bins, prepend=-1))
+    rows = pa.StructArray.from_arrays(list(columns.values()), names=list(columns)).take(pa.array(by_length))
+    packed = pa.ListArray.from_arrays(pa.array(np.r_[first, len(bins)].astype(np.int32)), rows)
+    longest = kept[last][by_length][np.r_[first[1:], len(bins)] - 1]
+    return Dataset(pa.table({"rows": packed, "length": longest}))
+
+
+def _same_user(table: pa.Table) -> np.ndarray:
+    """Whether each row has the user of the row before it."""
+    users = table["user_id"].combine_chunks()
+    return np.r_[False, pc.equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)]
+
+
+def _continued_histories(
+    flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, same_user: np.ndarray
+) -> np.ndarray:
+    """By how many behaviours each history begins later than the one before it which it continues; -1 if it does not.
+
+    Args:
+        flat (`np.ndarray`): The histories' catalogue indices, one behind the other; history i is
+            `flat[starts[i] : starts[i] + lengths[i]]`.
+    """
+    shift = np.full(len(starts), -1)
+    candidates = np.flatnonzero(same_user)
+    candidates = candidates[(lengths[candidates - 1] > 0) & (lengths[candidates] >= lengths[candidates - 1])]
+    longest = int(lengths.max(initial=0))
+    for step in range(longest // 2 + 1):
+        # Only a history that is cut can begin later; most are settled by the first step.
+        overlap = lengths[candidates - 1] - step
+        possible = candidates[(overlap > 0) & (flat[starts[candidates]] == flat[starts[candidates - 1] + step])]
+        overlap = lengths[possible - 1] - step
+        pair = np.repeat(np.arange(len(possible)), overlap)
+        within = np.arange(len(pair)) - np.repeat(np.cumsum(overlap) - overlap, overlap)
+        differs = flat[starts[possible][pair] + within] != flat[starts[possible - 1][pair] + step + within]
+        found = possible[np.bincount(pair[differs], minlength=len(possible)) == 0]
+        shift[found] = step
+        candidates = candidates[shift[candidates] < 0]
+        if not len(candidates):
+            break
+    return shift
+>>>>>>> training
 
 
 class SessionCollator:
-    """Rows of [`index_sessions`] to the model's inputs.
+    """Rows of [`index_sessions`], or of [`share_histories`], to the model's inputs.
 
     Args:
         tokenizer ([`OneRecTokenizer`]): Lays out both sequences.
@@ -75,16 +159,34 @@ class SessionCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """What [`encode_history_rows`] makes; `decoder_input_ids` and `labels` (batch, session tokens).
 
-        BOS is masked out of the labels here, so that the trainer counts the predicted codes alone.
+        Where histories are shared, there is a row of the latter two for each target, and `target_histories` and
+        `target_prefixes` (targets,). BOS is masked out of the labels here, so that the trainer counts the predicted
+        codes alone.
         """
+<<<<<<< HEAD
         batch = encode_history_rows(rows, self.tokenizer, self.config)
         labels = self.tokenizer.encode_sessions(
             [row["session"] for row in rows], max_items=self.config.session_items, catalogue_indices=True
         )
+=======
+        shared = {}
+        sessions = [row["session"] for row in rows] if "session" in rows[0] else []
+        if not sessions:
+            rows = [row for packed in rows for row in packed["rows"]]
+            sessions = [session for row in rows for session in row["sessions"]]
+            counts = torch.tensor([len(row["sessions"]) for row in rows])
+            shared["target_histories"] = torch.arange(len(rows)).repeat_interleave(counts)
+            shared["target_prefixes"] = torch.tensor([items for row in rows for items in row["prefixes"]])
+        batch = self.tokenizer.encode_histories(
+            [row["history"] for row in rows], max_items=self.config.history_items, catalogue_indices=True
+        )
+        labels = self.tokenizer.encode_sessions(sessions, max_items=self.config.session_items, catalogue_indices=True)
+>>>>>>> training
         return {
             **batch,
             "decoder_input_ids": self.shift(labels),
             "labels": labels.masked_fill(labels == self.config.bos_token_id, -100),
+            **shared,
         }
 
 
@@ -147,8 +249,13 @@ class OneRecPretrainer(Seq2SeqTrainer):
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
+<<<<<<< HEAD
         # `length` must survive for length-grouped batches; the collator reads the others.
         self._signature_columns = ["history", "session", "length", *HISTORY_FEATURES]
+=======
+        # `length` must survive for length-grouped batches; the collator reads the two lists.
+        self._signature_columns = ["history", "session", "length", "rows"]
+>>>>>>> training
 
 
 __all__ = [
@@ -159,5 +266,9 @@ __all__ = [
     "catalogue_index_lists",
     "index_sessions",
     "latest_complete_checkpoint",
+<<<<<<< HEAD
     "user_feature_values",
+=======
+    "share_histories",
+>>>>>>> training
 ]
