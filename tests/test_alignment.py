@@ -90,7 +90,7 @@ class TestSampler:
             history = np.asarray(pair["history"], dtype=np.int64)
             encoded = tokenizer.encode_histories([history], max_items=6, catalogue_indices=True)
             beams = generate_sessions(
-                model, trie, **encoded, num_beams=6, excluded=excluded_items([history], NUM_ITEMS, model.device)
+                model, trie, **encoded, num_beams=6, excluded=excluded_items([history], model.device)
             ).items[0]
             rewards = tokenizer.item_token_ids[beams].sum((-1, -2)).tolist()
             assert pair["candidate_rewards"] == rewards

@@ -73,7 +73,7 @@ def sample_preferences(
         encoded = tokenizer.encode_histories(
             histories, max_items=model.config.history_items, catalogue_indices=True
         ).to(model.device)
-        excluded = excluded_items(histories, trie.num_items, model.device) if exclude_history else None
+        excluded = excluded_items(histories, model.device) if exclude_history else None
         beams = generate_sessions(
             model, trie, **encoded, num_items=num_items, num_beams=num_candidates, excluded=excluded
         )
@@ -82,7 +82,7 @@ def sample_preferences(
         for user_id, history, sessions, rewards in zip(
             batch["user_id"], batch["history"], items, scores.reward, strict=True
         ):
-            real = ~rewards.isnan()
+            real = (sessions >= 0).all(-1) & ~rewards.isnan()
             sessions, rewards = sessions[real], rewards[real]
             if len(rewards) < 2:
                 continue

@@ -97,7 +97,7 @@ class Evaluation:
         prepared = prepared_data(args, "evaluate")
         self.feed: Feed = prepared.feed()
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "evaluate"))
-        self.trie = ItemTrie(self.tokenizer.codes, self.tokenizer.codebook_sizes).to(self.device)
+        self.trie = ItemTrie.from_tokenizer(self.tokenizer).to(self.device)
         self.embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
         cases = prepared.read(EVALUATION_CASES)
         if self.options.evaluation_users is not None and self.options.evaluation_users < len(cases):
@@ -198,7 +198,7 @@ class Evaluation:
         ).to(self.device)
         excluded = None
         if self.options.exclude_consumed:
-            excluded = excluded_items(histories, self.trie.num_items, self.device)
+            excluded = excluded_items(histories, self.device)
         return {**batch, "excluded": excluded}
 
     def model_round(self, number: int, source: Path) -> dict[str, Any]:

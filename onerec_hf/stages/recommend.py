@@ -8,7 +8,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..session_generation import recommend as recommend_items
+from ..session_generation import Recommender
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, prepared_data
 from .pretrain import MODEL
@@ -29,15 +29,14 @@ def recommend(args: RecipeArguments) -> Path:
         checkpoint = stage_dir(args.output_dir, source, "recommend") / MODEL
         model = OneRecForConditionalGeneration.from_pretrained(checkpoint).to(PartialState().device)
         tokenizer = OneRecTokenizer.from_pretrained(checkpoint)
+        recommender = Recommender(model, tokenizer)
         users = read_histories(args)
         parts = []
         for start in range(0, len(users), USERS_PER_CHUNK):
             part = folder / f"part_{start:09d}.parquet"
             chunk = users[start : start + USERS_PER_CHUNK]
             if not part.exists():
-                found = recommend_items(
-                    model,
-                    tokenizer,
+                found = recommender(
                     chunk["history_item_ids"],
                     top_k=args.evaluation.top_k,
                     num_beams=args.evaluation.ranking_beams,
