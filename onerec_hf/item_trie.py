@@ -83,7 +83,7 @@ class ItemTrie(nn.Module):
         """Items that can be generated."""
         return len(self.order)
 
-    def children(self, nodes: torch.LongTensor, level: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def child_nodes(self, nodes: torch.LongTensor, level: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """The nodes of `level` below `nodes` of the level before (0, the root, below level 0).
 
         Returns:
@@ -118,7 +118,7 @@ class ItemTrie(nn.Module):
         """Nodes reached by code prefixes of shape (..., levels), -1 where they begin no item."""
         node = torch.zeros(codes.shape[:-1], dtype=torch.long, device=codes.device)
         for level in range(codes.shape[-1]):
-            child, exists = self.children(node.clamp(min=0), level)
+            child, exists = self.child_nodes(node.clamp(min=0), level)
             match = exists & (self.codes(child, level) == codes[..., level, None])
             found = child.gather(-1, match.int().argmax(-1, keepdim=True)).squeeze(-1)
             node = torch.where(match.any(-1) & (node >= 0), found, -1)
@@ -331,7 +331,7 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         done = input_ids[:, : items_done * width].reshape(rows, items_done, width)[..., 1:] - offsets
         used = self.trie.walk(done).view(*node.shape, items_done)
         used, _ = self.trie.item_range(used, self.trie.num_levels - 1)
-        children, exists = self.trie.children(node.clamp(min=0), level)
+        children, exists = self.trie.child_nodes(node.clamp(min=0), level)
         exists = exists & (node >= 0)[..., None]
         allowed = self.constraint.available(node.clamp(min=0), children, exists, level, used).flatten(0, 1)
         if level == 0 and not bool(allowed.any(1).all()):

@@ -154,8 +154,8 @@ def _gumbel(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
 class _Search:
     """What becomes of the candidates of one step.
 
-    `__call__` takes the candidates' log-probabilities (batch, beams, fan-out), the beams' scores and the logits to draw
-    from, and gives the chosen candidates as flat indices (batch, new beams) with their scores.
+    `__call__` takes the candidates' log-probabilities (batch, beams, fan-out), the beams' scores and the logits to
+    draw from, and gives the chosen candidates as flat indices (batch, new beams) with their scores.
     """
 
     def __init__(self, kind, num_beams, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -257,7 +257,7 @@ def _search_sessions(
                 use_cache=True,
             ).last_hidden_state[:, -1]
             logits = code_scores.logits(hidden_states.view(batch, scores.shape[1], -1), level)
-            children, exists = trie.children(node, level)
+            children, exists = trie.child_nodes(node, level)
             codes = trie.codes(children, level)
             available = constraint.available(node, children, exists, level, used)
             available = torch.where(
@@ -426,7 +426,7 @@ def generate_sessions(
     positions = nn.functional.pad(session.positions, (0, 0, *padding), value=trie.num_positions)[:, :num_return]
     token_ids = nn.functional.pad(session.token_ids, (0, 0, 0, 0, *padding))[:, :num_return]
     items = trie.order[positions.clamp(max=trie.num_positions - 1)].long()
-    items = items.masked_fill(positions == trie.num_positions, -1)
+    items = items.masked_fill((positions == trie.num_positions) | scores.isneginf()[..., None], -1)
     scores = scores.masked_fill(items[..., 0] < 0, -torch.inf)
     return SessionBeams(items, scores, token_ids.masked_fill(items[..., None] < 0, model.config.pad_token_id))
 
@@ -691,7 +691,7 @@ class Recommender:
         ranked = generate_sessions(model, trie, num_items=1, num_return=top_k, **request)
         sessions = generate_sessions(model, trie, num_return=1, **request)
         # Draws come in their own order; the list is by score.
-        scores, order = ranked.scores.sort(1, descending=True, stable=True)
+        scores, order = ranked.scores.sort(dim=1, descending=True, stable=True)
         items = ranked.items[..., 0].gather(1, order)
         ids = self.tokenizer.item_ids
         return [

@@ -44,7 +44,7 @@ def test_available_children_are_those_that_an_allowed_unused_item_follows(catalo
         for prefix in prefixes:
             level = len(prefix)
             node = trie.walk(torch.tensor(prefix, dtype=torch.long)).expand(2, 1)
-            children, exists = trie.children(node, level)
+            children, exists = trie.child_nodes(node, level)
             available = constraint.available(node, children, exists, level, positions)
             found = trie.codes(children, level)[user, 0][available[user, 0]].tolist()
             expected = {int(codes[item, level]) for item in left if codes[item, :level].tolist() == list(prefix)}
