@@ -8,7 +8,14 @@ from .item_trie import ItemTrie, ItemTrieLogitsProcessor
 from .modeling_onerec import OneRecForConditionalGeneration, OneRecModel
 from .pipeline_generative_recommendation import GenerativeRecommendationPipeline
 from .reward import OneRecRewardConfig, OneRecRewardModel
-from .session_generation import SessionBeams, generate_sessions, recommend
+from .session_generation import (
+    Recommender,
+    SessionBeams,
+    generate_sessions,
+    generate_with_trie,
+    recommend,
+    stream_sessions,
+)
 from .tokenization_onerec import OneRecTokenizer
 
 __version__ = "0.1.0"
@@ -37,8 +44,11 @@ __all__ = [
     "OneRecRewardConfig",
     "OneRecRewardModel",
     "OneRecTokenizer",
+    "Recommender",
     "SessionBeams",
     "__version__",
     "generate_sessions",
+    "generate_with_trie",
     "recommend",
+    "stream_sessions",
 ]

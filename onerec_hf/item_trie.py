@@ -1,4 +1,5 @@
-"""The trie of real items: which code may follow which prefix, as sorted arrays that live on the model's device."""
+"""The trie of real items: which code may follow which prefix, as sorted arrays that live on the model's device, and
+which items a batch of users may be given."""
 
 import torch
 from torch import nn
@@ -6,23 +7,30 @@ from transformers import LogitsProcessor
 
 
 class ItemTrie(nn.Module):
-    """Prefix tree over the catalogue's semantic IDs, without a Python loop over users, beams or codes.
+    """Prefix tree over the catalogue's semantic IDs, in compressed sparse rows: 17 bytes an item at three levels.
 
-    Items are sorted by code tuple, so that every trie node is one range of that order. A level holds the sorted keys
-    `parent * K + code` of its nodes; a look-up is a binary search in them. The root is node 0 of level -1.
+    Items are sorted by code tuple, so that the items below a node and the children of a node are one range each. The
+    place of an item in that order is its *position*; the leaves are the nodes of the last level. Items that share a
+    semantic ID (collision policy "share") stand side by side below one leaf, in catalogue order.
     """
 
-    def __init__(self, codes: torch.LongTensor, codebook_sizes: list[int] | tuple[int, ...]):
+    def __init__(
+        self,
+        codes: torch.LongTensor,
+        codebook_sizes: list[int] | tuple[int, ...],
+        removed: torch.BoolTensor | None = None,
+    ):
         """
         Args:
-            codes (`torch.LongTensor` of shape `(num_items, L)`): Code tuple per catalogue index, all distinct.
+            codes (`torch.LongTensor` of shape `(num_items, L)`): Code tuple per catalogue index.
             codebook_sizes (`list[int]`): Codes per level.
+            removed (`torch.BoolTensor` of shape `(num_items,)`, *optional*): Items that are never generated.
 
         Raises:
-            ValueError: If a code lies outside its level or two items share a semantic ID.
+            ValueError: If a code lies outside its level, or every item is removed.
         """
         super().__init__()
-        codes = torch.as_tensor(codes, dtype=torch.long)
+        codes = torch.as_tensor(codes)
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         self.num_items, self.num_levels = codes.shape
         if self.num_levels != len(self.codebook_sizes):
@@ -36,69 +44,245 @@ class ItemTrie(nn.Module):
                     f"which has codes 0 to {size - 1}."
                 )
         order = torch.arange(self.num_items)
+        if removed is not None:
+            removed = torch.as_tensor(removed, dtype=torch.bool)
+            if removed.shape != (self.num_items,):
+                raise ValueError(f"removed has shape {list(removed.shape)}, expected [{self.num_items}].")
+            order = order[~removed]
+        if not len(order):
+            raise ValueError("No item is left to generate: the catalogue is empty or every item of it is removed.")
         for level in reversed(range(self.num_levels)):
             order = order[torch.sort(codes[order, level], stable=True).indices]
-        parent = torch.zeros(self.num_items, dtype=torch.long)  # node of each item in sorted order, level by level
+        fan_outs = []
+        node = torch.zeros(len(order), dtype=torch.long)  # of each item in sorted order, level by level
         for level, size in enumerate(self.codebook_sizes):
             keys, node, counts = torch.unique_consecutive(
-                parent * size + codes[order, level], return_inverse=True, return_counts=True
+                node * size + codes[order, level].long(), return_inverse=True, return_counts=True
             )
-            ends = counts.cumsum(0)
-            self.register_buffer(f"keys_{level}", keys, persistent=False)
-            self.register_buffer(f"starts_{level}", ends - counts, persistent=False)
-            self.register_buffer(f"ends_{level}", ends, persistent=False)
-            parent = node
-        if len(self.get_buffer(f"keys_{self.num_levels - 1}")) < self.num_items:
-            shared = int((counts > 1).nonzero()[0])
-            first, second = order[int((ends - counts)[shared])], order[int((ends - counts)[shared]) + 1]
-            raise ValueError(
-                f"The items at catalogue indices {int(first)} and {int(second)} share the semantic ID "
-                f"{codes[first].tolist()}: generation needs one item per ID. Quantize with collision_policy "
-                "'nearest_free' or 'suffix'."
-            )
-        self.register_buffer("order", order, persistent=False)
+            parents = len(self.get_buffer(f"codes_{level - 1}")) if level else 1
+            children = torch.bincount(keys // size, minlength=parents)
+            fan_outs.append(int(children.max()))
+            for name, lengths in (("first_child", children), ("first_item", counts)):
+                bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+                self.register_buffer(f"{name}_{level}", bounds, persistent=False)
+            self.register_buffer(f"codes_{level}", (keys % size).int(), persistent=False)
+        self.fan_outs = tuple(fan_outs)
+        self.max_items_per_leaf = int(counts.max())
+        position = torch.full((self.num_items,), -1, dtype=torch.int32)
+        position[order] = torch.arange(len(order), dtype=torch.int32)
+        self.register_buffer("order", order.int(), persistent=False)
+        self.register_buffer("position", position, persistent=False)
 
-    def child_nodes(self, nodes: torch.LongTensor, level: int) -> torch.LongTensor:
-        """Nodes of `level` reached from `nodes` of the level before by every code: (...,) to (..., K), -1 = none."""
-        codes = torch.arange(self.codebook_sizes[level], device=nodes.device)
-        return self.child(nodes.unsqueeze(-1), codes, level)
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> "ItemTrie":
+        """The trie of a tokenizer's catalogue, without the items that have been removed from it."""
+        return cls(tokenizer.codes, tokenizer.codebook_sizes, getattr(tokenizer, "removed", None))
 
-    def child(self, nodes: torch.LongTensor, codes: torch.LongTensor, level: int) -> torch.LongTensor:
-        """Node of `level` reached from `nodes` by `codes` (broadcast together), -1 where there is none."""
-        keys = self.get_buffer(f"keys_{level}")
-        wanted = nodes * self.codebook_sizes[level] + codes
-        index = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-        return torch.where((keys[index] == wanted) & (nodes >= 0), index, -1)
+    @property
+    def num_positions(self) -> int:
+        """Items that can be generated."""
+        return len(self.order)
 
-    def allowed_prefix_counts(self, excluded: torch.BoolTensor | None, rows: int) -> torch.LongTensor:
-        """Running count of allowed items in sorted order, (rows, num_items + 1).
+    def child_nodes(self, nodes: torch.LongTensor, level: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """The nodes of `level` below `nodes` of the level before (0, the root, below level 0).
 
-        Args:
-            excluded (`torch.BoolTensor` of shape `(rows, num_items)`, *optional*): Catalogue indices not to be made.
+        Returns:
+            `(..., fan-out)` nodes, padded to the level's largest fan-out by some node of the level, and whether each
+            is a child at all.
         """
-        if excluded is None:
-            return torch.arange(self.num_items + 1, device=self.order.device).expand(rows, -1)
-        allowed = ~excluded[:, self.order]
-        return nn.functional.pad(allowed.cumsum(1), (1, 0))
+        first_child = self.get_buffer(f"first_child_{level}")
+        child = first_child[nodes].unsqueeze(-1) + torch.arange(
+            self.fan_outs[level], device=first_child.device, dtype=first_child.dtype
+        )
+        exists = child < first_child[nodes + 1].unsqueeze(-1)
+        return child.clamp_(max=len(self.get_buffer(f"codes_{level}")) - 1).long(), exists
+
+    def codes(self, nodes: torch.LongTensor, level: int) -> torch.LongTensor:
+        """The last code of nodes of `level`."""
+        return self.get_buffer(f"codes_{level}")[nodes].long()
+
+    def item_range(self, nodes: torch.LongTensor, level: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """First position below nodes of `level` (-1: the root), and the first one behind them."""
+        if level < 0:
+            return torch.zeros_like(nodes), torch.full_like(nodes, self.num_positions)
+        first_item = self.get_buffer(f"first_item_{level}")
+        return first_item[nodes].long(), first_item[nodes + 1].long()
+
+    def node_of(self, positions: torch.LongTensor, level: int) -> torch.LongTensor:
+        """The node of `level` (-1: the root) above each position."""
+        if level < 0:
+            return torch.zeros_like(positions)
+        return torch.searchsorted(self.get_buffer(f"first_item_{level}"), positions.int(), right=True) - 1
+
+    def walk(self, codes: torch.LongTensor) -> torch.LongTensor:
+        """Nodes reached by code prefixes of shape (..., levels), -1 where they begin no item."""
+        node = torch.zeros(codes.shape[:-1], dtype=torch.long, device=codes.device)
+        for level in range(codes.shape[-1]):
+            child, exists = self.child_nodes(node.clamp(min=0), level)
+            match = exists & (self.codes(child, level) == codes[..., level, None])
+            found = child.gather(-1, match.int().argmax(-1, keepdim=True)).squeeze(-1)
+            node = torch.where(match.any(-1) & (node >= 0), found, -1)
+        return node
+
+
+class ItemConstraint:
+    """The items that each user of a batch may be given.
+
+    Seen items come as lists, whose cost goes by their length and not by the catalogue's; an inventory or a region
+    comes as a bitmap. Nothing here waits for the device after the constructor.
+
+    Args:
+        trie (`ItemTrie`): The catalogue.
+        batch_size (`int`): Users.
+        excluded (`torch.LongTensor` of shape `(batch, S)`, *optional*): Catalogue indices by user that are not to be
+            generated, in any order, repeats allowed, padded with -1.
+        allowed (`torch.BoolTensor` of shape `(num_items,)` or `(batch, num_items)`, *optional*): Marks the only items
+            that may be generated, for all users or by user.
+
+    Raises:
+        ValueError: For another shape or dtype, or an index outside the catalogue.
+    """
+
+    def __init__(
+        self,
+        trie: ItemTrie,
+        batch_size: int,
+        excluded: torch.LongTensor | None = None,
+        allowed: torch.BoolTensor | None = None,
+    ):
+        self.trie = trie
+        device = trie.order.device
+        self.allowed_before = None  # (1 or batch, positions + 1): allowed items before each position
+        if allowed is not None:
+            allowed = allowed.to(device)
+            if allowed.dtype != torch.bool or allowed.shape not in (
+                (trie.num_items,),
+                (batch_size, trie.num_items),
+            ):
+                raise ValueError(
+                    f"allowed must be boolean of shape [{trie.num_items}] or [{batch_size}, {trie.num_items}] (users, "
+                    f"items), got {allowed.dtype} of shape {list(allowed.shape)}."
+                )
+            marks = allowed.view(-1, trie.num_items)[:, trie.order]
+            self.allowed_before = nn.functional.pad(marks.cumsum(1, dtype=torch.int32), (1, 0))
+        self.excluded = None  # (batch, S) sorted positions, each at most once, padded at the end
+        if excluded is not None and excluded.shape[1:].numel():
+            self._exclude(excluded.to(device), batch_size)
+        everything = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.num_available = self._allowed_between(everything, everything + trie.num_positions)[:, 0]
+        if self.excluded is not None:
+            self.num_available = self.num_available - (self.excluded < trie.num_positions).sum(1)
+
+    def _exclude(self, excluded: torch.LongTensor, batch_size: int):
+        trie = self.trie
+        if excluded.is_floating_point() or excluded.dtype == torch.bool or excluded.shape[:-1] != (batch_size,):
+            raise ValueError(
+                f"excluded must be catalogue indices of shape [{batch_size}, S] (users, items), padded with -1, got "
+                f"{excluded.dtype} of shape {list(excluded.shape)}. A bitmap of what may be given goes to `allowed`."
+            )
+        none = trie.num_positions
+        position = trie.position[excluded.clamp(0, trie.num_items - 1)].long()
+        position = position.masked_fill((excluded < 0) | (position < 0), none)
+        if self.allowed_before is not None:
+            position = position.masked_fill(self._allowed_between(position, (position + 1).clamp(max=none)) == 0, none)
+        position = position.sort(1).values
+        repeated = nn.functional.pad(position[:, 1:] == position[:, :-1], (1, 0))
+        self.excluded = position.masked_fill(repeated, none).sort(1).values
+        # Below one node of a level lie at most so many excluded items: what a look-up has to read.
+        runs = [(self.excluded < none).sum(1).max()]
+        for level in range(trie.num_levels - 1):
+            size = len(trie.get_buffer(f"codes_{level}")) + 1
+            node = trie.node_of(self.excluded, level)  # size - 1 for the padding
+            rows = torch.arange(batch_size, device=node.device)[:, None]
+            key, counts = torch.unique_consecutive(node + rows * size, return_counts=True)
+            runs.append(counts.masked_fill(key % size == size - 1, 0).max())
+        *self.most_excluded_below, largest, smallest = torch.stack([*runs, excluded.max(), excluded.min()]).tolist()
+        if largest >= trie.num_items or smallest < -1:
+            raise ValueError(
+                f"excluded holds {largest if largest >= trie.num_items else smallest}, which is no catalogue index in "
+                f"[0, {trie.num_items}) nor the padding -1."
+            )
+
+    def _allowed_between(self, start: torch.LongTensor, end: torch.LongTensor) -> torch.LongTensor:
+        """Items in [start, end) that the bitmap allows, of shape (batch, ...)."""
+        if self.allowed_before is None:
+            return end - start
+        if len(self.allowed_before) == 1:
+            return (self.allowed_before[0][end] - self.allowed_before[0][start]).long()
+        before = self.allowed_before
+        counts = before.gather(1, end.flatten(1)) - before.gather(1, start.flatten(1))
+        return counts.view(start.shape).long()
+
+    def _excluded_below(self, nodes: torch.LongTensor, level: int) -> torch.LongTensor:
+        """Positions of the excluded items below nodes (batch, beams) of `level`: (batch, beams, most of them)."""
+        start, end = self.trie.item_range(nodes, level)
+        place = torch.searchsorted(self.excluded, start)[..., None] + torch.arange(
+            self.most_excluded_below[level + 1], device=nodes.device
+        )
+        found = self.excluded.gather(1, place.clamp(max=self.excluded.shape[1] - 1).flatten(1)).view_as(place)
+        outside = (place >= self.excluded.shape[1]) | (found >= end[..., None])
+        return found.masked_fill(outside, self.trie.num_positions)
 
     def available(
-        self, nodes: torch.LongTensor, level: int, allowed_counts: torch.LongTensor, used: torch.LongTensor
-    ) -> torch.LongTensor:
-        """How many allowed and unused items lie below each node.
+        self,
+        nodes: torch.LongTensor,
+        children: torch.LongTensor,
+        exists: torch.BoolTensor,
+        level: int,
+        used: torch.LongTensor,
+    ) -> torch.BoolTensor:
+        """Whether an item that is allowed and not yet used lies below each child.
 
         Args:
-            nodes (`torch.LongTensor` of shape `(rows, beams, K)`): Nodes of `level`, -1 = none (count 0).
-            allowed_counts (`torch.LongTensor` of shape `(rows, num_items + 1)`): [`allowed_prefix_counts`].
-            used (`torch.LongTensor` of shape `(rows, beams, items)`): Positions in sorted order of a beam's items.
+            nodes (`torch.LongTensor` of shape `(batch, beams)`): Nodes of the level before.
+            children, exists (of shape `(batch, beams, fan-out)`): Their [`ItemTrie.children`].
+            used (`torch.LongTensor` of shape `(batch, beams, items)`): Positions of a beam's items.
         """
-        safe = nodes.clamp(min=0)
-        start, end = self.get_buffer(f"starts_{level}")[safe], self.get_buffer(f"ends_{level}")[safe]
-        flat = allowed_counts.gather(1, end.flatten(1)) - allowed_counts.gather(1, start.flatten(1))
-        count = flat.view_as(nodes)
-        for position in used.unbind(-1):
-            position = position.unsqueeze(-1)
-            count = count - ((start <= position) & (position < end)).long()
-        return count.masked_fill(nodes < 0, 0)
+        return self._count(nodes, children, exists, level, used) > 0
+
+    def _count(self, nodes, children, exists, level, used):
+        trie = self.trie
+        if self.excluded is None and self.allowed_before is None and not used.shape[-1]:
+            return exists
+        counts = self._allowed_between(*trie.item_range(children, level)) * exists
+        taken = [used]
+        if self.excluded is not None:
+            # Every beam stands at the root at level 0: its excluded items are counted once for all of them.
+            below = self._excluded_below(nodes[:, :1] if level == 0 else nodes, level - 1)
+            if level == 0:
+                counts = counts - self._tally(below, torch.zeros_like(nodes[:, :1]), level)
+            else:
+                taken.append(below)
+        taken = torch.cat(taken, -1)
+        return counts - self._tally(taken, nodes, level) if taken.shape[-1] else counts
+
+    def _tally(self, positions: torch.LongTensor, nodes: torch.LongTensor, level: int) -> torch.LongTensor:
+        """How many of a beam's positions (batch, beams, items) lie below each child of its node."""
+        trie = self.trie
+        start, end = (bound[..., None] for bound in trie.item_range(nodes, level - 1))
+        fan_out = trie.fan_outs[level]
+        first_child = trie.get_buffer(f"first_child_{level}")[nodes].long()[..., None]
+        child = trie.node_of(positions, level) - first_child
+        # What lies elsewhere falls into a column of its own.
+        child = torch.where((positions >= start) & (positions < end), child, fan_out)
+        tally = torch.zeros(*nodes.shape, fan_out + 1, dtype=torch.long, device=nodes.device)
+        return tally.scatter_add_(-1, child, torch.ones_like(child))[..., :-1]
+
+    def items_of_leaves(
+        self, leaves: torch.LongTensor, used: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Positions (batch, beams, items of a leaf) below leaves (batch, beams), and whether each may be given."""
+        trie = self.trie
+        start, end = trie.item_range(leaves, trie.num_levels - 1)
+        position = start[..., None] + torch.arange(trie.max_items_per_leaf, device=leaves.device)
+        free = position < end[..., None]
+        position = position.clamp(max=trie.num_positions - 1)
+        free &= self._allowed_between(position, position + 1) > 0
+        free &= ~(position[..., None] == used[..., None, :]).any(-1)
+        if self.excluded is not None:
+            place = torch.searchsorted(self.excluded, position.flatten(1)).clamp(max=self.excluded.shape[1] - 1)
+            free &= (self.excluded.gather(1, place) != position.flatten(1)).view_as(position)
+        return position, free
 
 
 class ItemTrieLogitsProcessor(LogitsProcessor):
@@ -108,7 +292,7 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         trie (`ItemTrie`): The catalogue.
         level_offsets (`list[int]`): Token id of code 0 of every level.
         bos_token_id (`int`): The token before every item.
-        excluded (`torch.BoolTensor` of shape `(batch, num_items)`, *optional*): Items not to be made, by user.
+        excluded, allowed: By user or for all, as [`ItemConstraint`] takes them.
 
     Raises:
         ValueError: At a prefix that no allowed item continues, rather than letting anything through.
@@ -119,19 +303,19 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         trie: ItemTrie,
         level_offsets: list[int],
         bos_token_id: int = 2,
-        excluded: torch.BoolTensor | None = None,
+        excluded: torch.LongTensor | None = None,
+        allowed: torch.BoolTensor | None = None,
     ):
         self.trie = trie
         self.level_offsets = list(level_offsets)
         self.bos_token_id = bos_token_id
-        self.excluded = excluded
-
-    def _walk(self, tokens: torch.LongTensor) -> torch.LongTensor:
-        """Node reached by code tokens of shape (rows, levels), -1 where they are no prefix of an item."""
-        node = torch.zeros(tokens.shape[0], dtype=torch.long, device=tokens.device)
-        for level in range(tokens.shape[1]):
-            node = self.trie.child(node, tokens[:, level] - self.level_offsets[level], level)
-        return node
+        # Without anything by user the rows of all users are beams of one.
+        self.users = 1
+        if excluded is not None:
+            self.users = excluded.shape[0]
+        elif allowed is not None and allowed.ndim == 2:
+            self.users = allowed.shape[0]
+        self.constraint = ItemConstraint(trie, self.users, excluded, allowed)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         rows, length = input_ids.shape
@@ -142,20 +326,23 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
             # A BOS is certain, so it costs nothing: scores stay log-probabilities of codes alone, as in eq 4.
             mask[:, self.bos_token_id] = 0
             return mask
-        node = self._walk(input_ids[:, length - level :])
-        done = input_ids[:, : items_done * width].reshape(rows, items_done, width)[..., 1:]
-        used = torch.stack([self._walk(item) for item in done.unbind(1)], -1) if items_done else done[..., 0]
-        users = rows if self.excluded is None else self.excluded.shape[0]
-        counts = self.trie.allowed_prefix_counts(self.excluded, users).repeat_interleave(rows // users, dim=0)
-        children = self.trie.child_nodes(node[:, None], level)
-        allowed = self.trie.available(children, level, counts, used[:, None, :])[:, 0] > 0
+        offsets = torch.tensor(self.level_offsets, device=input_ids.device)
+        node = self.trie.walk(input_ids[:, length - level :] - offsets[:level]).view(self.users, -1)
+        done = input_ids[:, : items_done * width].reshape(rows, items_done, width)[..., 1:] - offsets
+        used = self.trie.walk(done).view(*node.shape, items_done)
+        used, _ = self.trie.item_range(used, self.trie.num_levels - 1)
+        children, exists = self.trie.child_nodes(node.clamp(min=0), level)
+        exists = exists & (node >= 0)[..., None]
+        allowed = self.constraint.available(node.clamp(min=0), children, exists, level, used).flatten(0, 1)
         if level == 0 and not bool(allowed.any(1).all()):
             raise ValueError(
                 "No allowed item is left for a user: the excluded items leave fewer than a session needs."
             )
-        offset = self.level_offsets[level]
-        mask[:, offset : offset + self.trie.codebook_sizes[level]].masked_fill_(allowed, 0)
+        tokens = self.trie.codes(children, level).flatten(0, 1) + self.level_offsets[level]
+        # Padded children repeat a code, which must not hide the real one.
+        tokens = tokens.masked_fill(~allowed, scores.shape[1])
+        mask = nn.functional.pad(mask, (0, 1)).scatter_(1, tokens, 0.0)[:, :-1]
         return scores + mask
 
 
-__all__ = ["ItemTrie", "ItemTrieLogitsProcessor"]
+__all__ = ["ItemConstraint", "ItemTrie", "ItemTrieLogitsProcessor"]

@@ -2,22 +2,26 @@
 
 from transformers import Pipeline
 
-from .session_generation import recommend
+from .session_generation import Recommender
 
 
 class GenerativeRecommendationPipeline(Pipeline):
     """`pipeline("generative-recommendation", model=DIR)(histories, top_k=10)`.
 
-    `histories` is one history (a list of item ids, oldest first, or a row as [`onerec_hf.recommend`] takes it) or a
-    list of them. For each the result is
-    `{"session": [...], "items": [...], "scores": [...]}` in the catalogue's own item ids, as [`onerec_hf.recommend`]
-    gives it, whose other arguments (`num_beams`, `exclude_seen`) are accepted too.
+    `histories` is one history (a list of item ids, oldest first, or a row as [`Recommender`] takes it) or a list of
+    them. For each the result is `{"session": [...], "items": [...], "scores": [...]}` in the catalogue's own item ids,
+    as [`Recommender`] gives it, whose other arguments (`num_beams`, `exclude_seen`, `blocked_items`, ...) are accepted
+    too.
     """
 
     _load_processor = False
     _load_tokenizer = True
     _load_image_processor = False
     _load_feature_extractor = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recommender = Recommender(self.model, self.tokenizer)
 
     def __call__(self, histories, **kwargs):
         """Recommends; a single history gives a single result."""
@@ -33,7 +37,7 @@ class GenerativeRecommendationPipeline(Pipeline):
         return inputs
 
     def _forward(self, inputs, **forward_params):
-        return recommend(self.model, self.tokenizer, inputs["histories"], **forward_params)
+        return self.recommender(inputs["histories"], **forward_params)
 
     def postprocess(self, model_outputs):
         return model_outputs

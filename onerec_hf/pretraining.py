@@ -48,7 +48,6 @@ def index_sessions(sessions: Dataset, tokenizer: OneRecTokenizer) -> Dataset:
     return Dataset(pa.table(columns))
 
 
-<<<<<<< HEAD
 def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
     """`OneRecConfig.user_features` of sessions with a column `user_features`: the values that occur, by column."""
     if "user_features" not in sessions.column_names:
@@ -58,7 +57,8 @@ def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
         name: sorted(pc.unique(pc.struct_field(column, name)).drop_null().to_pylist())
         for name in sessions.features["user_features"]
     }
-=======
+
+
 def share_histories(sessions: Dataset, history_items: int, targets_per_row: int = 16) -> Dataset:
     """Sessions of [`index_sessions`] for a causal encoder, which encodes a history once for the targets after each of
     its prefixes.
@@ -140,7 +140,6 @@ def _continued_histories(
         if not len(candidates):
             break
     return shift
->>>>>>> training
 
 
 class SessionCollator:
@@ -163,12 +162,6 @@ class SessionCollator:
         `target_prefixes` (targets,). BOS is masked out of the labels here, so that the trainer counts the predicted
         codes alone.
         """
-<<<<<<< HEAD
-        batch = encode_history_rows(rows, self.tokenizer, self.config)
-        labels = self.tokenizer.encode_sessions(
-            [row["session"] for row in rows], max_items=self.config.session_items, catalogue_indices=True
-        )
-=======
         shared = {}
         sessions = [row["session"] for row in rows] if "session" in rows[0] else []
         if not sessions:
@@ -177,11 +170,8 @@ class SessionCollator:
             counts = torch.tensor([len(row["sessions"]) for row in rows])
             shared["target_histories"] = torch.arange(len(rows)).repeat_interleave(counts)
             shared["target_prefixes"] = torch.tensor([items for row in rows for items in row["prefixes"]])
-        batch = self.tokenizer.encode_histories(
-            [row["history"] for row in rows], max_items=self.config.history_items, catalogue_indices=True
-        )
+        batch = encode_history_rows(rows, self.tokenizer, self.config)
         labels = self.tokenizer.encode_sessions(sessions, max_items=self.config.session_items, catalogue_indices=True)
->>>>>>> training
         return {
             **batch,
             "decoder_input_ids": self.shift(labels),
@@ -249,13 +239,8 @@ class OneRecPretrainer(Seq2SeqTrainer):
         super().log(logs, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self):
-<<<<<<< HEAD
         # `length` must survive for length-grouped batches; the collator reads the others.
-        self._signature_columns = ["history", "session", "length", *HISTORY_FEATURES]
-=======
-        # `length` must survive for length-grouped batches; the collator reads the two lists.
-        self._signature_columns = ["history", "session", "length", "rows"]
->>>>>>> training
+        self._signature_columns = ["history", "session", "length", "rows", *HISTORY_FEATURES]
 
 
 __all__ = [
@@ -266,9 +251,6 @@ __all__ = [
     "catalogue_index_lists",
     "index_sessions",
     "latest_complete_checkpoint",
-<<<<<<< HEAD
-    "user_feature_values",
-=======
     "share_histories",
->>>>>>> training
+    "user_feature_values",
 ]

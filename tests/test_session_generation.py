@@ -1,4 +1,4 @@
-"""Trie, beam search over sessions and recommending, against brute force and stock `generate`."""
+"""Beam search over sessions, sampling, streaming and recommending, against brute force and stock `generate`."""
 
 import itertools
 
@@ -15,8 +15,11 @@ from onerec_hf import (
     OneRecConfig,
     OneRecForConditionalGeneration,
     OneRecTokenizer,
+    Recommender,
     generate_sessions,
+    generate_with_trie,
     recommend,
+    stream_sessions,
 )
 
 SIZES = (4, 3, 4)
@@ -40,66 +43,217 @@ def tiny_model(session_items=2, seed=0):
 
 
 @torch.no_grad()
-def brute_force(model, tokenizer, history, num_items, excluded):
+def brute_force(model, tokenizer, history, num_items, allowed, normalization):
     """Every session without repeats and its log-probability, best first."""
     encoded = tokenizer.encode_histories([history], catalogue_indices=True)
-    allowed = [item for item in range(tokenizer.num_items) if item not in excluded]
     sessions = list(itertools.permutations(allowed, num_items))
     labels = tokenizer.encode_sessions(sessions, catalogue_indices=True)
     logits = model(**encoded, decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels)).logits
-    log_probs = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    scores = log_probs.masked_fill(labels == 2, 0).sum(-1)
+    codes, offsets = tokenizer.codes.tolist(), tokenizer.level_offsets
+    scores = torch.zeros(len(sessions))
+    for row, session in enumerate(sessions):
+        for place, item in enumerate(session):
+            left = [codes[other] for other in allowed if other not in session[:place]]
+            for level, size in enumerate(SIZES):
+                token_logits = logits[row, place * (len(SIZES) + 1) + level]
+                among = range(size)
+                if normalization == "constrained":
+                    among = {code[level] for code in left if code[:level] == codes[item][:level]}
+                among = [offsets[level] + code for code in among]
+                total = token_logits if normalization == "vocabulary" else token_logits[among]
+                scores[row] += token_logits[offsets[level] + codes[item][level]] - total.logsumexp(-1)
     order = scores.argsort(descending=True)
     return [sessions[place] for place in order.tolist()], scores[order]
 
 
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 10_000), num_items=st.integers(3, 9), exclude=st.booleans())
-def test_enough_beams_give_exactly_the_best_sessions(seed, num_items, exclude):
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_items=st.integers(3, 8),
+    exclude=st.booleans(),
+    forbid=st.booleans(),
+    normalization=st.sampled_from(["level", "constrained", "vocabulary"]),
+)
+def test_enough_beams_give_exactly_the_best_sessions(seed, num_items, exclude, forbid, normalization):
     tokenizer, model = catalogue(num_items, seed), tiny_model(seed=seed)
-    trie = ItemTrie(tokenizer.codes, tokenizer.codebook_sizes)
+    trie = ItemTrie.from_tokenizer(tokenizer)
     history = [0, num_items - 1]
-    excluded = torch.zeros(1, num_items, dtype=torch.bool)
-    if exclude:
-        excluded[0, 0] = True
-    sessions, scores = brute_force(model, tokenizer, history, 2, {0} if exclude else set())
+    free = [item for item in range(num_items) if not (exclude and item == 0) and not (forbid and item == 1)]
+    allowed = torch.ones(num_items, dtype=torch.bool)
+    allowed[1] = not forbid
+    excluded = torch.tensor([[0, 0] if exclude else [-1, -1]])
     encoded = tokenizer.encode_histories([history], catalogue_indices=True)
-    found = generate_sessions(model, trie, **encoded, num_beams=128, excluded=excluded)
-    real = found.items[0][found.scores[0] > -torch.inf]
-    assert len(real) == len(sessions)
-    torch.testing.assert_close(found.scores[0][: len(sessions)], scores, atol=1e-4, rtol=1e-4)
-    assert {tuple(session) for session in real.tolist()} == set(sessions)
-    assert (found.items[0][len(sessions) :] == -1).all()
-    legal = tokenizer.codes_to_index(found.token_ids[0][: len(sessions)].numpy() - np.array(tokenizer.level_offsets))
-    assert legal.tolist() == real.tolist()
+    length = min(2, len(free))
+    sessions, scores = brute_force(model, tokenizer, history, length, free, normalization)
+    found = generate_sessions(
+        model, trie, **encoded, num_beams=128, excluded=excluded, allowed=allowed, normalization=normalization
+    )
+    count = len(sessions)
+    torch.testing.assert_close(found.scores[0][:count], scores, atol=1e-4, rtol=1e-4)
+    # A catalogue of one item gives a session of one.
+    assert {tuple(session[:length]) for session in found.items[0][:count].tolist()} == set(sessions)
+    assert (found.items[0][:count, length:] == -1).all()
+    assert (found.items[0][count:] == -1).all() and found.scores[0][count:].isneginf().all()
+    assert found.items.shape == (1, 128, 2)
+    legal = tokenizer.codes_to_index(found.token_ids[0][:count].numpy() - np.array(tokenizer.level_offsets))
+    assert legal.tolist() == found.items[0][:count].tolist()
 
 
-def test_equals_stock_generate_with_the_logits_processor():
+@pytest.mark.parametrize("normalization", ["vocabulary", "constrained"])
+def test_equals_stock_generate_with_the_logits_processor(normalization):
     tokenizer, model = catalogue(30), tiny_model(session_items=3)
-    trie = ItemTrie(tokenizer.codes, tokenizer.codebook_sizes)
+    trie = ItemTrie.from_tokenizer(tokenizer)
     encoded = tokenizer.encode_histories([[1, 2, 3], [4], [5, 6, 7, 8]], catalogue_indices=True)
-    excluded = torch.zeros(3, 30, dtype=torch.bool)
-    excluded[0, [1, 2, 3]] = excluded[1, 4] = True
-    beams = generate_sessions(model, trie, **encoded, num_beams=6, excluded=excluded)
-    processor = ItemTrieLogitsProcessor(trie, model.config.level_offsets, excluded=excluded)
+    constraint = {"excluded": torch.tensor([[3, 1, 2], [4, -1, -1], [-1, -1, -1]]), "allowed": torch.arange(30) < 25}
+    beams = generate_sessions(model, trie, **encoded, num_beams=6, normalization=normalization, **constraint)
+    processor = ItemTrieLogitsProcessor(trie, model.config.level_offsets, **constraint)
     stock = model.generate(
         **encoded,
         num_beams=6,
         num_return_sequences=6,
         logits_processor=LogitsProcessorList([processor]),
+        renormalize_logits=normalization == "constrained",
         return_dict_in_generate=True,
         output_scores=True,
     )
     torch.testing.assert_close(stock.sequences_scores.view(3, 6), beams.scores, atol=1e-4, rtol=1e-4)
     assert torch.equal(stock.sequences.view(3, 6, 3, 4)[..., 1:], beams.token_ids)
     assert stock.sequences[0].tolist()[::4] == [2, 2, 2]
+    hooked = model.generate(
+        **encoded,
+        num_beams=6,
+        num_return_sequences=6,
+        custom_generate=generate_with_trie,
+        trie=trie,
+        normalization=normalization,
+        return_dict_in_generate=True,
+        **constraint,
+    )
+    assert torch.equal(hooked.sequences, stock.sequences)
+    torch.testing.assert_close(hooked.sequences_scores, stock.sequences_scores, atol=1e-4, rtol=1e-4)
 
 
-def test_trie_refuses_what_is_no_catalogue():
-    with pytest.raises(ValueError, match="share the semantic ID"):
-        ItemTrie(torch.tensor([[0, 1, 2], [3, 2, 1], [0, 1, 2]]), SIZES)
-    with pytest.raises(ValueError, match="catalogue index 1 has code 4 at level 0"):
-        ItemTrie(torch.tensor([[0, 1, 2], [4, 0, 0]]), SIZES)
+def test_padding_and_order_of_the_seen_items_change_nothing():
+    tokenizer, model = catalogue(30), tiny_model(session_items=3)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1, 2, 3], []], catalogue_indices=True)
+    left = generate_sessions(model, trie, **encoded, num_beams=5, excluded=torch.tensor([[1, 2, 3], [-1, -1, -1]]))
+    tokens = int(encoded["attention_mask"].shape[1])
+    right = {key: value.clone() for key, value in encoded.items()}
+    for key, fill in (("input_ids", 0), ("attention_mask", 0)):
+        right[key][1] = fill
+        right[key][1, 0] = encoded[key][1, tokens - 1]
+    mirrored = generate_sessions(model, trie, **right, num_beams=5, excluded=torch.tensor([[3, 2, -1, 1], [-1] * 4]))
+    assert torch.equal(left.items, mirrored.items)
+    torch.testing.assert_close(left.scores, mirrored.scores, atol=1e-5, rtol=1e-5)
+
+
+def test_few_allowed_items_give_short_sessions_and_none_give_none():
+    tokenizer, model = catalogue(12), tiny_model(session_items=4)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1], [2], [3]], catalogue_indices=True)
+    allowed = torch.zeros(3, 12, dtype=torch.bool)
+    allowed[0, [4, 5]] = True
+    allowed[1] = True
+    for search in ("beam", "sample", "stochastic_beam"):
+        found = generate_sessions(model, trie, **encoded, num_beams=30, allowed=allowed, search=search)
+        short = {tuple(session) for session in found.items[0][~found.scores[0].isneginf()].tolist()}
+        assert short == {(4, 5, -1, -1), (5, 4, -1, -1)}
+        assert (found.items[1] >= 0).all() and (found.items[2] == -1).all()
+        assert found.scores[2].isneginf().all() and (found.token_ids[2] == 0).all()
+
+
+def test_items_that_share_an_id_are_all_ranked_and_taken_one_by_one():
+    codes = np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0], [0, 0, 0], [2, 0, 1]])
+    model = tiny_model(session_items=3)
+    tokenizer = OneRecTokenizer.from_semantic_ids(list(range(5)), codes, codebook_sizes=SIZES)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1]], catalogue_indices=True)
+    ranked = generate_sessions(model, trie, **encoded, num_items=1, num_beams=6, excluded=torch.tensor([[2]]))
+    items, scores = ranked.items[0, :, 0].tolist(), ranked.scores[0]
+    assert sorted(items[:4]) == [0, 1, 3, 4] and items[4:] == [-1, -1]
+    place = items.index(0)
+    assert items[place + 1] == 3 and scores[place] == scores[place + 1]
+    assert (scores[:3] >= scores[1:4]).all() and scores[4:].isneginf().all()
+    only = torch.tensor([True, False, True, True, False])
+    sessions = generate_sessions(model, trie, **encoded, num_beams=6, allowed=only)
+    assert sessions.items[0].tolist() == [[0, 2, 3]] + [[-1] * 3] * 5
+
+
+def constrained_probabilities(model, tokenizer, history):
+    free = list(range(tokenizer.num_items))
+    sessions, scores = brute_force(model, tokenizer, history, 1, free, "constrained")
+    probabilities = torch.zeros(len(free))
+    probabilities[torch.tensor(sessions)[:, 0]] = scores.exp()
+    return probabilities
+
+
+def test_samples_follow_the_models_distribution():
+    tokenizer, model = catalogue(6), tiny_model()
+    expected = constrained_probabilities(model, tokenizer, [0, 3])
+    encoded = tokenizer.encode_histories([[0, 3]], catalogue_indices=True)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    draw = {"num_items": 1, "generator": torch.Generator().manual_seed(0), "normalization": "constrained"}
+    found = generate_sessions(model, trie, **encoded, num_beams=4000, search="sample", **draw)
+    items = found.items[0, :, 0]
+    frequency = torch.bincount(items, minlength=6) / 4000
+    torch.testing.assert_close(frequency, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(found.scores[0].exp(), expected[items], atol=1e-5, rtol=1e-4)
+    # Gumbel-top-k draws without replacement: the first draw has the model's distribution, none comes twice.
+    many = {key: value.expand(1000, -1) for key, value in encoded.items()}
+    found = generate_sessions(model, trie, **many, num_beams=4, search="stochastic_beam", **draw)
+    items = found.items[..., 0]
+    torch.testing.assert_close(torch.bincount(items[:, 0], minlength=6) / 1000, expected, atol=0.05, rtol=0)
+    assert (items.sort(1).values.diff(dim=1) > 0).all()
+    first, second = items[:, 0], items[:, 1]
+    conditional = (expected / (1 - expected)[:, None]).fill_diagonal_(0)
+    pairs = torch.zeros(6, 6).index_put_((first, second), torch.ones(1000), accumulate=True) / 1000
+    torch.testing.assert_close(pairs, expected[:, None] * conditional, atol=0.05, rtol=0)
+
+
+def test_filters_of_sampling():
+    tokenizer, model = catalogue(30), tiny_model(session_items=3)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1, 2], [3]], catalogue_indices=True)
+    greedy = generate_sessions(model, trie, **encoded, num_beams=1)
+    for filters in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+        drawn = generate_sessions(model, trie, **encoded, num_beams=3, search="sample", **filters)
+        assert (drawn.items == greedy.items).all()
+        torch.testing.assert_close(drawn.scores, greedy.scores.expand(-1, 3), atol=1e-4, rtol=1e-4)
+    drawn = generate_sessions(model, trie, **encoded, num_beams=64, search="sample")
+    assert (drawn.items.sort(-1).values.diff(dim=-1) > 0).all()
+    with pytest.raises(ValueError, match="top_k and top_p 'sample'"):
+        generate_sessions(model, trie, **encoded, top_k=3)
+    hooked = model.generate(
+        **encoded,
+        custom_generate=generate_with_trie,
+        trie=trie,
+        do_sample=True,
+        top_k=1,
+        num_beams=1,
+        num_return_sequences=2,
+    )
+    assert torch.equal(hooked.view(2, 2, 3, 4)[..., 1:], greedy.token_ids.expand(-1, 2, -1, -1))
+
+
+@pytest.mark.parametrize("search", ["beam", "sample", "stochastic_beam"])
+def test_the_stream_is_the_first_session(search):
+    tokenizer, model = catalogue(20), tiny_model(session_items=3)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1, 2], [3], []], catalogue_indices=True)
+    allowed = torch.ones(3, 20, dtype=torch.bool)
+    allowed[1] = torch.arange(20) == 7  # whose first item every beam agrees on
+    request = {**encoded, "allowed": allowed, "search": search, "num_beams": 1 if search == "sample" else 4}
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    first = generate_sessions(model, trie, **request, generator=seeds[0]).items[:, 0]
+    streamed = list(stream_sessions(model, trie, **request, generator=seeds[1]))
+    for user, expected in enumerate(first.tolist()):
+        items = [decided for decided in streamed if decided.user == user]
+        assert [decided.item for decided in items] == [item for item in expected if item >= 0]
+        assert [decided.position for decided in items] == list(range(len(items)))
+    assert [decided.item for decided in streamed if decided.user == 1] == [7]
+    if search == "beam":
+        assert streamed[0] == (1, 0, 7)
 
 
 @pytest.mark.parametrize("strings", [False, True])
@@ -107,7 +261,8 @@ def test_recommends_item_ids_without_repeats_or_seen_items(strings, tmp_path):
     tokenizer, model = catalogue(20, strings=strings), tiny_model(session_items=3)
     ids = tokenizer.item_ids.tolist()
     histories = [ids[:4], [], ids[5:6]]
-    results = recommend(model, tokenizer, histories, top_k=7, num_beams=16)
+    recommender = Recommender(model, tokenizer)
+    results = recommender(histories, top_k=7, num_beams=16)
     for history, result in zip(histories, results, strict=True):
         assert len(result["items"]) == len(result["scores"]) == 7
         assert len(set(result["items"])) == 7 and len(set(result["session"])) == 3
@@ -115,11 +270,21 @@ def test_recommends_item_ids_without_repeats_or_seen_items(strings, tmp_path):
         assert {*result["items"], *result["session"]} <= set(ids)
         assert result["scores"] == sorted(result["scores"], reverse=True)
         assert all(type(item) is type(ids[0]) for item in result["items"])
-    seen = recommend(model, tokenizer, [ids[:19]], top_k=30, num_beams=16, exclude_seen=False)[0]["items"]
+    seen = recommender([ids[:19]], top_k=30, num_beams=16, exclude_seen=False)[0]["items"]
     assert sorted(seen) == sorted(ids)
-    assert recommend(model, tokenizer, [ids[:19]], top_k=30)[0]["items"] == ids[19:]
+    assert recommender([ids[:19]], top_k=30)[0] == {
+        "session": ids[19:],
+        "items": ids[19:],
+        "scores": recommender([ids[:19]])[0]["scores"],
+    }
+    region = recommender(histories, top_k=30, allowed_items=ids[8:], blocked_items=ids[8:9])
+    assert all(sorted(result["items"]) == sorted(ids[9:]) for result in region)
+    assert recommender([[]], allowed_items=[])[0] == {"session": [], "items": [], "scores": []}
+    drawn = recommender(histories, top_k=5, search="stochastic_beam", seed=3)
+    assert drawn == recommender(histories, top_k=5, search="stochastic_beam", seed=3)
+    assert all(len(set(result["items"])) == 5 for result in drawn)
     with pytest.raises(ValueError, match="not in the catalogue"):
-        recommend(model, tokenizer, [["nobody" if strings else -7]])
+        recommender([["nobody" if strings else -7]])
 
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

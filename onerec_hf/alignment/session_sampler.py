@@ -75,14 +75,14 @@ def sample_preferences(
         batch = drawn.select(range(start, min(start + batch_size, count))).to_list()
         histories = [np.asarray(row["history"], dtype=np.int64) for row in batch]
         encoded = encode_history_rows(batch, tokenizer, model.config).to(model.device)
-        excluded = excluded_items(histories, trie.num_items, model.device) if exclude_history else None
+        excluded = excluded_items(histories, model.device) if exclude_history else None
         beams = generate_sessions(
             model, trie, **encoded, num_items=num_items, num_beams=num_candidates, excluded=excluded
         )
         items = beams.items.cpu()
         scores = score_sessions(reward_model, tokenizer.item_token_ids, histories, items, batch_size)
         for row, sessions, rewards in zip(batch, items, scores.reward, strict=True):
-            real = ~rewards.isnan()
+            real = (sessions >= 0).all(-1) & ~rewards.isnan()
             sessions, rewards = sessions[real], rewards[real]
             if len(rewards) < 2:
                 continue

@@ -84,7 +84,7 @@ def _run_round(
         target.mkdir(parents=True, exist_ok=True)
         pairs = sample_preferences(
             model.to(state.device),
-            ItemTrie(tokenizer.codes, tokenizer.codebook_sizes).to(state.device),
+            ItemTrie.from_tokenizer(tokenizer).to(state.device),
             tokenizer,
             reward_model,
             users,

@@ -62,7 +62,7 @@ def evaluate(args: RecipeArguments) -> Path:
         return None
 
     settings = args.settings("evaluation", "training.align_rounds", "run.seed")
-    for unused in ("histories", "top_k"):
+    for unused in ("histories", "recommend_model", "unknown_items", "top_k"):
         settings.pop(unused)
     folder = run_stage("evaluate", args.output_dir, settings, reads, work)
     if PartialState().is_main_process:
@@ -99,7 +99,7 @@ class Evaluation:
         prepared = prepared_data(args, "evaluate")
         self.feed: Feed = prepared.feed()
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "evaluate"))
-        self.trie = ItemTrie(self.tokenizer.codes, self.tokenizer.codebook_sizes).to(self.device)
+        self.trie = ItemTrie.from_tokenizer(self.tokenizer).to(self.device)
         self.embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
         cases = prepared.read(EVALUATION_CASES)
         if self.options.evaluation_users is not None and self.options.evaluation_users < len(cases):
@@ -200,7 +200,7 @@ class Evaluation:
         batch = encode_history_rows(cases, self.tokenizer, model.config).to(self.device)
         excluded = None
         if self.options.exclude_consumed:
-            excluded = excluded_items(histories, self.trie.num_items, self.device)
+            excluded = excluded_items(histories, self.device)
         return {**batch, "excluded": excluded}
 
     def model_round(self, number: int, source: Path) -> dict[str, Any]:

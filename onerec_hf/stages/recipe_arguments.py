@@ -151,10 +151,20 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "For recommend: Parquet of user_id and history_item_ids. Default: the evaluated users."},
     )
+    recommend_model: str | None = field(
+        default=None,
+        metadata={"help": "For recommend: checkpoint folder or Hub repository. Default: the run's last model."},
+    )
+    unknown_items: str = field(
+        default="error",
+        metadata={"help": "For recommend: error, or skip to leave out a history's items that have no semantic ID."},
+    )
     top_k: int = field(default=50, metadata={"help": "For recommend: length of the ranked list."})
 
     def __post_init__(self):
         self.baselines = _as_dict(self.baselines, "baselines")
+        if self.unknown_items not in ("error", "skip"):
+            raise ValueError(f"unknown_items must be 'error' or 'skip', got {self.unknown_items!r}.")
         unknown = set(self.baselines) - set(BASELINES)
         if unknown:
             raise ValueError(f"baselines has {', '.join(sorted(unknown))}; there are {', '.join(BASELINES)}.")

@@ -1,14 +1,23 @@
-"""Stage `recommend`: histories in, sessions and ranked item ids with scores out, Parquet to Parquet."""
+"""Stage `recommend`: histories in, sessions and ranked item ids with scores out, Parquet to Parquet.
 
+The users are cut into parts of a fixed size, which the processes take in turn. A part is one file, written whole, so
+that a killed run goes on behind what it has, on any number of processes, and the result does not depend on theirs.
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
-from datasets import Dataset
+from tqdm.auto import tqdm
 
+from ..history_features import HISTORY_FEATURES
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..session_generation import recommend as recommend_items
+from ..session_generation import Recommender
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, prepared_data
 from .pretrain import MODEL
@@ -16,76 +25,147 @@ from .recipe_arguments import RecipeArguments
 from .stage_runner import run_stage, stage_dir
 
 RECOMMENDATIONS = "recommendations.parquet"
-USERS_PER_CHUNK = 256
+USERS_PER_PART = 256
+HISTORY_COLUMNS = ("user_id", "history_item_ids")
 
 
 def recommend(args: RecipeArguments) -> Path:
     """Recommends to every user of the histories; returns the stage's folder."""
+    options = args.evaluation
     source = "align" if args.training.align_rounds else "pretrain"
+    reads = [*(["data"] if options.histories is None else []), *([source] if options.recommend_model is None else [])]
 
     def work(folder: Path) -> dict | None:
-        if not PartialState().is_main_process:
-            return None
-        checkpoint = stage_dir(args.output_dir, source, "recommend") / MODEL
-        model = OneRecForConditionalGeneration.from_pretrained(checkpoint).to(PartialState().device)
+        state = PartialState()
+        checkpoint = options.recommend_model or stage_dir(args.output_dir, source, "recommend") / MODEL
+        histories = Histories(args)
         tokenizer = OneRecTokenizer.from_pretrained(checkpoint)
-        users = read_histories(args)
-        parts = []
-        for start in range(0, len(users), USERS_PER_CHUNK):
-            part = folder / f"part_{start:09d}.parquet"
-            chunk = users.select(range(start, min(start + USERS_PER_CHUNK, len(users)))).to_list()
-            if not part.exists():
-                found = recommend_items(
-                    model,
-                    tokenizer,
-                    chunk,
-                    top_k=args.evaluation.top_k,
-                    num_beams=args.evaluation.ranking_beams,
-                    exclude_seen=args.evaluation.exclude_consumed,
-                    show_progress=True,
-                )
-                table = pa.table(
-                    {
-                        "user_id": users["user_id"][start : start + len(chunk)],
-                        **{key: [row[key] for row in found] for key in found[0]},
-                    }
-                )
-                pq.write_table(table, part.with_suffix(".partial"))
-                part.with_suffix(".partial").rename(part)
-            parts.append(part)
-        pq.write_table(pa.concat_tables([pq.read_table(part) for part in parts]), folder / RECOMMENDATIONS)
-        for part in parts:
-            part.unlink()
-        return {"num_users": len(users)}
+        histories.check_items(tokenizer, options.unknown_items)
+        model = OneRecForConditionalGeneration.from_pretrained(checkpoint).to(state.device)
+        recommender = Recommender(model, tokenizer)
+        id_type = pa.int64() if tokenizer.item_ids.dtype == np.int64 else pa.string()
+        with tqdm(
+            total=histories.num_users, desc="recommending", unit="user", disable=not state.is_main_process
+        ) as bar:
+            for number, batch in enumerate(histories.parts()):
+                part = folder / f"part_{number:09d}.parquet"
+                if number % state.num_processes == state.process_index and not part.exists():
+                    found = recommender(
+                        batch.to_pylist(),
+                        top_k=options.top_k,
+                        num_beams=options.ranking_beams,
+                        exclude_seen=options.exclude_consumed,
+                        unknown=options.unknown_items,
+                    )
+                    table = pa.table(
+                        {
+                            "user_id": batch["user_id"],
+                            "session": pa.array([row["session"] for row in found], pa.list_(id_type)),
+                            "items": pa.array([row["items"] for row in found], pa.list_(id_type)),
+                            "scores": pa.array([row["scores"] for row in found], pa.list_(pa.float32())),
+                        }
+                    )
+                    pq.write_table(table, part.with_suffix(".partial"))
+                    part.with_suffix(".partial").rename(part)
+                bar.update(len(batch))
+        state.wait_for_everyone()
+        if state.is_main_process:
+            join_parts(folder)
+        return {"num_users": histories.num_users}
 
     settings = args.settings(
-        "evaluation.histories",
         "evaluation.top_k",
         "evaluation.ranking_beams",
         "evaluation.exclude_consumed",
+        "evaluation.unknown_items",
         "evaluation.evaluation_users",
+        "evaluation.recommend_model",
         "run.seed",
     )
-    return run_stage("recommend", args.output_dir, settings, ["data", source], work)
+    # A file of the same name may hold other histories tomorrow.
+    settings["histories"] = None if options.histories is None else file_identity(Path(options.histories))
+    return run_stage("recommend", args.output_dir, settings, reads, work)
 
 
-def read_histories(args: RecipeArguments) -> Dataset:
-    """`user_id`, `history_item_ids` and what else encode_history_rows needs for the model, from the file that is given
-    or of the evaluated users.
+def file_identity(path: Path) -> dict[str, Any]:
+    """What tells one version of a file from another: its path, size and time of change.
 
     Raises:
-        ValueError: If the file lacks one of the columns.
+        FileNotFoundError: If it isn't there.
     """
-    path = args.evaluation.histories
-    if path is None:
-        users = prepared_data(args, "recommend").read(EVALUATION_CASES)
-        count = args.evaluation.evaluation_users
-        return users if count is None else users.shuffle(seed=args.run.seed).select(range(min(count, len(users))))
-    table = pq.read_table(path)
-    for column in ("user_id", "history_item_ids"):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{path} has no column '{column}', only {', '.join(table.column_names)}: recommend reads user_id and "
-                "history_item_ids (a list of item ids, oldest first)."
-            )
-    return Dataset(table)
+    if not path.is_file():
+        raise FileNotFoundError(f"histories: {path} is no file; give a Parquet file of user_id and history_item_ids.")
+    return {"path": str(path.resolve()), "size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+
+
+class Histories:
+    """The users to recommend to: of a Parquet file, read part by part, or the evaluated ones of the run.
+
+    Raises:
+        ValueError: If the file lacks a column or holds no user.
+    """
+
+    def __init__(self, args: RecipeArguments):
+        path = args.evaluation.histories
+        if path is None:
+            users = prepared_data(args, "recommend").read(EVALUATION_CASES)
+            count = args.evaluation.evaluation_users
+            if count is not None:
+                users = users.shuffle(seed=args.run.seed).select(range(min(count, len(users))))
+            self.name, self.source = EVALUATION_CASES, users.with_format("arrow")[:].combine_chunks()
+            self.num_users = self.source.num_rows
+            self.columns = _read_columns(self.source.column_names)
+            return
+        self.name, self.source = path, pq.ParquetFile(path)
+        self.num_users = self.source.metadata.num_rows
+        names = self.source.schema_arrow.names
+        self.columns = _read_columns(names)
+        for column in HISTORY_COLUMNS:
+            if column not in names:
+                raise ValueError(
+                    f"{path} has no column '{column}', only {', '.join(names)}: recommend reads user_id and "
+                    "history_item_ids (a list of item ids, oldest first)."
+                )
+        if self.num_users == 0:
+            raise ValueError(f"{path} holds no user.")
+
+    def parts(self) -> Iterator[pa.RecordBatch]:
+        """Record batches of at most `USERS_PER_PART` users, the same ones every time."""
+        if isinstance(self.source, pq.ParquetFile):
+            return self.source.iter_batches(USERS_PER_PART, columns=self.columns)
+        return iter(self.source.select(self.columns).to_batches(USERS_PER_PART))
+
+    def check_items(self, tokenizer: OneRecTokenizer, unknown_items: str) -> None:
+        """Looks every item up before any time is spent on generating.
+
+        Raises:
+            ValueError: If an item is not in the catalogue and `unknown_items` is "error"; names the user.
+        """
+        if unknown_items == "skip":
+            return
+        for batch in self.parts():
+            flat = pc.list_flatten(batch["history_item_ids"])
+            unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown="skip") < 0)
+            if len(unknown):
+                user = pc.list_parent_indices(batch["history_item_ids"])[int(unknown[0])].as_py()
+                raise ValueError(
+                    f"{self.name}: the history of user {batch['user_id'][user].as_py()!r} holds item id "
+                    f"{flat[int(unknown[0])].as_py()!r}, which is not in the catalogue of {tokenizer.num_items} "
+                    "items; drop it, or pass --unknown_items skip."
+                )
+
+
+def _read_columns(names: list[str]) -> list[str]:
+    return [name for name in (*HISTORY_COLUMNS, *HISTORY_FEATURES) if name in names]
+
+
+def join_parts(folder: Path) -> None:
+    """One file of all the parts, in the order of the users, without holding them all in memory."""
+    parts = sorted(folder.glob("part_*.parquet"))
+    joined = folder / f"{RECOMMENDATIONS}.partial"
+    with pq.ParquetWriter(joined, pq.read_schema(parts[0])) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part))
+    joined.rename(folder / RECOMMENDATIONS)
+    for part in parts:
+        part.unlink()
