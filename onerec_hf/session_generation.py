@@ -684,10 +684,10 @@ class Recommender:
         indices = self.tokenizer.item_index(items, unknown="skip")
         missing = np.flatnonzero(indices < 0)
         if len(missing) and unknown == "error":
+            user = first + int(np.searchsorted(ends, missing[0], side="right"))
             raise ValueError(
-                f"histories[{first + int(np.searchsorted(ends, missing[0], side='right'))}] holds item id "
-                f"{items[missing[0]]!r}, which is not in the catalogue of {self.tokenizer.num_items} items; drop it or "
-                "pass unknown='skip'"
+                f"histories[{user}] holds item id {items[missing[0]]!r}, which is not in the catalogue of "
+                f"{self.tokenizer.num_items} items; drop it or pass unknown='skip'"
             )
         known_rows = []
         for row, history in zip(rows, np.split(indices, ends[:-1]), strict=True):

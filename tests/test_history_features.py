@@ -164,7 +164,7 @@ def test_generate_recommend_and_reload(tokenizer, positions, tmp_path):
     assert model.config.user_features == USER_FEATURES and model.config.time_gap_buckets == 4
     trie = ItemTrie(tokenizer.codes, tokenizer.codebook_sizes)
     batch = encode_history_rows(ROWS, tokenizer, model.config)
-    found = generate_sessions(model, trie, **batch, num_items=1, num_beams=4)
+    found = generate_sessions(model, trie, **batch, num_items=1, num_beams=4, normalization="vocabulary")
     # Exhaustively: the log-probability of every item in a full forward.
     labels = torch.tensor(tokenizer.codes) + torch.tensor(model.config.level_offsets)
     decoder_input_ids = torch.cat([torch.full((4, 1), model.config.bos_token_id), labels[:, :1]], 1)
