@@ -133,7 +133,7 @@ class BalancedKMeans:
         num_clusters: int,
         assignment: str = "transport",
         max_iterations: int = 50,
-        tolerance: float = 3e-4,
+        tolerance: float = 1e-3,
         seed: int = 0,
         show_progress: bool = False,
         distributed: bool = False,
