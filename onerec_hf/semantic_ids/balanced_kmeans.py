@@ -72,8 +72,10 @@ def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 
 class _Scores:
-    """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster: `scores[rows]`
-    is a matrix [rows, K] that is valid until the next one is asked for."""
+    """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster.
+
+    `scores[rows]` is a matrix [rows, K] that is valid until the next one is asked for.
+    """
 
     def __init__(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None):
         self.x = x
@@ -185,7 +187,9 @@ class BalancedKMeans:
             prices = x.new_zeros(num_clusters)
         best_inertia, best, coarse = math.inf, None, True
         progress = tqdm(range(self.max_iterations), desc="k-means", disable=not self.show_progress, leave=False)
-        for iteration in progress:
+        num_iterations = 0
+        for _ in progress:
+            num_iterations += 1
             if self.assignment == "greedy":
                 labels = self._assign_greedy(x, centroids)
             elif self.assignment == "nearest":
@@ -214,7 +218,7 @@ class BalancedKMeans:
             float((part - centroids[labels]).square().sum(dtype=torch.float64))
             for part, labels in zip(x.split(PART_ROWS), self.labels.split(PART_ROWS), strict=True)
         )
-        self.centroids, self.num_iterations = centroids + center, iteration + 1
+        self.centroids, self.num_iterations = centroids + center, num_iterations
         return self
 
     def predict(self, x) -> torch.Tensor:

@@ -7,7 +7,8 @@
 Parts:
     constrained_4096, constrained_16384: inertia and time against k-means-constrained (exact assignment by min-cost
         flow), one initialisation each, all clusters of one size; 4,096 x 64 with K = 128, 16,384 x 64 with K = 256.
-    faiss: inertia and time against faiss `Kmeans` (no balance), 100,000 x 64, K = 256, the same iterations, all points.
+    faiss: inertia and time against faiss `Kmeans` (no balance), 100,000 x 64, K = 256, all points, as many
+        iterations.
     growth: time per item and iteration at 10,000, 100,000 and 1,000,000 x 64, K = 256.
     million: 1,000,000 x 64, K = 1,024, in a process of its own; time and peak memory.
     tokenizer: load, memory and encoding at 1,000,000 items.
