@@ -26,19 +26,35 @@ WEIGHTS_FILE = "item_alignment.safetensors"
 ROWS_AT_ONCE = 2**16
 
 
-def cooccurring_pairs(histories: Sequence[np.ndarray], window: int = 2) -> np.ndarray:
+def cooccurring_pairs(histories: Sequence[np.ndarray], num_items: int, window: int = 2) -> np.ndarray:
     """Pairs of different items at most `window` places apart in a history, int64 [P, 2], as often as they occur.
 
     Args:
         histories: per user an array of catalogue indices, in order of time.
+        num_items: N, size of the catalogue.
+
+    Raises:
+        ValueError: an index outside [0, N), with the history; no pair anywhere.
     """
-    items = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
-    users = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    items = np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64)
+    users = np.repeat(np.arange(len(histories)), lengths)
+    wrong = np.flatnonzero((items < 0) | (items >= num_items))
+    if len(wrong):
+        raise ValueError(
+            f"histories[{users[wrong[0]]}] holds {items[wrong[0]]}, which is no catalogue index in [0, {num_items})"
+        )
     pairs = []
     for offset in range(1, window + 1):
         kept = (users[offset:] == users[:-offset]) & (items[offset:] != items[:-offset])
         pairs.append(np.stack([items[:-offset][kept], items[offset:][kept]], axis=1))
-    return np.concatenate(pairs)
+    pairs = np.concatenate(pairs)
+    if not len(pairs):
+        raise ValueError(
+            f"no two different items lie within {window} places in any of the {len(histories)} histories; "
+            "alignment needs users with at least two positive behaviours"
+        )
+    return pairs
 
 
 def contrastive_loss(
@@ -137,15 +153,7 @@ class ItemAlignment:
             ValueError: NaN in a row; an index outside [0, N), with the history; no pair anywhere.
         """
         x = as_points(embeddings, device=self.device)
-        for row, history in enumerate(histories):
-            if len(history) and (min(history) < 0 or max(history) >= len(x)):
-                raise ValueError(f"histories[{row}] holds an index outside the catalogue of {len(x)} items")
-        pairs = torch.from_numpy(cooccurring_pairs(histories, self.window))
-        if not len(pairs):
-            raise ValueError(
-                f"no two different items lie within {self.window} places in any of the {len(histories)} histories; "
-                "alignment needs users with at least two positive behaviours"
-            )
+        pairs = torch.from_numpy(cooccurring_pairs(histories, len(x), self.window))
         generator = torch.Generator().manual_seed(self.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

@@ -9,7 +9,7 @@ from onerec_hf.item_alignment import ItemAlignment, contrastive_loss, cooccurrin
 
 def test_pairs_by_hand():
     histories = [np.array([4, 5, 4, 6]), np.array([], dtype=int), np.array([7]), [8, 9]]
-    pairs = sorted(map(tuple, cooccurring_pairs(histories, window=2).tolist()))
+    pairs = sorted(map(tuple, cooccurring_pairs(histories, 10, window=2).tolist()))
     assert pairs == [(4, 5), (4, 6), (5, 4), (5, 6), (8, 9)]
 
 
@@ -83,7 +83,7 @@ class TestItemAlignment:
         x, _, histories = neighbourly()
         with pytest.raises(ValueError, match="not fitted yet"):
             ItemAlignment().transform(x)
-        with pytest.raises(ValueError, match=r"histories\[1\] holds an index outside"):
+        with pytest.raises(ValueError, match=r"histories\[1\] holds 48, which is no catalogue index"):
             ItemAlignment().fit(x, [histories[0], np.array([48])])
         with pytest.raises(ValueError, match="no two different items"):
             ItemAlignment().fit(x, [np.array([3, 3]), np.array([4])])

@@ -57,11 +57,18 @@ class TestWriteReport:
     def test_is_complete_self_contained_and_escaped(self, tmp_path, metrics, arguments):
         page = write_report(tmp_path / "deep" / "report.html", metrics, **arguments).read_text(encoding="utf-8")
         assert os.listdir(tmp_path / "deep") == ["report.html"]
-        assert page.count("<img ") == 5
+        assert page.count("<img ") == 5 and "first code" not in page
         assert not re.search(r'(src|href)="(?!data:|#)', page) and "url(" not in page and "@import" not in page
         assert "<script>" not in page and "&lt;script&gt;" in page and "cats &amp; dogs" in page
         for text in ("0.0812", "0.7301", "1,234,567", "(40 values)", "Simulated truth", 'class="hit"', "61.5"):
             assert text in page
+
+    def test_semantic_ids_are_pictured(self, tmp_path, metrics, arguments):
+        samples = [{"code": "<a_7>", "num_items": 21, "items": ["cats & dogs", "mice"]}]
+        page = write_report(tmp_path / "r.html", metrics, **arguments, item_map=b"png", code_samples=samples)
+        page = page.read_text(encoding="utf-8")
+        assert page.count("<img ") == 6 and 'src="data:image/png;base64,cG5n"' in page
+        assert "<td>&lt;a_7&gt;</td><td>21</td><td>cats &amp; dogs; mice</td>" in page
 
     def test_the_same_run_writes_the_same_bytes(self, tmp_path, metrics, arguments):
         first = write_report(tmp_path / "a.html", metrics, **arguments).read_bytes()

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..data import Feed
 from ..item_alignment import ItemAlignment
@@ -30,30 +30,35 @@ def tokenize(args: RecipeArguments) -> Path:
     options = args.tokenize
 
     def work(folder: Path) -> dict | None:
-        if not PartialState().is_main_process:
-            return None
+        state = PartialState()
         prepared = prepared_data(args, "tokenize")
         feed = prepared.feed()
-        embeddings = embed_items(feed, prepared, args)
-        if options.item_alignment is not None:
-            alignment = ItemAlignment(**{"seed": args.run.seed, "show_progress": True, **options.item_alignment})
-            alignment.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
-            embeddings = alignment.transform(embeddings)
+        fitting = {"seed": args.run.seed, "device": state.device, "show_progress": state.is_main_process}
+        if state.is_main_process:
+            embeddings = embed_items(feed, prepared, args)
+            if options.item_alignment is not None:
+                alignment = ItemAlignment(**{**fitting, **options.item_alignment})
+                alignment.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
+                embeddings = alignment.transform(embeddings)
+            save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
+        state.wait_for_everyone()
+        # All processes fit on the same numbers, as the K-means is spread over them.
+        embeddings = load_file(folder / ITEM_EMBEDDINGS)["embeddings"].numpy()
         quantizer = make_quantizer(
             options.quantizer_type,
             options.codebook_sizes,
-            **{
-                "collision_policy": options.collision_policy,
-                "seed": args.run.seed,
-                "show_progress": True,
-                **options.quantizer,
-            },
+            **{**fitting, "collision_policy": options.collision_policy, **options.quantizer},
         )
         tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
+        if not state.is_main_process:
+            return None
         tokenizer.save_pretrained(folder)
-        save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
+
+        def name(index: int) -> str:
+            return feed.item_name(index) or f"item {feed.items['item_id'].iloc[index]}"
+
         write_semantic_id_report(
-            folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, tokenizer.codebook_sizes, feed.item_name
+            folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, tokenizer.codebook_sizes, name
         )
         return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
 

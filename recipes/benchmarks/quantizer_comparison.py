@@ -54,6 +54,7 @@ TRAINING = {
 }
 EPOCHS = {"kuairand": 1, "amazon_beauty": 2}
 NUM_BEAMS = 20
+MAX_USERS = 5000  # evaluated, of each data set
 COLUMNS = {
     "use": "codes in use",
     "entropy": "entropy [bits]",
@@ -66,7 +67,7 @@ COLUMNS = {
 
 
 def quantizer_comparison(
-    data_dirs: dict[str, str], output_dir: str | Path, cells: list[str] | None = None, max_users: int | None = None
+    data_dirs: dict[str, str], output_dir: str | Path, cells: list[str] | None = None, max_users: int = MAX_USERS
 ) -> list[dict[str, Any]]:
     """Makes the cells that are not there yet and returns all of them, one dictionary a cell.
 
@@ -74,7 +75,7 @@ def quantizer_comparison(
         data_dirs: folder of the data by data set, "kuairand" and "amazon_beauty".
         output_dir: where the cells are kept.
         cells: names in `CELLS`; all by default.
-        max_users: evaluated users; all by default.
+        max_users: evaluated users.
     """
     for data_set, data_dir in data_dirs.items():
         for name in cells or CELLS:
@@ -108,7 +109,7 @@ def recipe_arguments(data_set: str, data_dir: str, folder: Path, options: dict[s
     return parse_recipe_arguments(flags)
 
 
-def _make_cell(data_set: str, data_dir: str, name: str, folder: Path, max_users: int | None) -> None:
+def _make_cell(data_set: str, data_dir: str, name: str, folder: Path, max_users: int) -> None:
     args = recipe_arguments(data_set, data_dir, folder, CELLS[name])
     if not (folder / "data").exists():
         # The data stage is the same for all of a data set's cells.
@@ -121,7 +122,7 @@ def _make_cell(data_set: str, data_dir: str, name: str, folder: Path, max_users:
     model = AutoModelForSeq2SeqLM.from_pretrained(trained / "model")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     cases = prepared_data(args, "the comparison").read(EVALUATION_CASES)
-    if max_users is not None and max_users < len(cases):
+    if max_users < len(cases):
         cases = cases.shuffle(seed=0).select(range(max_users))
     model.config.session_items = 1  # only the ranked list is looked at
     recommended = onerec_hf.recommend(
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--kuairand_dir")
     parser.add_argument("--amazon_beauty_dir")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), help="Default: all.")
-    parser.add_argument("--max_users", type=int, help="Evaluated users; all by default.")
+    parser.add_argument("--max_users", type=int, default=MAX_USERS, help="Evaluated users.")
     parser.add_argument("--table", action="store_true", help="Make no cell, print those that are there.")
     parser.add_argument("--json", help="File for the same figures.")
     options = parser.parse_args()
