@@ -423,7 +423,7 @@ class OneRecTokenizer(TokenizersBackend):
         """
         reasons = []
         added = self.report.get("added_items", {"items": 0})
-        if added["items"] >= REFIT_MIN_ITEMS:
+        if self.quantizer is not None and added["items"] >= REFIT_MIN_ITEMS:
             error, fitted_error = added["quantization_error"], self.quantizer.fitted_error
             if fitted_error is not None and error > REFIT_ERROR_RATIO * fitted_error:
                 reasons.append(
