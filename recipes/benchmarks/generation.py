@@ -298,8 +298,8 @@ def main():
     }
     print(
         f"{figures['parameters'] / 1e6:.1f}M parameters, {args.num_items:,} items, {args.num_beams} beams, "
-        f"histories of {HISTORY_ITEMS} items, one position per {args.history_positions}; {torch.get_num_threads()} threads, "
-        f"{rate / 1e9:.0f} GFLOP/s"
+        f"histories of {HISTORY_ITEMS} items, one position per {args.history_positions}; "
+        f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s"
     )
     if {"one_item", "session"} & set(args.parts):
         codes = random_catalogue(args.num_items)
