@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerateBeamEncoderDecoderOutput
+from transformers.masking_utils import create_bidirectional_mask
 
 from .history_features import encode_history_rows
 from .item_trie import ItemConstraint, ItemTrie
@@ -233,6 +234,13 @@ def _search_sessions(
     code_scores = _CodeScores(model, normalization)
     # The codes of a session's last item are never read again.
     num_tokens = num_items * config.tokens_per_item - 1
+    # Made once, since every making of it asks the device whether anything is padded; all queries share it.
+    encoder_attention_mask = create_bidirectional_mask(
+        config=decoder.config,
+        inputs_embeds=encoder_hidden_states[:, :1],
+        attention_mask=encoder_attention_mask,
+        encoder_hidden_states=encoder_hidden_states,
+    )
     paths = BeamPaths(batch, search.num_beams, num_tokens, device)
     scratch: dict[torch.device, torch.Tensor] = {}
     layers = [BeamCacheLayer(paths, scratch, num_tokens) for _ in range(config.decoder_layers)]
@@ -587,6 +595,8 @@ def excluded_items(histories: list[np.ndarray], device: torch.device) -> torch.L
 class Recommender:
     """Recommends to users from their histories of item ids; keeps the trie on the model's device between calls.
 
+    The trie is that of the tokenizer as it is now: after items are added or removed, make another one.
+
     Args:
         model ([`OneRecForConditionalGeneration`]): The trained generator.
         tokenizer ([`OneRecTokenizer`]): The tokenizer saved with it.
@@ -731,8 +741,10 @@ class Recommender:
 
 
 def recommend(model, tokenizer, histories: list[list], **options) -> list[dict[str, list]]:
-    """`Recommender(model, tokenizer)(histories, **options)`: see [`Recommender`], which calls after the first save
-    the building of the trie."""
+    """Recommends once: `Recommender(model, tokenizer)(histories, **options)`.
+
+    Keep a [`Recommender`], whose options these are, to build the trie once for many calls.
+    """
     return Recommender(model, tokenizer)(histories, **options)
 
 

@@ -310,3 +310,17 @@ def test_batches_do_not_change_the_recommendations():
         alone = recommend(model, tokenizer, [history], top_k=5, num_beams=8)[0]
         assert alone["items"] == expected["items"]
         np.testing.assert_allclose(alone["scores"], expected["scores"], atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_and_both_attentions_make_real_items(attention):
+    tokenizer, model = catalogue(20), tiny_model(session_items=2).to(torch.bfloat16)
+    model.set_attn_implementation(attention)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1, 2, 3], [4]], catalogue_indices=True)
+    found = generate_sessions(model, trie, **encoded, num_beams=16)
+    assert found.scores.dtype == torch.float32 and found.scores.isfinite().all()
+    full = generate_sessions(model.float(), trie, **encoded, num_beams=16)
+    torch.testing.assert_close(found.scores, full.scores, atol=0.15, rtol=0.05)
+    legal = tokenizer.codes_to_index(found.token_ids.numpy() - np.array(tokenizer.level_offsets))
+    assert (legal == found.items.numpy()).all() and (found.items[..., 0] != found.items[..., 1]).all()

@@ -30,6 +30,7 @@ from onerec_hf import (
 )
 
 PARTS = ("one_item", "session", "catalogue")
+PEERS = ("prefix_fn", "processor")
 CODEBOOK_SIZES = [256, 256, 256]
 HISTORY_ITEMS = 64
 SESSION_ITEMS = 5
@@ -38,6 +39,7 @@ SESSION_ITEMS = 5
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--users", nargs="+", type=int, default=[1, 4, 16], help="batch sizes")
     parser.add_argument("--num_beams", type=int, default=128)
     parser.add_argument("--num_items", type=int, default=10_000, help="catalogue of the comparisons")
@@ -215,7 +217,9 @@ def compare(args, model, tokenizer, num_items: int, rate: float) -> list[dict]:
         row["decode_flops"] = count_flops(model, decode)
         row["decode_share_of_machine"] = row["decode_flops"] / row["decode_s"] / rate
         row["share_of_machine"] = count_flops(model, engine) / row["engine_s"] / rate
-        for name, peer in (("prefix_fn", by_prefixes), ("processor", by_processor)):
+        for name, peer in zip(PEERS, (by_prefixes, by_processor), strict=True):
+            if name not in args.peers:
+                continue
             peer(encode(tokenizer, 1)[0])
             start = time.perf_counter()
             theirs = peer()
@@ -229,10 +233,14 @@ def compare(args, model, tokenizer, num_items: int, rate: float) -> list[dict]:
 
 
 def print_row(row: dict):
+    peers = "".join(
+        f" {row[f'{name}_s']:>11.2f} {row[f'{name}_ratio']:>6.1f}x {row[f'{name}_difference']:>8.1e}"
+        if f"{name}_s" in row
+        else " " * 29
+        for name in PEERS
+    )
     print(
-        f"{row['items']:>5} {row['users']:>5} {row['engine_s']:>9.3f} {row['prefix_fn_s']:>10.2f} "
-        f"{row['prefix_fn_ratio']:>6.1f}x {row['processor_s']:>10.2f} {row['processor_ratio']:>6.1f}x "
-        f"{max(row['prefix_fn_difference'], row['processor_difference']):>9.1e} "
+        f"{row['items']:>5} {row['users']:>5} {row['engine_s']:>9.3f}{peers} "
         f"{row['decode_share_of_machine']:>8.0%} {row['share_of_machine']:>8.0%}",
         flush=True,
     )
@@ -289,14 +297,16 @@ def main():
         "num_items": args.num_items,
     }
     print(
-        f"{figures['parameters'] / 1e6:.1f}M parameters, {args.num_items:,} items, {args.num_beams} beams, histories of "
-        f"{HISTORY_ITEMS} items, one position per {args.history_positions}; {torch.get_num_threads()} threads, "
-        f"{rate / 1e9:.0f} GFLOP/s"
+        f"{figures['parameters'] / 1e6:.1f}M parameters, {args.num_items:,} items, {args.num_beams} beams, "
+        f"histories of {HISTORY_ITEMS} items, one position per {args.history_positions}; "
+        f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s"
     )
     if {"one_item", "session"} & set(args.parts):
         codes = random_catalogue(args.num_items)
         tokenizer = OneRecTokenizer.from_semantic_ids(np.arange(args.num_items), codes, codebook_sizes=CODEBOOK_SIZES)
-        print("items users  engine s  prefix fn s        processor s         |score|   decode    whole")
+        print("Shares are of the machine's rate: decoding alone, and with the encoder.")
+        peers = "".join(f" {name + ' s':>11} {'ratio':>7} {'|score|':>8}" for name in PEERS)
+        print(f"items users  engine s{peers}   decode    whole")
     for part, num_items in (("one_item", 1), ("session", SESSION_ITEMS)):
         if part in args.parts:
             figures[part] = compare(args, model, tokenizer, num_items, rate)
