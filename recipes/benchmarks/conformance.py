@@ -19,6 +19,7 @@ import tempfile
 import time
 import types
 import unittest
+from collections import Counter
 from pathlib import Path
 
 import torch
