@@ -84,7 +84,7 @@ def test_training_learns_balances_and_resumes_exactly(tokenizer, model, tmp_path
 
     logs, once = train(tmp_path / "once", 60)
     assert logs[-1]["loss"] < logs[0]["loss"] / 2
-    assert {"expert_load_max", "dead_experts"} <= set(logs[-1])
+    assert {"expert_load_max", "dead_experts", "expert_load_layer_0"} <= set(logs[-1])
     assert once["model.decoder.layers.0.moe.gate.expert_bias"].abs().max() > 0
     train(tmp_path / "twice", 30)
     _, resumed = train(tmp_path / "twice", 60, resume=True)
