@@ -25,7 +25,9 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def __call__(self, histories, **kwargs):
         """Recommends; a single history gives a single result."""
-        single = isinstance(histories, dict) or bool(histories and not isinstance(histories[0], (list, tuple, dict)))
+        single = isinstance(histories, dict) or (
+            len(histories) > 0 and not isinstance(histories[0], (list, tuple, dict))
+        )
         # A dict keeps the base class from taking the users one by one.
         results = super().__call__({"histories": [histories] if single else list(histories)}, **kwargs)
         return results[0] if single else results
