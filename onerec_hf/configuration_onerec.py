@@ -82,7 +82,9 @@ class OneRecConfig(PreTrainedConfig):
             Step by which a router's selection bias moves towards balanced load after every optimizer step; 0 turns
             the balancing off.
         dropout (`float`):
-            Dropout on embeddings, attention weights and residual branches.
+            Dropout on embeddings and residual branches.
+        attention_dropout (`float`):
+            Dropout on attention weights. Off by default: with it no fused attention kernel trains on a CPU.
 
     `vocab_size` follows from `codebook_sizes`; it is a field so that embeddings can be resized.
     """
@@ -113,6 +115,7 @@ class OneRecConfig(PreTrainedConfig):
     encoder_attention: str = "bidirectional"
     hidden_act: str = "silu"
     dropout: float = 0.1
+    attention_dropout: float = 0.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True

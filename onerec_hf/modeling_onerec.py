@@ -86,7 +86,7 @@ class OneRecAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         # A module, so that trainers which turn dropout off by module reach the attention weights too.
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.attention_dropout)
 
     def _project_keys_values(
         self, states: torch.Tensor, prefixes: HistoryPrefixes | None = None
@@ -178,14 +178,18 @@ class OneRecExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            token, choice = torch.where(top_k_index == expert)
-            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            expert_output = expert_output * top_k_weights[token, choice, None]
-            output.index_add_(0, token, expert_output.to(output.dtype))
-        return output
+        # Sorted by expert, every expert's tokens are one slice: no search and no scattered write per expert.
+        experts, pairs = top_k_index.flatten().sort()
+        counts = torch.bincount(experts, minlength=self.num_experts).tolist()
+        tokens = pairs // top_k_index.shape[-1]
+        outputs = []
+        for states, gate_up, down in zip(
+            hidden_states.index_select(0, tokens).split(counts), self.gate_up_proj, self.down_proj, strict=True
+        ):
+            gate, up = nn.functional.linear(states, gate_up).chunk(2, dim=-1)
+            outputs.append(nn.functional.linear(self.act_fn(gate) * up, down))
+        weighted = torch.cat(outputs) * top_k_weights.flatten().index_select(0, pairs)[:, None]
+        return torch.zeros_like(hidden_states).index_add(0, tokens, weighted.to(hidden_states.dtype))
 
 
 class OneRecTopKRouter(nn.Module):

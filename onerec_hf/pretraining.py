@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .history_features import HISTORY_FEATURES, encode_history_rows
 from .modeling_onerec import OneRecForConditionalGeneration
@@ -232,6 +233,13 @@ class OneRecPretrainer(Seq2SeqTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            # A data set's column reads its table for every single length that the sampler looks at.
+            sampler.lengths = sampler.lengths[:]
+        return sampler
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:

@@ -7,9 +7,10 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Seq2SeqTrainingArguments
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
-from onerec_hf.pretraining import SessionCollator, index_sessions, share_histories
+from onerec_hf.pretraining import OneRecPretrainer, SessionCollator, index_sessions, share_histories
 
 ITEMS = 12
 
@@ -180,3 +181,39 @@ def test_wrong_use_is_refused(tokenizer):
     rows = [{"rows": [{"history": [1, 2], "sessions": [[3]], "prefixes": [1]}]}]
     with pytest.raises(ValueError, match="encoder_attention='causal'"):
         model(**SessionCollator(tokenizer, model)(rows))
+
+
+def test_the_trainer_learns_from_shared_histories(tokenizer, tmp_path):
+    generator = np.random.default_rng(0)
+    runs = [(start + np.arange(6)) % ITEMS for start in generator.integers(0, ITEMS, 32)]
+    rows = [
+        {"user_id": user, "history_item_ids": run[:cut].tolist(), "session_item_ids": run[cut : cut + 2].tolist()}
+        for user, run in enumerate(runs)
+        for cut in range(1, 5)
+    ]
+    sessions = index_sessions(Dataset.from_list(rows), tokenizer)
+    trainer = OneRecPretrainer(
+        model=causal_model(tokenizer, "item").train(),
+        tokenizer=tokenizer,
+        args=Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=40,
+            learning_rate=2e-2,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="group_by_length",
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=64,
+            save_strategy="no",
+            logging_steps=20,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=share_histories(sessions, history_items=6, targets_per_row=8),
+        eval_dataset=sessions,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    # Rows of single targets and of shared histories are the same task.
+    assert trainer.evaluate()["eval_loss"] < before / 2
+    assert trainer.state.log_history[-2]["loss"] < before / 2

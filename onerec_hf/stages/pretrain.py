@@ -3,18 +3,26 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..pretraining import OneRecPretrainer, index_sessions, latest_complete_checkpoint, user_feature_values
+from ..pretraining import (
+    OneRecPretrainer,
+    index_sessions,
+    latest_complete_checkpoint,
+    share_histories,
+    user_feature_values,
+)
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, prepared_data
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, run_stage, stage_dir
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
+TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 
 MODEL = "model"  # where a stage that makes a generator puts it
 
@@ -52,7 +60,9 @@ def pretrain(args: RecipeArguments) -> Path:
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "pretrain"))
         sessions = index_sessions(prepared_data(args, "pretrain").read(PRETRAINING_SESSIONS), tokenizer)
         holdout = min(args.training.holdout_sessions, len(sessions) // 10)
-        parts = sessions.train_test_split(holdout, seed=args.run.seed) if holdout else {"train": sessions}
+        shuffled = np.random.default_rng(args.run.seed).permutation(len(sessions))
+        # In their own order, in which a user's sessions stand together.
+        parts = {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
         config = OneRecConfig.from_preset(
             args.training.preset,
             **{
@@ -66,20 +76,27 @@ def pretrain(args: RecipeArguments) -> Path:
             },
         )
         model = OneRecForConditionalGeneration(config)
+        training_args = Seq2SeqTrainingArguments(
+            **{
+                **TRAINING_DEFAULTS,
+                "train_sampling_strategy": "group_by_length",
+                "eval_strategy": "epoch" if holdout else "no",
+                "seed": args.run.seed,
+                **args.training.pretrain,
+                "output_dir": str(folder / CHECKPOINTS),
+            }
+        )
+        rows = parts["train"]
+        if config.encoder_attention == "causal":
+            # The batch size counts targets, however many of them a history serves.
+            targets_per_row = min(TARGETS_PER_ROW, training_args.per_device_train_batch_size)
+            training_args.per_device_train_batch_size //= targets_per_row
+            rows = share_histories(rows, config.history_items, targets_per_row)
         trainer = OneRecPretrainer(
             model=model,
             tokenizer=tokenizer,
-            args=Seq2SeqTrainingArguments(
-                **{
-                    **TRAINING_DEFAULTS,
-                    "train_sampling_strategy": "group_by_length",
-                    "eval_strategy": "epoch" if holdout else "no",
-                    "seed": args.run.seed,
-                    **args.training.pretrain,
-                    "output_dir": str(folder / CHECKPOINTS),
-                }
-            ),
-            train_dataset=parts["train"],
+            args=training_args,
+            train_dataset=rows,
             eval_dataset=parts["test"] if holdout else None,
         )
         trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS))

@@ -20,9 +20,9 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
 from onerec_hf.evaluation import ranking_metrics
-from onerec_hf.pretraining import OneRecPretrainer, index_sessions
+from onerec_hf.pretraining import OneRecPretrainer, index_sessions, share_histories
 from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, prepared_data
-from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
+from onerec_hf.stages.pretrain import TARGETS_PER_ROW, TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 
@@ -67,11 +67,8 @@ def train(way: str, args, tokenizer: OneRecTokenizer, seconds: float):
     sessions = index_sessions(prepared_data(args, "history_encoding").read(PRETRAINING_SESSIONS), tokenizer)
     rows, options = sessions, dict(args.training.pretrain)
     if WAYS[way].get("encoder_attention") == "causal":
-        from onerec_hf.pretraining import share_histories
-
-        targets = 16
-        rows = share_histories(sessions, args.data.history_items, targets)
-        options["per_device_train_batch_size"] = options.get("per_device_train_batch_size", 8) // targets
+        rows = share_histories(sessions, args.data.history_items, TARGETS_PER_ROW)
+        options["per_device_train_batch_size"] = max(options["per_device_train_batch_size"] // TARGETS_PER_ROW, 1)
     lengths = {"history_items": args.data.history_items, "session_items": args.data.session_items}
     overrides = lengths | args.training.model | WAYS[way] | {"codebook_sizes": list(tokenizer.codebook_sizes)}
     model = OneRecForConditionalGeneration(OneRecConfig.from_preset(args.training.preset, **overrides))

@@ -237,7 +237,7 @@ def main():
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=7, help="Measured steps of every model.")
-    parser.add_argument("--dropout", type=float, default=0.0, help="Of all models that are compared.")
+    parser.add_argument("--dropout", type=float, default=0.1, help="Of all models that are compared.")
     parser.add_argument("--steps", type=int, default=12, help="Measured batches of every way of batching.")
     parser.add_argument("--parts", nargs="+", choices=["models", "batching"], default=["models", "batching"])
     parser.add_argument("--json", type=Path, help="File to write the figures to.")
