@@ -48,6 +48,8 @@ EXCHANGE_CLUSTERS = 2048
 # and no exchange will do.
 COARSE_IMPROVEMENT = 0.01
 COARSE_PASSES = 5
+# Of the last assignment.
+LAST_EXCHANGES = 8
 
 
 def as_points(x, name: str = "embeddings", device: torch.device | str | None = None) -> torch.Tensor:
@@ -185,6 +187,8 @@ class BalancedKMeans:
                 chosen = torch.randperm(num_points, generator=generator)[: PRICING_POINTS * num_clusters]
                 sample = x[chosen.to(x.device)]
             prices = x.new_zeros(num_clusters)
+        few_points = num_points <= EXCHANGE_POINTS * num_clusters
+        exchanges = self.assignment == "transport" and few_points and 1 < num_clusters <= EXCHANGE_CLUSTERS
         best_inertia, best, coarse = math.inf, None, True
         progress = tqdm(range(self.max_iterations), desc="k-means", disable=not self.show_progress, leave=False)
         num_iterations = 0
@@ -198,8 +202,7 @@ class BalancedKMeans:
                 passes = COARSE_PASSES if coarse else SINKHORN_PASSES
                 prices = self._prices(sample, centroids, prices, inertia and inertia / num_points, passes)
                 labels = self._round_by_regret(x, centroids, prices)
-                small = num_points <= EXCHANGE_POINTS * num_clusters and 1 < num_clusters <= EXCHANGE_CLUSTERS
-                if small and not coarse:
+                if exchanges and not coarse:
                     self._exchange(x, centroids, labels)
             sums, sizes = self._cluster_sums(x, labels)
             means = sums / sizes[:, None]
@@ -214,6 +217,12 @@ class BalancedKMeans:
             if not improved:
                 break
         centroids, self.labels = best
+        if exchanges:
+            for _ in range(LAST_EXCHANGES):
+                if not self._exchange(x, centroids, self.labels):
+                    break
+            sums, sizes = self._cluster_sums(x, self.labels)
+            centroids = (sums / sizes[:, None]).float()
         self.inertia = sum(
             float((part - centroids[labels]).square().sum(dtype=torch.float64))
             for part, labels in zip(x.split(PART_ROWS), self.labels.split(PART_ROWS), strict=True)
@@ -371,8 +380,10 @@ class BalancedKMeans:
             points = x[left]
         return labels
 
-    def _exchange(self, x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> None:
+    def _exchange(self, x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> bool:
         """Moves at most one point out of every cluster and into it, where all moves together gain most; in place.
+
+        Returns whether any point moved.
 
         The best set of disjoint cycles of clusters is an assignment problem between clusters, in which the gain of
         a pair is that of the point best moved from the one to the other.
@@ -401,6 +412,7 @@ class BalancedKMeans:
         moved = sources != targets
         sources, targets = sources[moved].to(x.device), targets[moved].to(x.device)
         labels[movers[sources, targets]] = targets
+        return len(sources) > 0
 
 
 def _row_parts(num_rows: int) -> Iterator[slice]:
