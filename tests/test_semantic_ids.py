@@ -6,12 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 
 from onerec_hf.semantic_ids import (
-    BalancedKMeans,
     ResidualQuantizer,
-    balanced_kmeans,
     load_quantizer,
     make_quantizer,
     quantization_report,
@@ -26,57 +23,6 @@ def clustered(num_points=600, dim=16, seed=0):
     centers = 2 * torch.randn(40, dim, generator=generator)
     labels = torch.multinomial(torch.rand(40, generator=generator) ** 3, num_points, True, generator=generator)
     return centers[labels] + torch.randn(num_points, dim, generator=generator)
-
-
-class TestBalancedKMeans:
-    @pytest.mark.parametrize("assignment", ["greedy", "transport"])
-    @pytest.mark.parametrize("num_points,num_clusters", [(600, 32), (100, 7), (5, 5), (9, 1), (11, 10)])
-    def test_sizes_differ_by_at_most_one(self, assignment, num_points, num_clusters):
-        kmeans = BalancedKMeans(num_clusters, assignment).fit(clustered(num_points))
-        sizes = torch.bincount(kmeans.labels, minlength=num_clusters)
-        assert sizes.sum() == num_points and sizes.max() - sizes.min() <= 1
-
-    def test_greedy_is_algorithm_1(self):
-        points = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0], [11.0]])
-        labels = BalancedKMeans(2, "greedy")._assign_greedy(points, torch.tensor([[10.0], [11.0]]))
-        assert labels.tolist() == [1, 1, 1, 0, 0, 0]
-
-    def test_transport_is_close_to_the_exact_assignment(self):
-        x = clustered()
-        kmeans = BalancedKMeans(30).fit(x)
-        cost = torch.cdist(x, kmeans.centroids).square()
-        rows, columns = linear_sum_assignment(cost.repeat_interleave(20, 1).numpy())
-        exact = cost.repeat_interleave(20, 1).numpy()[rows, columns].sum()
-        assert exact <= kmeans.inertia * (1 + 1e-4) and kmeans.inertia < 1.02 * exact
-        assert kmeans.inertia < BalancedKMeans(30, "greedy").fit(x).inertia
-
-    def test_same_seed_same_clusters_and_blocks_do_not_matter(self, monkeypatch):
-        x = clustered()
-        first = BalancedKMeans(20, seed=3).fit(x)
-        again = BalancedKMeans(20, seed=3).fit(x)
-        assert torch.equal(first.centroids, again.centroids) and torch.equal(first.labels, again.labels)
-        assert not torch.equal(first.labels, BalancedKMeans(20, seed=4).fit(x).labels)
-        monkeypatch.setattr(balanced_kmeans, "BLOCK_NUMBERS", 700)
-        monkeypatch.setattr(balanced_kmeans, "KEPT_NUMBERS", 0)
-        in_blocks = BalancedKMeans(20, seed=3).fit(x)
-        assert in_blocks.inertia == pytest.approx(first.inertia, rel=0.02)
-
-    def test_data_far_from_the_origin(self):
-        x = clustered()
-        near, far = BalancedKMeans(20).fit(x), BalancedKMeans(20).fit(x + 1000)
-        assert far.inertia == pytest.approx(near.inertia, rel=0.02)
-
-    def test_equal_points(self):
-        kmeans = BalancedKMeans(3).fit(torch.ones(7, 2))
-        assert kmeans.inertia == 0 and torch.bincount(kmeans.labels).tolist() == [3, 2, 2]
-
-    def test_bad_input(self):
-        with pytest.raises(ValueError, match="6 clusters but only 5 points"):
-            BalancedKMeans(6).fit(torch.randn(5, 2))
-        x = torch.randn(5, 2)
-        x[3, 1] = float("nan")
-        with pytest.raises(ValueError, match="row 3 holds NaN"):
-            BalancedKMeans(2).fit(x)
 
 
 class TestResidualQuantizer:

@@ -40,8 +40,14 @@ SINKHORN_PASSES = 15
 LOAD_TOLERANCE = 0.02
 # One pass changes a load at most by this factor, so that the prices of clusters that nothing is near to stay finite.
 LARGEST_STEP = 10.0
-# Exchange solves an assignment problem between all clusters, which takes seconds beyond this many.
+# Exchange moves one point per cluster: it is left out where a cluster has more points than this, and where the
+# assignment problem between all clusters that it solves would take seconds.
+EXCHANGE_POINTS = 100
 EXCHANGE_CLUSTERS = 2048
+# While an iteration lowers the inertia by more than this share, the centroids are far from their places: fewer passes
+# and no exchange will do.
+COARSE_IMPROVEMENT = 0.01
+COARSE_PASSES = 5
 
 
 def as_points(x, name: str = "embeddings", device: torch.device | str | None = None) -> torch.Tensor:
@@ -66,8 +72,10 @@ def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 
 class _Scores:
-    """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster: `scores[rows]`
-    is a matrix [rows, K] that is valid until the next one is asked for."""
+    """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster.
+
+    `scores[rows]` is a matrix [rows, K] that is valid until the next one is asked for.
+    """
 
     def __init__(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None):
         self.x = x
@@ -133,7 +141,7 @@ class BalancedKMeans:
         num_clusters: int,
         assignment: str = "transport",
         max_iterations: int = 50,
-        tolerance: float = 3e-4,
+        tolerance: float = 1e-3,
         seed: int = 0,
         show_progress: bool = False,
         distributed: bool = False,
@@ -177,23 +185,30 @@ class BalancedKMeans:
                 chosen = torch.randperm(num_points, generator=generator)[: PRICING_POINTS * num_clusters]
                 sample = x[chosen.to(x.device)]
             prices = x.new_zeros(num_clusters)
-        best_inertia, best = math.inf, None
+        best_inertia, best, coarse = math.inf, None, True
         progress = tqdm(range(self.max_iterations), desc="k-means", disable=not self.show_progress, leave=False)
-        for iteration in progress:
+        num_iterations = 0
+        for _ in progress:
+            num_iterations += 1
             if self.assignment == "greedy":
                 labels = self._assign_greedy(x, centroids)
             elif self.assignment == "nearest":
                 labels = self._assign_nearest(x, centroids)
             else:
-                prices = self._prices(sample, centroids, prices, inertia and inertia / num_points)
-                labels = self._assign_transport(x, centroids, prices)
+                passes = COARSE_PASSES if coarse else SINKHORN_PASSES
+                prices = self._prices(sample, centroids, prices, inertia and inertia / num_points, passes)
+                labels = self._round_by_regret(x, centroids, prices)
+                small = num_points <= EXCHANGE_POINTS * num_clusters and 1 < num_clusters <= EXCHANGE_CLUSTERS
+                if small and not coarse:
+                    self._exchange(x, centroids, labels)
             sums, sizes = self._cluster_sums(x, labels)
             means = sums / sizes[:, None]
             centroids = means.float()
             # Sum of |x - mean|^2; a pass over the points is saved.
             inertia = max(0.0, total - float((means.square().sum(1) * sizes).sum()))
             progress.set_postfix(inertia=f"{inertia:.4g}")
-            improved = inertia < best_inertia * (1 - self.tolerance)
+            improved = inertia < best_inertia * (1 - self.tolerance) or coarse
+            coarse = coarse and inertia < best_inertia * (1 - COARSE_IMPROVEMENT)
             if best is None or inertia < best_inertia:
                 best_inertia, best = inertia, (centroids, labels)
             if not improved:
@@ -203,7 +218,7 @@ class BalancedKMeans:
             float((part - centroids[labels]).square().sum(dtype=torch.float64))
             for part, labels in zip(x.split(PART_ROWS), self.labels.split(PART_ROWS), strict=True)
         )
-        self.centroids, self.num_iterations = centroids + center, iteration + 1
+        self.centroids, self.num_iterations = centroids + center, num_iterations
         return self
 
     def predict(self, x) -> torch.Tensor:
@@ -272,14 +287,14 @@ class BalancedKMeans:
         return labels
 
     def _prices(
-        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, scale: float | None
+        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, scale: float | None, passes: int
     ) -> torch.Tensor:
         """Prices [K] at which the points spread evenly; `scale`: mean squared distance to the own centroid.
 
         The prices given are the start; without a scale it is taken from the nearest centroids, and the start is cold.
         """
         if scale is not None:
-            return self._sinkhorn(x, centroids, prices, TEMPERATURE * scale)
+            return self._sinkhorn(x, centroids, prices, TEMPERATURE * scale, passes)
         scores = _Scores(x, centroids)
         nearest = x.new_zeros(len(x))
 
@@ -289,11 +304,11 @@ class BalancedKMeans:
         self._over_ranks(scores.blocks(), work, nearest)
         scale = max(0.0, float((nearest + x.square().sum(1)).mean()))
         for multiple in (*COOLING, 1.0):
-            prices = self._sinkhorn(x, centroids, prices, multiple * TEMPERATURE * scale)
+            prices = self._sinkhorn(x, centroids, prices, multiple * TEMPERATURE * scale, SINKHORN_PASSES)
         return prices
 
     def _sinkhorn(
-        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, temperature: float
+        self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, temperature: float, passes: int
     ) -> torch.Tensor:
         if temperature == 0:  # every point is a centroid
             return prices
@@ -311,7 +326,7 @@ class BalancedKMeans:
             return values
 
         scaling = torch.ones_like(prices)
-        for _ in range(SINKHORN_PASSES):
+        for _ in range(passes):
             loads = x.new_zeros(len(blocks), self.num_clusters)
 
             def work(index: int, _: slice, scaling=scaling, loads=loads) -> None:
@@ -325,12 +340,6 @@ class BalancedKMeans:
                 break
         prices = prices - temperature * scaling.log()
         return prices - prices.mean()
-
-    def _assign_transport(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
-        labels = self._round_by_regret(x, centroids, prices)
-        if 1 < self.num_clusters <= EXCHANGE_CLUSTERS:
-            self._exchange(x, centroids, labels)
-        return labels
 
     def _round_by_regret(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
         """Every point asks for its cheapest open cluster; a full one keeps those that would lose most elsewhere."""
