@@ -50,8 +50,9 @@ class ModelConformanceTests:
         config = self.make_config(note="kept")
         config.save_pretrained(tmp_path)
         for loaded in (type(config).from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
-            assert type(loaded) is type(config) and loaded.to_dict() == config.to_dict()
-        assert config.note == "kept"
+            assert type(loaded) is type(config) and loaded.note == "kept"
+            # Where it was loaded from is the one thing that may differ.
+            assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
 
     def test_weights_round_trip_in_shards(self, tmp_path):
         model = self.make_model()
@@ -74,10 +75,10 @@ class ModelConformanceTests:
             other = loaded.state_dict()[name]
             assert other.device.type == "cpu" and other.isfinite().all()
             # Two draws of the same distribution: constants are equal, the rest has the same spread.
-            if tensor.numel() > 256 and tensor.std() > 0:
-                assert other.std() / tensor.std() == pytest.approx(1, abs=0.3), name
-            elif not tensor.std() > 0:
+            if (tensor == tensor.flatten()[0]).all():
                 assert torch.equal(other, tensor), name
+            elif tensor.numel() > 256:
+                assert other.std() / tensor.std() == pytest.approx(1, abs=0.3), name
 
     def test_resized_embeddings_keep_the_old_rows_and_the_outputs(self):
         model = self.make_model()
