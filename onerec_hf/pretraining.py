@@ -19,6 +19,7 @@ from .modeling_onerec import OneRecForConditionalGeneration
 from .tokenization_onerec import OneRecTokenizer
 
 CHECKPOINT_COMPLETE = "checkpoint_complete"
+CPU_EXPERTS = "eager"  # the fastest of transformers' experts implementations to train with on a CPU
 
 
 def catalogue_index_lists(column: pa.ChunkedArray, item_index: Callable[[pd.Series], np.ndarray]) -> pa.Array:
@@ -223,6 +224,8 @@ class OneRecPretrainer(Seq2SeqTrainer):
     """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step."""
 
     def __init__(self, model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, args, **kwargs):
+        if args.use_cpu:
+            model.set_experts_implementation(CPU_EXPERTS)
         self.expert_balance = ExpertBalanceCallback()
         callbacks = [self.expert_balance, CheckpointCompleteCallback(), *kwargs.pop("callbacks", [])]
         super().__init__(

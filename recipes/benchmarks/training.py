@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
-from onerec_hf.pretraining import SessionCollator, index_sessions, share_histories
+from onerec_hf.pretraining import CPU_EXPERTS, SessionCollator, index_sessions, share_histories
 
 CODEBOOKS = [256, 256, 256]
 HIDDEN, HEADS, LAYERS, DENSE, EXPERTS, ACTIVE = 256, 8, 4, 1024, 8, 2
@@ -41,7 +41,10 @@ def onerec(**overrides) -> OneRecForConditionalGeneration:
     sizes = {"intermediate_size": DENSE, "num_experts": EXPERTS, "num_experts_per_tok": ACTIVE}
     lengths = {"history_items": HISTORY, "session_items": SESSION, "codebook_sizes": CODEBOOKS}
     expert = {"moe_intermediate_size": DENSE // ACTIVE}  # a token passes through as much as in the dense models
-    return OneRecForConditionalGeneration(OneRecConfig(**SHARED | sizes | lengths | expert | overrides))
+    model = OneRecForConditionalGeneration(OneRecConfig(**SHARED | sizes | lengths | expert | overrides))
+    if DEVICE.type == "cpu":
+        model.set_experts_implementation(CPU_EXPERTS)
+    return model
 
 
 def peers(dropout: float) -> dict[str, torch.nn.Module]:
@@ -53,8 +56,10 @@ def peers(dropout: float) -> dict[str, torch.nn.Module]:
     # One of half as many experts that are twice as large; two matrices each 1.5 times as wide for our gated three.
     sparse = {"num_experts": EXPERTS // ACTIVE, "d_ff": DENSE * 3 // 2, "expert_capacity": 64}
     sparse |= {"num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": LAYERS}
+    switch = SwitchTransformersConfig(**common | sparse)
+    switch.encoder_sparse_step = 0  # without sparse layers asked for, the configuration leaves one of them
     return {
-        "SwitchTransformers": SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**common | sparse)),
+        "SwitchTransformers": SwitchTransformersForConditionalGeneration(switch),
         "T5, dense": T5ForConditionalGeneration(T5Config(**common, d_ff=DENSE, feed_forward_proj="gated-silu")),
     }
 
