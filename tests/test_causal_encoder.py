@@ -111,7 +111,7 @@ def test_generation_is_the_loss_of_the_same_model(tokenizer):
     model = causal_model(tokenizer)
     trie = ItemTrie(tokenizer.codes, tokenizer.codebook_sizes)
     encoded = tokenizer.encode_histories([[3, 1, 4]])
-    found = generate_sessions(model, trie, **encoded, num_items=1, num_beams=ITEMS)
+    found = generate_sessions(model, trie, **encoded, num_items=1, num_beams=ITEMS, normalization="vocabulary")
     best = int(found.items[0, 0, 0])
     shared = {"rows": [{"history": [3, 1, 4, best], "sessions": [[best], [0]], "prefixes": [3, 4]}]}
     batch = SessionCollator(tokenizer, model)([shared])

@@ -182,7 +182,7 @@ def test_generate_recommend_and_reload(tokenizer, positions, tmp_path):
     ]
     for row in rows:
         row.pop("history")
-    by_id = recommend_items(model, tokenizer, rows, top_k=4, exclude_seen=False)
+    by_id = recommend_items(model, tokenizer, rows, top_k=4, exclude_seen=False, normalization="vocabulary")
     assert [user["items"] for user in by_id] == [tokenizer.item_ids[row].tolist() for row in found.items[..., 0]]
     with pytest.raises(ValueError, match="row 0 has no 'history_feedback'"):
         recommend_items(model, tokenizer, [["w"]], top_k=1)

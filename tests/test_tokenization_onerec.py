@@ -1,5 +1,6 @@
 import copy
 import gc
+import itertools
 import json
 import os
 import pickle
@@ -252,9 +253,12 @@ class TestChangingCatalogue:
 
     def test_codes_of_new_items(self):
         tokenizer = fitted(range(100, 130))
-        nearest = tokenizer.quantizer.encode(points(3, seed=9))
-        assert (tokenizer.codes_to_index(nearest) < 0).all()
-        assert tokenizer.add_items([7, 8, 9], points(3, seed=9)).tolist() == [30, 31, 32]
+        # The first ones whose nearest codes nobody has.
+        for seed in itertools.count(9):
+            nearest = tokenizer.quantizer.encode(points(3, seed=seed))
+            if (tokenizer.codes_to_index(nearest) < 0).all() and len(np.unique(nearest, axis=0)) == 3:
+                break
+        assert tokenizer.add_items([7, 8, 9], points(3, seed=seed)).tolist() == [30, 31, 32]
         assert np.array_equal(tokenizer.codes[30:], nearest)
         assert tokenizer.add_items([], torch.empty(0, 4)).tolist() == []
         batch = tokenizer.encode_histories([[9, 100]])

@@ -329,7 +329,7 @@ class BalancedKMeans:
             if index in kept:
                 return kept[index]
             values = scores[blocks[index]]
-            values = values.sub_(values.amin(1, keepdim=True)).mul_(-1 / temperature).exp_()
+            values = values.sub_(values.amin(1, keepdim=True)).mul_(-1 / temperature).clamp_(min=-60).exp_()
             if len(x) * self.num_clusters <= KEPT_NUMBERS:
                 kept[index] = values = values.clone()
             return values

@@ -43,6 +43,7 @@ TRAINING = {
     "threads": 1,
     "holdout_sessions": 0,
     "pretrain": {
+        "max_steps": 320,
         "per_device_train_batch_size": 256,
         "learning_rate": 2.0e-3,
         "warmup_steps": 0.05,
@@ -52,7 +53,6 @@ TRAINING = {
         "save_strategy": "no",
     },
 }
-EPOCHS = {"kuairand": 1, "amazon_beauty": 2}
 NUM_BEAMS = 20
 MAX_USERS = 5000  # evaluated, of each data set
 COLUMNS = {
@@ -95,7 +95,6 @@ def finished_cells(output_dir: str | Path) -> list[dict[str, Any]]:
 def recipe_arguments(data_set: str, data_dir: str, folder: Path, options: dict[str, Any]) -> RecipeArguments:
     """Arguments of the data set's own recipe with the comparison's training."""
     options = TRAINING | options
-    options["pretrain"] = TRAINING["pretrain"] | {"num_train_epochs": EPOCHS[data_set]}
     flags = [
         "--config",
         str(RECIPES / data_set / "pipeline.yaml"),
