@@ -32,7 +32,7 @@ PRICING_POINTS = 128
 # computed again in every pass.
 KEPT_NUMBERS = 2**27
 # Temperature of the Sinkhorn iterations, as a share of the points' mean squared distance to the own centroid.
-TEMPERATURE = 0.05
+TEMPERATURE = 0.1
 # The first iteration has no warm prices: it starts at these multiples of the temperature.
 COOLING = (4.0, 2.0)
 SINKHORN_PASSES = 15
@@ -143,7 +143,7 @@ class BalancedKMeans:
         num_clusters: int,
         assignment: str = "transport",
         max_iterations: int = 50,
-        tolerance: float = 1e-3,
+        tolerance: float = 3e-3,
         seed: int = 0,
         show_progress: bool = False,
         distributed: bool = False,
