@@ -32,10 +32,10 @@ PRICING_POINTS = 128
 # computed again in every pass.
 KEPT_NUMBERS = 2**27
 # Temperature of the Sinkhorn iterations, as a share of the points' mean squared distance to the own centroid.
-TEMPERATURE = 0.1
+TEMPERATURE = 0.2
 # The first iteration has no warm prices: it starts at these multiples of the temperature.
 COOLING = (4.0, 2.0)
-SINKHORN_PASSES = 15
+SINKHORN_PASSES = 8
 # Prices are good enough when the mean deviation of the clusters' loads falls below this share of a load.
 LOAD_TOLERANCE = 0.02
 # One pass changes a load at most by this factor, so that the prices of clusters that nothing is near to stay finite.
