@@ -36,7 +36,8 @@ class ItemTrie(nn.Module):
         if self.num_levels != len(self.codebook_sizes):
             raise ValueError(f"codes have {self.num_levels} levels, codebook_sizes {len(self.codebook_sizes)}.")
         for level, size in enumerate(self.codebook_sizes):
-            outside = ((codes[:, level] < 0) | (codes[:, level] >= size)).nonzero()
+            level_codes = codes[:, level].long()  # a byte holds every code of a level of 256, but not its size
+            outside = ((level_codes < 0) | (level_codes >= size)).nonzero()
             if len(outside):
                 row = int(outside[0])
                 raise ValueError(

@@ -56,6 +56,12 @@ def test_available_children_are_those_that_an_allowed_unused_item_follows(catalo
             assert given_items == [item for item in left if codes[item].tolist() == first]
 
 
+def test_codes_of_one_byte():
+    codes = torch.tensor([[255, 1], [37, 0], [255, 0]], dtype=torch.uint8)
+    trie = ItemTrie(codes, (256, 2))
+    assert trie.order.tolist() == [1, 2, 0] and int(trie.walk(torch.tensor([[255, 1]]))) == 2
+
+
 def test_a_prefix_of_no_item_leads_nowhere():
     trie = ItemTrie(torch.tensor([[0, 1, 2], [2, 0, 1], [2, 0, 2]]), SIZES)
     prefixes = torch.tensor([[0, 1], [0, 0], [1, 0], [2, 0]])
