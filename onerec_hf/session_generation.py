@@ -595,7 +595,7 @@ def excluded_items(histories: list[np.ndarray], device: torch.device) -> torch.L
 class Recommender:
     """Recommends to users from their histories of item ids; keeps the trie on the model's device between calls.
 
-    The trie is that of the tokenizer as it is now: after items are added or removed, make another one.
+    Items that the tokenizer adds or removes are added or removed here at the next call.
 
     Args:
         model ([`OneRecForConditionalGeneration`]): The trained generator.
@@ -604,7 +604,11 @@ class Recommender:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.trie = ItemTrie.from_tokenizer(tokenizer).to(model.device)
+        self._build_trie()
+
+    def _build_trie(self):
+        self.catalogue = self.tokenizer.semantic_id_fingerprint
+        self.trie = ItemTrie.from_tokenizer(self.tokenizer).to(self.model.device)
 
     def __call__(
         self,
@@ -652,9 +656,10 @@ class Recommender:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
         if search == "sample":
             raise ValueError("Independent samples make no ranked list: draw without repeats by 'stochastic_beam'.")
-        model, trie = self.model, self.trie
-        if trie.order.device != model.device:
-            trie = self.trie = trie.to(model.device)
+        model = self.model
+        if self.catalogue != self.tokenizer.semantic_id_fingerprint:  # items were added or removed
+            self._build_trie()
+        trie = self.trie = self.trie.to(model.device)
         num_beams = model.generation_config.num_beams if num_beams is None else num_beams
         num_beams = min(max(num_beams, top_k), trie.num_positions)
         generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)

@@ -283,8 +283,12 @@ def test_recommends_item_ids_without_repeats_or_seen_items(strings, tmp_path):
     drawn = recommender(histories, top_k=5, search="stochastic_beam", seed=3)
     assert drawn == recommender(histories, top_k=5, search="stochastic_beam", seed=3)
     assert all(len(set(result["items"])) == 5 for result in drawn)
-    with pytest.raises(ValueError, match="not in the catalogue"):
-        recommender([["nobody" if strings else -7]])
+    with pytest.raises(ValueError, match=r"histories\[1\] holds item id .* not in the catalogue"):
+        recommender([[], ["nobody" if strings else -7]])
+    assert recommender([[ids[0], "nobody" if strings else -7]], unknown="skip") == recommender([ids[:1]])
+    tokenizer.remove_items(ids[8:])
+    assert sorted(recommender([[]], top_k=30)[0]["items"]) == sorted(ids[:8])
+    tokenizer.restore_items(ids[8:])
 
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
