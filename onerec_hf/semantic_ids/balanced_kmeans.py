@@ -27,7 +27,7 @@ PART_ROWS = 2**16
 # K-means++ draws its seeds from at most this many random points per cluster ...
 SEEDING_POINTS = 32
 # ... and prices are found on at most this many; all points are assigned by them.
-PRICING_POINTS = 128
+PRICING_POINTS = 32
 # The Sinkhorn kernel of the pricing points is kept while it has at most this many numbers (512 MB); a larger one is
 # computed again in every pass.
 KEPT_NUMBERS = 2**27
@@ -35,7 +35,7 @@ KEPT_NUMBERS = 2**27
 TEMPERATURE = 0.2
 # The first iteration has no warm prices: it starts at these multiples of the temperature.
 COOLING = (4.0, 2.0)
-SINKHORN_PASSES = 8
+SINKHORN_PASSES = 6
 # Prices are good enough when the mean deviation of the clusters' loads falls below this share of a load.
 LOAD_TOLERANCE = 0.02
 # One pass changes a load at most by this factor, so that the prices of clusters that nothing is near to stay finite.
