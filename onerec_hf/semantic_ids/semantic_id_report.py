@@ -89,7 +89,8 @@ def item_map_figure(embeddings, first_codes: np.ndarray, max_items: int = MAP_IT
     axis.set_yticks([])
     axis.grid(visible=False)
     axis.set_xlabel(f"t-SNE of {len(x):,} of {len(first_codes):,} items", fontsize=9, color=MUTED)
-    set_title(axis, f"Items of {len(shown)} of the {len(np.unique(first_codes))} first codes, others grey")
+    used = len(np.unique(first_codes))
+    set_title(axis, "Items" if used == len(shown) else f"Items of {len(shown)} of the {used} first codes, others grey")
     return figure
 
 
