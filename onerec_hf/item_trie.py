@@ -77,7 +77,7 @@ class ItemTrie(nn.Module):
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "ItemTrie":
         """The trie of a tokenizer's catalogue, without the items that have been removed from it."""
-        return cls(tokenizer.codes, tokenizer.codebook_sizes, getattr(tokenizer, "removed", None))
+        return cls(tokenizer.codes, tokenizer.codebook_sizes, tokenizer.removed)
 
     @property
     def num_positions(self) -> int:
@@ -236,7 +236,7 @@ class ItemConstraint:
 
         Args:
             nodes (`torch.LongTensor` of shape `(batch, beams)`): Nodes of the level before.
-            children, exists (of shape `(batch, beams, fan-out)`): Their [`ItemTrie.children`].
+            children, exists (of shape `(batch, beams, fan-out)`): Their [`ItemTrie.child_nodes`].
             used (`torch.LongTensor` of shape `(batch, beams, items)`): Positions of a beam's items.
         """
         return self._count(nodes, children, exists, level, used) > 0

@@ -109,7 +109,7 @@ def train(way: str, args, tokenizer: OneRecTokenizer, seconds: float):
 def ranking(model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, cases, beams: int) -> dict[str, float]:
     """Each user's next item in the full catalogue, the history's items left out."""
     model.eval()
-    trie = ItemTrie(tokenizer.codes, tokenizer.codebook_sizes)
+    trie = ItemTrie.from_tokenizer(tokenizer)
     histories = [np.asarray(history) for history in cases["history"][:]]
     order = np.argsort([len(history) for history in histories], kind="stable")
     ranked = np.full((len(histories), RANKED), -1)
