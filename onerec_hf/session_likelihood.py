@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .item_trie import ItemConstraint, ItemTrie
-from .session_generation import NORMALIZATIONS, code_log_probs
+from .session_generation import NORMALIZATIONS, CodeScores
 
 
 @torch.no_grad()
@@ -70,6 +70,7 @@ def session_log_probs(
         encoder_attention_mask=encoder.position_mask(attention_mask),
         use_cache=False,
     ).last_hidden_state.view(batch, candidates, -1, config.hidden_size)
+    code_scores = CodeScores(model, normalization)
     constraint = ItemConstraint(trie, batch, excluded, allowed)
     log_probs = torch.zeros(batch, candidates, device=device)
     for item in range(num_items):
@@ -79,14 +80,8 @@ def session_log_probs(
             children, exists = trie.child_nodes(node, level)
             available = constraint.available(node, children, exists, level, used)
             node = nodes[..., item, level]
-            step = code_log_probs(
-                model,
-                hidden_states[:, :, item * config.tokens_per_item + level],
-                level,
-                trie.codes(children, level),
-                available,
-                normalization,
-            )
+            logits = code_scores.logits(hidden_states[:, :, item * config.tokens_per_item + level], level)
+            step = code_scores.log_probs(logits, trie.codes(children, level), available)
             taken = (children == node[..., None]) & exists
             step = step.masked_fill(~taken, -torch.inf).amax(-1)
             log_probs += step.masked_fill(~there[..., item], 0.0)
