@@ -163,9 +163,7 @@ def sample_preferences(
     """
     options, state = options or PreferenceSampling(), PartialState()
     if state.num_processes > 1 and parts_dir is None:
-        raise ValueError(
-            "Several processes exchange pairs through files: give parts_dir, which all of them see."
-        )
+        raise ValueError("Several processes exchange pairs through files: give parts_dir, which all of them see.")
     count = min(len(dataset), max(1, round(options.sample_share * len(dataset))))
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     kept = ["user_id", "history", *(name for name in HISTORY_FEATURES if name in dataset.column_names)]
