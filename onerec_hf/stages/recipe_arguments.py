@@ -42,6 +42,9 @@ class RunArguments:
     hub_reward_model_id: str | None = field(
         default=None, metadata={"help": "Repository for the reward model, beside hub_model_id."}
     )
+    hub_preferences_id: str | None = field(
+        default=None, metadata={"help": "Data set repository that sample_preferences pushes its pairs to."}
+    )
     threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads of each process. Default: the available cores, shared by the processes."},
@@ -115,17 +118,50 @@ class TrainingStagesArguments:
     )
     align_rounds: int = field(default=2, metadata={"help": "Rounds of preference alignment (epochs, Algorithm 2)."})
     r_dpo: float = field(default=0.01, metadata={"help": "Share of users with a pair per round (the paper: 0.01)."})
-    num_candidates: int = field(default=128, metadata={"help": "N, sessions drawn by beam per user (128)."})
+    num_candidates: int = field(default=128, metadata={"help": "N, sessions drawn per user (the paper: 128)."})
     min_reward_margin: float = field(
-        default=0.0, metadata={"help": "Pairs whose rewards differ by no more than this are dropped."}
+        default=0.0, metadata={"help": "Pairs whose rewards differ by less than this are dropped."}
+    )
+    preferences: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Further PreferenceSampling fields: search, temperature, winner_quantile, num_rejected, ..."
+        },
+    )
+    sample_model: str | None = field(
+        default=None,
+        metadata={"help": "For sample_preferences: checkpoint folder or Hub repository. Default: the seed model."},
     )
     align: dict[str, Any] | str | None = field(default=None, metadata={"help": "OneRecDPOConfig fields."})
+    align_reference: str = field(
+        default="previous",
+        metadata={"help": "Reference of a round: previous, the snapshot it starts from, or sft, the seed model."},
+    )
+    align_lora: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "LoraConfig fields; a round trains an adapter and merges it. Default: all weights."},
+    )
+    align_holdout: int = field(
+        default=512, metadata={"help": "Sessions, of those held out of pretraining, that rounds are checked on."}
+    )
+    max_recall_drop: float = field(
+        default=0.1,
+        metadata={
+            "help": "Alignment ends before the round after which held-out Recall@10 is lower than the seed model's "
+            "by more than this share."
+        },
+    )
 
     def __post_init__(self):
-        for name in ("model", "pretrain", "reward_model", "judge_model", "reward", "align"):
+        models = ("model", "pretrain", "reward_model", "judge_model", "reward")
+        for name in (*models, "preferences", "align", "align_lora"):
             setattr(self, name, _as_dict(getattr(self, name), name))
         if not 0 < self.r_dpo <= 1:
             raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
+        if self.align_reference not in ("previous", "sft"):
+            raise ValueError(f"align_reference must be 'previous' or 'sft', got {self.align_reference!r}.")
+        if not 0 <= self.max_recall_drop <= 1:
+            raise ValueError(f"max_recall_drop must lie in [0, 1], got {self.max_recall_drop}.")
 
 
 @dataclass
