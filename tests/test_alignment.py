@@ -13,7 +13,7 @@ from onerec_hf.configuration_onerec import OneRecConfig
 from onerec_hf.item_trie import ItemTrie
 from onerec_hf.modeling_onerec import OneRecForConditionalGeneration
 from onerec_hf.pretraining import SessionCollator
-from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel
+from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer
 from onerec_hf.session_generation import excluded_items, generate_sessions
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -70,10 +70,9 @@ class FirstCodeReward(OneRecRewardModel):
 
 
 @pytest.fixture(scope="module")
-def judge() -> FirstCodeReward:
-    return FirstCodeReward(
-        OneRecRewardConfig(codebook_sizes=CODEBOOK_SIZES, hidden_size=8, num_attention_heads=1, session_items=2)
-    )
+def judge(tokenizer) -> SessionScorer:
+    config = OneRecRewardConfig(codebook_sizes=CODEBOOK_SIZES, hidden_size=8, num_attention_heads=1, session_items=2)
+    return SessionScorer(FirstCodeReward(config), tokenizer)
 
 
 class TestSampler:

@@ -24,7 +24,7 @@ from onerec_hf.model_cards import (
     save_model_card,
     tokenizer_card,
 )
-from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, score_sessions
+from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer
 
 RANKING = {"recall@5": 0.25, "recall@10": 0.5, "ndcg@5": 0.2, "ndcg@10": 0.3, "coverage": 0.75}
 JUDGE = {"reward_mean": 1.0, "reward_max": 1.5, "swt_mean": 0.4, "swt_max": 0.6}
@@ -159,7 +159,7 @@ import json, re, sys
 import torch
 import onerec_hf
 from huggingface_hub import ModelCard
-from onerec_hf.reward import score_sessions
+from onerec_hf.reward import SessionScorer
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
 
 history = json.loads(sys.argv[1])
@@ -169,8 +169,8 @@ for repo in ("tester/model", "tester/plain"):
     results[repo] = onerec_hf.recommend(model, tokenizer, [history], top_k=4)[0]
 sessions = torch.arange(5)[None, None]
 for repo in ("tester/reward", "tester/plain-reward"):
-    reward_model = AutoModel.from_pretrained(repo)
-    scores = score_sessions(reward_model, tokenizer.item_token_ids, [tokenizer.item_index(history)], sessions)
+    scorer = SessionScorer(AutoModel.from_pretrained(repo), tokenizer)
+    scores = scorer.score([{"history": tokenizer.item_index(history)}], sessions)
     results[repo] = scores.reward.item()
 for repo in ("tester/model", "tester/reward"):
     (block,) = re.findall(r"^```python\\n(.*?)^```$", ModelCard.load(repo).text, re.DOTALL | re.MULTILINE)
@@ -216,10 +216,8 @@ def test_a_run_is_pushed_and_loads_by_repository_id_in_another_process(run_direc
     model = AutoModelForSeq2SeqLM.from_pretrained(run_directory / "model")
     tokenizer = onerec_hf.OneRecTokenizer.from_pretrained(run_directory / "model")
     expected = onerec_hf.recommend(model, tokenizer, [HISTORY], top_k=4)[0]
-    reward_model = OneRecRewardModel.from_pretrained(run_directory / "reward_model")
-    scores = score_sessions(
-        reward_model, tokenizer.item_token_ids, [tokenizer.item_index(HISTORY)], torch.arange(5)[None, None]
-    )
+    scorer = SessionScorer(OneRecRewardModel.from_pretrained(run_directory / "reward_model"), tokenizer)
+    scores = scorer.score([{"history": tokenizer.item_index(HISTORY)}], torch.arange(5)[None, None])
     for repo in ("tester/model", "tester/plain"):
         assert results[repo]["items"] == expected["items"] and results[repo]["session"] == expected["session"]
         assert results[repo]["scores"] == pytest.approx(expected["scores"], rel=1e-5)

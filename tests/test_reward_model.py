@@ -14,13 +14,14 @@ from onerec_hf.reward import (
     OneRecRewardModel,
     OneRecRewardTrainer,
     RewardCollator,
+    SessionScorer,
     item_code_ids,
     label_means,
     objective_metrics,
     reward_metrics,
-    score_sessions,
     user_half,
 )
+from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 CODEBOOK_SIZES = [4, 4, 4]
 
@@ -67,11 +68,16 @@ def tiny_model(**overrides) -> OneRecRewardModel:
 
 
 @pytest.fixture(scope="module")
-def item_token_ids() -> torch.LongTensor:
-    """Code token ids of 40 items with distinct codes."""
-    items = torch.randperm(64, generator=torch.Generator().manual_seed(1))[:40]
-    codes = torch.stack([items // 16, items // 4 % 4, items % 4], dim=1)
-    return codes + torch.tensor([5, 9, 13])
+def tokenizer() -> OneRecTokenizer:
+    """40 items with distinct codes."""
+    items = np.random.default_rng(1).permutation(64)[:40]
+    codes = np.stack([items // 16, items // 4 % 4, items % 4], axis=1)
+    return OneRecTokenizer.from_semantic_ids(np.arange(100, 140), codes, codebook_sizes=CODEBOOK_SIZES)
+
+
+@pytest.fixture(scope="module")
+def item_token_ids(tokenizer) -> torch.LongTensor:
+    return tokenizer.item_token_ids
 
 
 def random_batch(item_token_ids, users=3, candidates=4, history=6, session=5):
@@ -274,22 +280,37 @@ class TestTraining:
 
 
 class TestScoring:
-    def test_scores_in_batches_and_blanks_empty_sessions(self, item_token_ids):
-        model = tiny_model().train()
+    def test_scores_in_batches_and_blanks_empty_sessions(self, tokenizer, item_token_ids):
+        model = tiny_model(objective_weights=[1.0, 0.5, 0.0, 2.0]).train()
         rng = np.random.default_rng(0)
-        histories = [rng.choice(40, length).tolist() for length in (12, 0, 3, 5)]
+        rows = [{"history": rng.choice(40, length).tolist()} for length in (12, 0, 3, 5)]
         sessions = torch.from_numpy(rng.choice(40, (4, 3, 5)))
         sessions[2, 1] = -1
-        scores = score_sessions(model, item_token_ids, histories, sessions, batch_size=3)
+        scorer = SessionScorer(model, tokenizer)
+        scores = scorer.score(rows, sessions, batch_size=3)
         assert model.training
         model.eval()
         for user in range(4):
-            history_ids = item_code_ids([histories[user][-8:]], item_token_ids)
+            history_ids = item_code_ids([rows[user]["history"][-8:]], item_token_ids)
             expected = model(history_ids, item_token_ids[sessions[user]][None]).reward[0]
             real = torch.tensor([True, user != 2, True])
             torch.testing.assert_close(scores.reward[user][real], expected[real])
+            torch.testing.assert_close(scorer.scalar(scores.probabilities[user][real]), expected[real])
             assert scores.reward[user].isnan().tolist() == (~real).tolist()
 
-    def test_wrong_catalogue_is_an_error(self, item_token_ids):
+    def test_save_and_load(self, tokenizer, tmp_path):
+        scorer = SessionScorer(tiny_model(), tokenizer)
+        scorer.model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        rows, sessions = [{"history": [1, 2]}], torch.arange(10).view(1, 2, 5)
+        loaded = SessionScorer.from_pretrained(tmp_path, device="cpu")
+        assert loaded.objectives == OBJECTIVES
+        assert torch.equal(loaded.score(rows, sessions).reward, scorer.score(rows, sessions).reward)
+        assert loaded.score([], sessions[:0]).probabilities.shape == (0, 2, 4)
+
+    def test_wrong_input_is_an_error(self, tokenizer):
+        scorer = SessionScorer(tiny_model(), tokenizer)
         with pytest.raises(ValueError, match="0..39"):
-            score_sessions(tiny_model(), item_token_ids, [[40]], torch.zeros(1, 1, 5, dtype=torch.long))
+            scorer.score([{"history": [40]}], torch.zeros(1, 1, 5, dtype=torch.long))
+        with pytest.raises(ValueError, match="one for each"):
+            scorer.score([], torch.zeros(1, 1, 5, dtype=torch.long))

@@ -8,16 +8,18 @@ from tqdm.auto import tqdm
 from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..reward import OneRecRewardModel, score_sessions
+from ..reward import REWARD_FEATURES, SessionScorer
 from ..session_generation import excluded_items, generate_sessions
 from ..tokenization_onerec import OneRecTokenizer
+
+FEATURES = tuple(dict.fromkeys((*HISTORY_FEATURES, *REWARD_FEATURES)))
 
 
 def sample_preferences(
     model: OneRecForConditionalGeneration,
     trie: ItemTrie,
     tokenizer: OneRecTokenizer,
-    reward_model: OneRecRewardModel,
+    scorer: SessionScorer,
     dataset: Dataset,
     sample_share: float = 0.01,
     num_candidates: int = 128,
@@ -39,9 +41,9 @@ def sample_preferences(
         model (`OneRecForConditionalGeneration`): Snapshot M_t that generates.
         trie (`ItemTrie`): Trie of the catalogue, on the model's device.
         tokenizer (`OneRecTokenizer`): Tokenizer of all three.
-        reward_model (`OneRecRewardModel`): Scores the sessions.
+        scorer (`SessionScorer`): The reward model that scores the sessions.
         dataset (`Dataset`): Training rows with `user_id`, `history` (catalogue indices, oldest first) and the columns
-            that [`encode_history_rows`] needs for this model.
+            that [`encode_history_rows`] and the reward model need.
         sample_share (`float`): Share of the rows drawn, in (0, 1]; at least one row is drawn.
         num_candidates (`int`): Beams, and sessions scored for each row.
         num_items (`int`, *optional*): Items of a session; the generator's `session_items` by default.
@@ -54,7 +56,7 @@ def sample_preferences(
     Returns:
         `Dataset`: `user_id`, `history`, `chosen` and `rejected` (catalogue indices), `chosen_reward`,
         `rejected_reward`, `mean_reward` and `candidate_rewards`, the rewards of the row's sessions in beam order, and
-        the columns of `HISTORY_FEATURES` that `dataset` has.
+        the columns of `HISTORY_FEATURES` and `REWARD_FEATURES` that `dataset` has.
 
     Raises:
         ValueError: if `sample_share` is outside (0, 1] or `num_candidates` below 2.
@@ -66,7 +68,7 @@ def sample_preferences(
     count = min(len(dataset), max(1, round(sample_share * len(dataset))))
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     drawn = dataset.select(rows)
-    kept = ["user_id", "history", *(name for name in HISTORY_FEATURES if name in dataset.column_names)]
+    kept = ["user_id", "history", *(name for name in FEATURES if name in dataset.column_names)]
 
     was_training = model.training
     model.eval()
@@ -80,7 +82,7 @@ def sample_preferences(
             model, trie, **encoded, num_items=num_items, num_beams=num_candidates, excluded=excluded
         )
         items = beams.items.cpu()
-        scores = score_sessions(reward_model, tokenizer.item_token_ids, histories, items, batch_size)
+        scores = scorer.score(batch, items, batch_size)
         for row, sessions, rewards in zip(batch, items, scores.reward, strict=True):
             real = (sessions >= 0).all(-1) & ~rewards.isnan()
             sessions, rewards = sessions[real], rewards[real]

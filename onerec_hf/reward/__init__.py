@@ -10,19 +10,20 @@ from .reward_training import (
     reward_metrics,
     user_half,
 )
-from .session_scoring import SessionScores, item_code_ids, score_sessions
+from .session_scoring import REWARD_FEATURES, SessionScorer, SessionScores, item_code_ids
 
 __all__ = [
     "OneRecRewardConfig",
     "OneRecRewardModel",
     "OneRecRewardOutput",
     "OneRecRewardTrainer",
+    "REWARD_FEATURES",
     "RewardCollator",
+    "SessionScorer",
     "SessionScores",
     "item_code_ids",
     "label_means",
     "objective_metrics",
     "reward_metrics",
-    "score_sessions",
     "user_half",
 ]

@@ -16,7 +16,7 @@ from ..pretraining import (
     index_sessions,
     latest_complete_checkpoint,
 )
-from ..reward import OneRecRewardModel
+from ..reward import SessionScorer
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
 from .pretrain import MODEL, TRAINING_DEFAULTS, save_trained_model, training_log
@@ -38,9 +38,9 @@ def align(args: RecipeArguments) -> Path:
         prepared = prepared_data(args, "align")
         users = index_sessions(prepared.read(USER_HISTORIES), tokenizer)
         sessions = index_sessions(prepared.read(PRETRAINING_SESSIONS), tokenizer)
-        reward_model = OneRecRewardModel.from_pretrained(
-            stage_dir(args.output_dir, "reward", "align") / REWARD_MODEL
-        ).to(PartialState().device)
+        reward_model = SessionScorer.from_pretrained(
+            stage_dir(args.output_dir, "reward", "align") / REWARD_MODEL, PartialState().device
+        )
         rounds = []
         for number in range(1, options.align_rounds + 1):
             target = folder / f"round_{number}"
@@ -74,7 +74,7 @@ def _run_round(
     tokenizer: OneRecTokenizer,
     users: Dataset,
     sessions: Dataset,
-    reward_model: OneRecRewardModel,
+    reward_model: SessionScorer,
 ) -> None:
     """One round from the snapshot in `previous` to the one in `target`: pairs first, then training."""
     options, state, seed = args.training, PartialState(), args.run.seed + number

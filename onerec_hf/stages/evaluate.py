@@ -31,7 +31,7 @@ from ..item_trie import ItemTrie
 from ..model_cards import onerec_card, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
-from ..reward import OneRecRewardModel, score_sessions
+from ..reward import SessionScorer
 from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import excluded_items, generate_sessions
 from ..tokenization_onerec import OneRecTokenizer
@@ -245,14 +245,12 @@ class Evaluation:
 
     def judge(self, sessions: torch.LongTensor) -> dict[str, dict[str, float]]:
         """Mean and max over a user's sessions, averaged over users, by judge and head."""
-        histories = [self.histories[row] for row in self.judged]
+        rows = self.cases.select(self.judged).to_list()
         judges = {}
-        weights: dict[str, float] = {}
         for name in (REWARD_MODEL, INDEPENDENT_JUDGE):
-            model = OneRecRewardModel.from_pretrained(self.args.output_dir / "reward" / name).to(self.device).eval()
-            weights = dict(zip(model.config.objectives, model.config.objective_weights, strict=True))
-            scores = score_sessions(model, self.tokenizer.item_token_ids, histories, sessions)
-            heads = {head: scores.probabilities[..., index].numpy() for index, head in enumerate(weights)}
+            scorer = SessionScorer.from_pretrained(self.args.output_dir / "reward" / name, self.device)
+            scores = scorer.score(rows, sessions)
+            heads = {head: scores.probabilities[..., index].numpy() for index, head in enumerate(scorer.objectives)}
             judges[name] = mean_and_max({"reward": scores.reward.numpy(), **heads})
         if self.feed.world is not None:
             item_ids = np.asarray(self.tokenizer.item_ids)
@@ -261,8 +259,9 @@ class Evaluation:
             # The world answers for whole sessions alone; a row without one is blanked below.
             asked = np.where(known[..., None], sessions.numpy(), sessions[:, :1].numpy())
             truth = self.feed.world.expected_feedback(users, item_ids[asked])
-            truth = {head: np.where(known, values, np.nan) for head, values in truth.items() if head in weights}
-            truth = {"reward": sum(weights[head] * values for head, values in truth.items()), **truth}
+            truth = {head: np.where(known, truth[head], np.nan) for head in scorer.objectives}
+            reward = scorer.scalar(torch.from_numpy(np.stack(list(truth.values()), axis=-1)))
+            truth = {"reward": reward.numpy(), **truth}
             judges["truth"] = mean_and_max(truth)
         return judges
 
