@@ -1,97 +1,91 @@
-"""Log-probability of given sessions under the item constraint: the generator's policy, asked instead of drawn from."""
+"""Log-probabilities of given sessions: a forced decode, exact under the item constraint."""
 
 import torch
+from torch import nn
 
 from .item_trie import ItemConstraint, ItemTrie
-from .session_generation import NORMALIZATIONS, _CodeScores
+from .session_generation import NORMALIZATIONS, CodeScores
 
 
 @torch.no_grad()
 def session_log_probs(
     model,
     trie: ItemTrie,
-    items: torch.LongTensor,
+    sessions: torch.LongTensor,
     input_ids: torch.LongTensor | None = None,
     attention_mask: torch.LongTensor | None = None,
     excluded: torch.LongTensor | None = None,
     allowed: torch.BoolTensor | None = None,
     normalization: str = "constrained",
-    encoder_outputs=None,
     **encoder_inputs,
-) -> torch.Tensor:
-    """Of C sessions of each of B users, each history encoded once and all codes scored in one pass of the decoder.
+) -> torch.FloatTensor:
+    """Log-probability of each session's codes given its user's history, encoded once.
 
-    What [`generate_sessions`] would give as the score of these sessions. Under the default normalization the
-    probabilities of all sessions that a user may be given sum to 1, and it is what `search="sample"` draws from.
+    Equals the scores of [`generate_sessions`] with the same arguments. With `"constrained"`, the distribution that
+    `search="sample"` draws from, the probabilities of all sessions sum to 1, so that differences of two models'
+    values over one model's samples estimate their Kullback-Leibler divergence.
 
     Args:
         model ([`OneRecForConditionalGeneration`]): In evaluation mode, or dropout takes part.
         trie ([`ItemTrie`]): The catalogue, on the model's device.
-        items (`torch.LongTensor` of shape `(B, C, m)`): Catalogue indices, m at most `session_items`; -1 for no item,
-            which counts nothing.
-        input_ids, attention_mask, encoder_outputs, encoder_inputs: As [`generate_sessions`] takes them.
-        excluded, allowed (*optional*): See [`ItemConstraint`].
-        normalization (`str`): What a code's log-probability is taken over, see [`generate_sessions`].
+        sessions (`torch.LongTensor` of shape `(batch, C, m)`): Catalogue indices; -1 where there is no item, which
+            adds nothing.
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch, tokens)`): Encoded histories.
+        excluded, allowed (*optional*): As in [`generate_sessions`]. A session with an item that may not be given has
+            probability 0 under `"constrained"` and `"level"`.
+        normalization (`str`): What a code's log-probability is taken over, as in [`generate_sessions`].
+        encoder_inputs: Further inputs of the encoder; or `encoder_outputs` in place of all of them.
 
     Returns:
-        `torch.FloatTensor` of shape `(B, C)`; -inf for a session that the constraint forbids, such as one that repeats
-        an item.
+        `torch.FloatTensor` of shape `(batch, C)`.
 
     Raises:
-        ValueError: If the sessions are too long, hold what is no catalogue index, or are not of the histories' users.
+        ValueError: For a normalization that there is not, or sessions that do not fit the model or the catalogue.
     """
-    config, device = model.config, trie.order.device
-    items = items.to(device)
-    if items.dim() != 3 or not 1 <= items.shape[2] <= config.session_items:
-        raise ValueError(
-            f"items must have shape [users, sessions, 1 to {config.session_items}], got {list(items.shape)}."
-        )
-    if items.numel() and (int(items.max()) >= trie.num_items or int(items.min()) < -1):
-        raise ValueError(
-            f"items must lie in [0, {trie.num_items}) or be -1, got {int(items.min())} to {int(items.max())}."
-        )
+    config, device = model.config, model.device
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}.")
+    sessions = sessions.to(device)
+    batch, candidates, num_items = sessions.shape
+    if not 1 <= num_items <= config.session_items:
+        raise ValueError(f"Sessions must have 1 to {config.session_items} items (session_items), got {num_items}.")
+    there = sessions >= 0
+    positions = trie.position[sessions.clamp(0, trie.num_items - 1)].long()
+    if sessions.numel() and (sessions.max() >= trie.num_items or (there & (positions < 0)).any()):
+        raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
+    encoder_outputs = encoder_inputs.pop("encoder_outputs", None)
     encoder = model.get_encoder()
     if encoder_outputs is None:
         encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
-    encoder_hidden_states = encoder_outputs.last_hidden_state
-    users, sessions, num_items = items.shape
-    if encoder_hidden_states.shape[0] != users:
-        raise ValueError(f"There are {encoder_hidden_states.shape[0]} histories for the sessions of {users} users.")
-
-    levels, width = config.num_levels, config.tokens_per_item
-    position = trie.position[items.clamp(min=0)].long()
-    present, removed = items >= 0, position < 0
-    position = position.masked_fill(~present | removed, trie.num_positions)
-    path = position.clamp(max=trie.num_positions - 1)  # of items that are not there: any, its scores are left out
-    nodes = [trie.node_of(path, level) for level in range(levels)]
-    tokens = items.new_full((users, sessions, num_items, width), config.bos_token_id)
-    for level in range(levels):
-        tokens[..., level + 1] = trie.codes(nodes[level], level) + config.level_offsets[level]
+    # From here on a missing item stands at the first position, and what it adds is left out at the end.
+    positions = positions.masked_fill(~there, 0)
+    levels = config.num_levels
+    nodes = torch.stack([trie.node_of(positions, level) for level in range(levels)], dim=-1)
+    codes = torch.stack([trie.codes(nodes[..., level], level) for level in range(levels)], dim=-1)
+    tokens = codes + torch.tensor(list(config.level_offsets), device=device)
+    decoder_input_ids = nn.functional.pad(tokens, (1, 0), value=config.bos_token_id).flatten(2)[..., :-1]
     hidden_states = model.get_decoder()(
-        input_ids=tokens.view(users * sessions, -1)[:, :-1],
-        encoder_hidden_states=encoder_hidden_states,
+        input_ids=decoder_input_ids.flatten(0, 1),
+        encoder_hidden_states=encoder_outputs.last_hidden_state,
         encoder_attention_mask=encoder.position_mask(attention_mask),
         use_cache=False,
-    ).last_hidden_state.unflatten(0, (users, sessions))
-
-    constraint = ItemConstraint(trie, users, excluded, allowed)
-    code_scores = _CodeScores(model, normalization)
-    total = hidden_states.new_zeros(users, sessions, dtype=torch.float32)
+    ).last_hidden_state.view(batch, candidates, -1, config.hidden_size)
+    code_scores = CodeScores(model, normalization)
+    constraint = ItemConstraint(trie, batch, excluded, allowed)
+    log_probs = torch.zeros(batch, candidates, device=device)
     for item in range(num_items):
-        parent = torch.zeros_like(path[..., 0])
+        used = positions[..., :item].masked_fill(~there[..., :item], trie.num_positions)
+        node = torch.zeros_like(positions[..., item])
         for level in range(levels):
-            logits = code_scores.logits(hidden_states[:, :, item * width + level], level)
-            children, exists = trie.child_nodes(parent, level)
-            available = constraint.available(parent, children, exists, level, position[..., :item])
-            log_probs = code_scores.log_probs(logits, trie.codes(children, level), available)
-            node = nodes[level][..., item]
-            child = node - trie.get_buffer(f"first_child_{level}")[parent].long()
-            chosen = log_probs.gather(-1, child[..., None]).squeeze(-1)
-            total = total + chosen.masked_fill(~present[..., item], 0.0)
-            parent = node
-    return total.masked_fill((removed & present).any(-1), -torch.inf)
+            children, exists = trie.child_nodes(node, level)
+            available = constraint.available(node, children, exists, level, used)
+            node = nodes[..., item, level]
+            logits = code_scores.logits(hidden_states[:, :, item * config.tokens_per_item + level], level)
+            step = code_scores.log_probs(logits, trie.codes(children, level), available)
+            taken = (children == node[..., None]) & exists
+            step = step.masked_fill(~taken, -torch.inf).amax(-1)
+            log_probs += step.masked_fill(~there[..., item], 0.0)
+    return log_probs
 
 
 __all__ = ["session_log_probs"]
