@@ -16,12 +16,13 @@ from .history_features import encode_history_rows
 from .item_trie import ItemConstraint, ItemTrie
 
 NORMALIZATIONS = ("level", "constrained", "vocabulary")
-SEARCHES = ("beam", "sample", "stochastic_beam")
+SEARCHES = ("beam", "diverse_beam", "sample", "stochastic_beam")
 
 
 @dataclass
 class SessionBeams:
-    """Sessions, best first (by stochastic beam search and sampling: in the order in which they were drawn).
+    """Sessions, best first (by stochastic beam search and sampling: in the order in which they were drawn; by diverse
+    beam search: best first within each group, group by group, and groups may have sessions in common).
 
     Args:
         items (`torch.LongTensor` of shape `(batch, sessions, num_items)`): Catalogue indices. -1 throughout where
@@ -115,7 +116,7 @@ class BeamCacheLayer(CacheLayerMixin):
         return self.num_tokens
 
 
-class _CodeScores:
+class CodeScores:
     """Log-probabilities of the next code, from the current level's slice of the head where that is all it takes."""
 
     def __init__(self, model, normalization: str):
@@ -156,25 +157,65 @@ def _gumbel(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
 class _Search:
     """What becomes of the candidates of one step.
 
-    `__call__` takes the candidates' log-probabilities (batch, beams, fan-out), the beams' scores and the logits to
-    draw from, and gives the chosen candidates as flat indices (batch, new beams) with their scores.
+    `__call__` takes the candidates' log-probabilities and codes (batch, beams, fan-out), the beams' scores and the
+    logits to draw from, and gives the chosen candidates as flat indices (batch, new beams) with their scores.
     """
 
-    def __init__(self, kind, num_beams, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def __init__(
+        self,
+        kind,
+        num_beams,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        generator=None,
+        num_beam_groups=1,
+        diversity_penalty=0.0,
+    ):
         self.kind, self.num_beams, self.generator = kind, num_beams, generator
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.num_beam_groups, self.diversity_penalty = num_beam_groups, diversity_penalty
+        self.started = False
         self.log_prob = self.perturbed = None  # of stochastic beams
 
     def __call__(
-        self, log_probs: torch.Tensor, scores: torch.Tensor, logits: torch.Tensor, available: torch.BoolTensor
+        self,
+        log_probs: torch.Tensor,
+        scores: torch.Tensor,
+        logits: torch.Tensor,
+        available: torch.BoolTensor,
+        codes: torch.LongTensor,
+        num_codes: int,
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         totals = scores[..., None] + log_probs
+        if self.kind == "diverse_beam":
+            chosen = self._diverse_beam(totals, codes, num_codes)
+            return chosen, totals.flatten(1).gather(1, chosen)
         if self.kind == "beam":
             scores, chosen = totals.flatten(1).topk(min(self.num_beams, totals[0].numel()))
             return chosen, scores
         choose = self._sample if self.kind == "sample" else self._stochastic_beam
         chosen = choose(_log_softmax_over(logits / self.temperature, available))
         return chosen, totals.flatten(1).gather(1, chosen)
+
+    def _diverse_beam(self, totals: torch.Tensor, codes: torch.LongTensor, num_codes: int) -> torch.LongTensor:
+        """Every group's best beams, a code dearer by the penalty for each beam of former groups that took it at this
+        step (Vijayakumar et al. 2016, arXiv 1610.02424, Hamming diversity)."""
+        batch, parents, fan_out = totals.shape
+        width = self.num_beams // self.num_beam_groups
+        # All groups start from the one common beam; from then on each has its own, side by side.
+        own = parents // self.num_beam_groups if self.started else 0
+        self.started = True
+        taken = totals.new_zeros(batch, num_codes)
+        chosen = []
+        for group in range(self.num_beam_groups):
+            beams = slice(group * own, (group + 1) * own) if own else slice(0, parents)
+            group_codes = codes[:, beams].flatten(1)
+            penalized = totals[:, beams].flatten(1) - self.diversity_penalty * taken.gather(1, group_codes)
+            best = penalized.topk(min(width, penalized.shape[1])).indices
+            taken.scatter_add_(1, group_codes.gather(1, best), torch.ones_like(best, dtype=taken.dtype))
+            chosen.append(best + beams.start * fan_out)
+        return torch.cat(chosen, dim=1)
 
     def _sample(self, proposal: torch.Tensor) -> torch.LongTensor:
         """Every beam draws one code; from the common start there are drawn as many as beams are wanted."""
@@ -231,7 +272,7 @@ def _search_sessions(
     config, decoder = model.config, model.get_decoder()
     batch, device = encoder_hidden_states.shape[0], encoder_hidden_states.device
     levels = config.num_levels
-    code_scores = _CodeScores(model, normalization)
+    code_scores = CodeScores(model, normalization)
     # The codes of a session's last item are never read again.
     num_tokens = num_items * config.tokens_per_item - 1
     # Made once, since every making of it asks the device whether anything is padded; all queries share it.
@@ -275,7 +316,9 @@ def _search_sessions(
             log_probs = code_scores.log_probs(logits, codes, available)
             log_probs = log_probs.masked_fill(available & exhausted[:, None, None], 0.0)
             parents = scores.shape[1]
-            chosen, scores = search(log_probs, scores, logits.gather(-1, codes), available)
+            chosen, scores = search(
+                log_probs, scores, logits.gather(-1, codes), available, codes, config.codebook_sizes[level]
+            )
             parent = chosen // exists.shape[-1]
             node = children.flatten(1).gather(1, chosen)
             token = codes.flatten(1).gather(1, chosen) + config.level_offsets[level]
@@ -310,6 +353,8 @@ def _prepare(
     top_k: int | None,
     top_p: float | None,
     generator: torch.Generator | None,
+    num_beam_groups: int = 1,
+    diversity_penalty: float = 0.0,
     encoder_outputs=None,
     **encoder_inputs,
 ) -> tuple[ItemConstraint, Iterator[_Beams]]:
@@ -335,9 +380,14 @@ def _prepare(
         raise ValueError(f"temperature must be positive, got {temperature}.")
     if (top_k is not None and top_k < 0) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"top_k must be positive (0 keeps all) and top_p in (0, 1], got {top_k} and {top_p}.")
-    if search == "beam" and temperature != 1 or search != "sample" and (top_k or top_p is not None):
+    if search in ("beam", "diverse_beam") and temperature != 1 or search != "sample" and (top_k or top_p is not None):
         raise ValueError(
             f"temperature serves 'sample' and 'stochastic_beam', top_k and top_p 'sample', not {search!r}."
+        )
+    if search == "diverse_beam" and (num_beam_groups < 2 or num_beams % num_beam_groups or diversity_penalty <= 0):
+        raise ValueError(
+            f"'diverse_beam' needs at least 2 num_beam_groups of equal size and a diversity_penalty above 0, got "
+            f"{num_beam_groups} groups of {num_beams} beams and {diversity_penalty}."
         )
     encoder = model.get_encoder()
     if encoder_outputs is None:
@@ -350,7 +400,7 @@ def _prepare(
         hidden_states,
         encoder.position_mask(attention_mask),
         constraint,
-        _Search(search, num_beams, temperature, top_k, top_p, generator),
+        _Search(search, num_beams, temperature, top_k, top_p, generator, num_beam_groups, diversity_penalty),
         normalization,
         num_items,
     )
@@ -373,6 +423,8 @@ def generate_sessions(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    num_beam_groups: int = 1,
+    diversity_penalty: float = 0.0,
     **encoder_inputs,
 ) -> SessionBeams:
     """Sessions of real items, none repeated within a session; with `num_items=1` a ranked list of items.
@@ -393,11 +445,14 @@ def generate_sessions(
         normalization (`str`): What a code's log-probability is taken over: `"level"`, the codes of its level, which
             is exact since a place in the session fixes the level; `"constrained"`, the codes that an available item
             follows (`generate` with `renormalize_logits=True`); `"vocabulary"`, every token (plain `generate`).
-        search (`str`): `"beam"`; `"sample"`, independent sessions; `"stochastic_beam"`, sessions drawn without
-            replacement. Both draw from the codes that an available item follows; `scores` are those of
-            `normalization` all the same, without temperature and filters.
+        search (`str`): `"beam"`; `"diverse_beam"`, groups of beams that avoid each other's codes; `"sample"`,
+            independent sessions; `"stochastic_beam"`, sessions drawn without replacement. The latter two draw from
+            the codes that an available item follows; `scores` are those of `normalization` all the same, without
+            temperature, filters and penalty.
         temperature, top_k, top_p: Of the distribution that is drawn from; the latter two for `"sample"`.
         generator (`torch.Generator`, *optional*): Source of the draws, on the model's device.
+        num_beam_groups, diversity_penalty: Of `"diverse_beam"`: into how many groups the beams are cut, and what a
+            group's beams lose, in nats, for each beam of former groups with the same code at the same step.
         encoder_inputs: Further inputs of the encoder; or `encoder_outputs` in place of all of them.
 
     Returns:
@@ -425,6 +480,8 @@ def generate_sessions(
         top_k,
         top_p,
         generator,
+        num_beam_groups,
+        diversity_penalty,
         **encoder_inputs,
     )
     *_, session = found

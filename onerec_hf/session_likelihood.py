@@ -1,0 +1,91 @@
+"""Log-probabilities of given sessions: a forced decode, exact under the item constraint."""
+
+import torch
+from torch import nn
+
+from .item_trie import ItemConstraint, ItemTrie
+from .session_generation import NORMALIZATIONS, CodeScores
+
+
+@torch.no_grad()
+def session_log_probs(
+    model,
+    trie: ItemTrie,
+    sessions: torch.LongTensor,
+    input_ids: torch.LongTensor | None = None,
+    attention_mask: torch.LongTensor | None = None,
+    excluded: torch.LongTensor | None = None,
+    allowed: torch.BoolTensor | None = None,
+    normalization: str = "constrained",
+    **encoder_inputs,
+) -> torch.FloatTensor:
+    """Log-probability of each session's codes given its user's history, encoded once.
+
+    Equals the scores of [`generate_sessions`] with the same arguments. With `"constrained"`, the distribution that
+    `search="sample"` draws from, the probabilities of all sessions sum to 1, so that differences of two models'
+    values over one model's samples estimate their Kullback-Leibler divergence.
+
+    Args:
+        model ([`OneRecForConditionalGeneration`]): In evaluation mode, or dropout takes part.
+        trie ([`ItemTrie`]): The catalogue, on the model's device.
+        sessions (`torch.LongTensor` of shape `(batch, C, m)`): Catalogue indices; -1 where there is no item, which
+            adds nothing.
+        input_ids, attention_mask (`torch.LongTensor` of shape `(batch, tokens)`): Encoded histories.
+        excluded, allowed (*optional*): As in [`generate_sessions`]. A session with an item that may not be given has
+            probability 0 under `"constrained"` and `"level"`.
+        normalization (`str`): What a code's log-probability is taken over, as in [`generate_sessions`].
+        encoder_inputs: Further inputs of the encoder; or `encoder_outputs` in place of all of them.
+
+    Returns:
+        `torch.FloatTensor` of shape `(batch, C)`.
+
+    Raises:
+        ValueError: For a normalization that there is not, or sessions that do not fit the model or the catalogue.
+    """
+    config, device = model.config, model.device
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}.")
+    sessions = sessions.to(device)
+    batch, candidates, num_items = sessions.shape
+    if not 1 <= num_items <= config.session_items:
+        raise ValueError(f"Sessions must have 1 to {config.session_items} items (session_items), got {num_items}.")
+    there = sessions >= 0
+    positions = trie.position[sessions.clamp(0, trie.num_items - 1)].long()
+    if sessions.numel() and (sessions.max() >= trie.num_items or (there & (positions < 0)).any()):
+        raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
+    encoder_outputs = encoder_inputs.pop("encoder_outputs", None)
+    encoder = model.get_encoder()
+    if encoder_outputs is None:
+        encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
+    # From here on a missing item stands at the first position, and what it adds is left out at the end.
+    positions = positions.masked_fill(~there, 0)
+    levels = config.num_levels
+    nodes = torch.stack([trie.node_of(positions, level) for level in range(levels)], dim=-1)
+    codes = torch.stack([trie.codes(nodes[..., level], level) for level in range(levels)], dim=-1)
+    tokens = codes + torch.tensor(list(config.level_offsets), device=device)
+    decoder_input_ids = nn.functional.pad(tokens, (1, 0), value=config.bos_token_id).flatten(2)[..., :-1]
+    hidden_states = model.get_decoder()(
+        input_ids=decoder_input_ids.flatten(0, 1),
+        encoder_hidden_states=encoder_outputs.last_hidden_state,
+        encoder_attention_mask=encoder.position_mask(attention_mask),
+        use_cache=False,
+    ).last_hidden_state.view(batch, candidates, -1, config.hidden_size)
+    code_scores = CodeScores(model, normalization)
+    constraint = ItemConstraint(trie, batch, excluded, allowed)
+    log_probs = torch.zeros(batch, candidates, device=device)
+    for item in range(num_items):
+        used = positions[..., :item].masked_fill(~there[..., :item], trie.num_positions)
+        node = torch.zeros_like(positions[..., item])
+        for level in range(levels):
+            children, exists = trie.child_nodes(node, level)
+            available = constraint.available(node, children, exists, level, used)
+            node = nodes[..., item, level]
+            logits = code_scores.logits(hidden_states[:, :, item * config.tokens_per_item + level], level)
+            step = code_scores.log_probs(logits, trie.codes(children, level), available)
+            taken = (children == node[..., None]) & exists
+            step = step.masked_fill(~taken, -torch.inf).amax(-1)
+            log_probs += step.masked_fill(~there[..., item], 0.0)
+    return log_probs
+
+
+__all__ = ["session_log_probs"]
