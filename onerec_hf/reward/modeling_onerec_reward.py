@@ -213,6 +213,40 @@ class OneRecRewardTower(nn.Module):
         return self.output(self.dropout(self.act_fn(self.hidden(session)))).squeeze(-1)
 
 
+class OneRecRewardItemTable(nn.Module):
+    """What is known of N items: features' values, totals of the signals, and the signals' means over all exposures.
+
+    The last row stands for items that are not known.
+    """
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        rows, num_signals = config.num_items + 1, len(config.signals)
+        self.register_buffer("values", torch.zeros(rows, len(config.item_features), dtype=torch.long))
+        self.register_buffer("totals", torch.zeros(rows, 2 * num_signals))
+        self.register_buffer("signal_means", torch.full((num_signals,), 0.5))
+
+    def rows(self, indices: torch.LongTensor | None, shape: torch.Size) -> torch.LongTensor:
+        """Rows `shape` of catalogue indices; the last one for items that are not known."""
+        unknown = len(self.values) - 1
+        if indices is None:
+            return torch.full(shape, unknown, device=self.values.device)
+        indices = indices.reshape(shape)
+        return indices.masked_fill((indices < 0) | (indices >= unknown), unknown)
+
+
+class OneRecRewardCalibration(nn.Module):
+    """Probabilities of logits `(..., O)` by scales and biases that are fitted after training."""
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(len(config.objectives)))
+        self.register_buffer("bias", torch.zeros(len(config.objectives)))
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(logits * self.scale + self.bias)
+
+
 class OneRecRewardPreTrainedModel(PreTrainedModel):
     config: OneRecRewardConfig
     base_model_prefix = "reward_model"
@@ -237,11 +271,13 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, OneRecRewardTargetAttention):
             init.normal_(module.no_behaviour, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, OneRecRewardModel):
-            for buffer in (module.item_values, module.item_totals, module.calibration_bias):
-                init.zeros_(buffer)
+        elif isinstance(module, OneRecRewardItemTable):
+            init.zeros_(module.values)
+            init.zeros_(module.totals)
             init.constant_(module.signal_means, 0.5)
-            init.ones_(module.calibration_scale)
+        elif isinstance(module, OneRecRewardCalibration):
+            init.ones_(module.scale)
+            init.zeros_(module.bias)
 
 
 class OneRecRewardModel(OneRecRewardPreTrainedModel):
@@ -274,14 +310,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         self.layers = nn.ModuleList([OneRecRewardSessionLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.towers = nn.ModuleDict({name: OneRecRewardTower(config) for name in config.objective_names})
-        # The last row stands for items whose features are not known.
-        self.register_buffer(
-            "item_values", torch.zeros(config.num_items + 1, len(config.item_features), dtype=torch.long)
-        )
-        self.register_buffer("item_totals", torch.zeros(config.num_items + 1, 2 * num_signals))
-        self.register_buffer("signal_means", torch.full((num_signals,), 0.5))
-        self.register_buffer("calibration_scale", torch.ones(len(config.objectives)))
-        self.register_buffer("calibration_bias", torch.zeros(len(config.objectives)))
+        self.item_table = OneRecRewardItemTable(config)
+        self.calibration = OneRecRewardCalibration(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -317,14 +347,14 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 how many of each are known.
             signal_means (`torch.Tensor` of shape `(S,)`): Means of the signals over all exposures.
         """
-        self.item_values[:-1], self.item_totals[:-1] = values, totals
-        self.signal_means.copy_(signal_means)
+        self.item_table.values[:-1], self.item_table.totals[:-1] = values, totals
+        self.item_table.signal_means.copy_(signal_means)
 
     @torch.no_grad()
     def set_calibration(self, scale: torch.Tensor, bias: torch.Tensor):
         """Probabilities become sigmoid(scale * logit + bias); both of shape `(O,)`."""
-        self.calibration_scale.copy_(scale)
-        self.calibration_bias.copy_(bias)
+        self.calibration.scale.copy_(scale)
+        self.calibration.bias.copy_(bias)
 
     def scalar(self, probabilities: torch.Tensor) -> torch.Tensor:
         """The reward `(...)` of objectives' probabilities `(..., O)`, as `config.scalar` says."""
@@ -420,11 +450,10 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         history_mask = history_ids[..., 0] != pad
         session_mask = (session_ids[..., 0] != pad).flatten(0, 1)
         item_ids = session_ids.flatten(1, 2)
-        item_rows = self._item_rows(session_indices, item_ids.shape[:2])
-        item_values, history_values = (
-            self.item_values[item_rows],
-            self.item_values[self._item_rows(history_indices, history_ids.shape[:2])],
-        )
+        table = self.item_table
+        item_rows = table.rows(session_indices, item_ids.shape[:2])
+        item_values = table.values[item_rows]
+        history_values = table.values[table.rows(history_indices, history_ids.shape[:2])]
 
         # Behaviours after each one and before the session; -1 hides it.
         count = history_mask.sum(1, keepdim=True)
@@ -456,7 +485,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 mine, theirs = item_values[:, :, None, places, None], history_values[:, None, :, None, places]
                 same.append(((mine == theirs) & (mine > 0)).flatten(3).any(-1))
             matched = [(equal & (recency >= 0)).to(counted.dtype) @ counted for equal in same]
-            totals = self.item_totals[item_rows] if session_totals is None else session_totals.flatten(1, 2)
+            totals = table.totals[item_rows] if session_totals is None else session_totals.flatten(1, 2)
             rates = [
                 self._rates(user, self.config.rate_prior).expand(-1, num_candidates * num_items, -1),
                 self._rates(totals.to(user.dtype), self.config.rate_prior),
@@ -495,25 +524,18 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             if labels.shape != logits.shape:
                 raise ValueError(f"labels must have the shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
             loss = self._objectives_loss(logits, labels)
-        probabilities = torch.sigmoid(logits * self.calibration_scale + self.calibration_bias)
+        probabilities = self.calibration(logits)
         return OneRecRewardOutput(
             loss=loss, logits=logits, probabilities=probabilities, reward=self.scalar(probabilities)
         )
 
-    def _item_rows(self, indices: torch.LongTensor | None, shape: torch.Size) -> torch.LongTensor:
-        """Rows of the items' tables `shape`; the last one for items that are not known."""
-        unknown = self.config.num_items
-        if indices is None:
-            return torch.full(shape, unknown, device=self.item_values.device)
-        indices = indices.reshape(shape)
-        return indices.masked_fill((indices < 0) | (indices >= unknown), unknown)
-
     def _rates(self, totals: torch.Tensor, prior: float) -> torch.Tensor:
         """Sums and counts `(..., 2 S)` as smoothed rates, in logits from the mean's, and logarithms of the counts."""
         sums, counts = totals.chunk(2, dim=-1)
-        means = self.signal_means.to(totals.dtype).clamp(1e-4, 1 - 1e-4)
+        means = self.item_table.signal_means.to(totals.dtype).clamp(1e-4, 1 - 1e-4)
         rates = (sums + prior * means) / (counts + prior)
-        return torch.cat([rates.logit(1e-5) - means.logit(), torch.log1p(counts) / 4], dim=-1)
+        # About as wide as the other inputs.
+        return torch.cat([2 * (rates.logit(1e-5) - means.logit()), torch.log1p(counts) / 4], dim=-1)
 
     def _objectives_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         known = ~labels.isnan()

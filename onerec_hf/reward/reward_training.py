@@ -5,6 +5,7 @@ A row is one of [`exposure_runs`] by catalogue index: `exposed`, `exposed_feedba
 for all sessions that are cut from it, each of which sees the exposures before it alone.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -117,13 +118,14 @@ class RewardCollator:
 
     Args:
         encoder (`ExposureEncoder`): Of the model's configuration and the tokenizer.
-        totals (`ItemTotals`): Gives the items' totals as of each session.
+        totals (`ItemTotals`, *optional*): Gives the items' totals as of each session. Without them the model's own
+            count, of the end of its fitted period.
         session_items (`int`, *optional*): Cut sessions of so many items, or fewer at a group's end. By default the
             number is drawn for each batch, so that little of it is padding, from torch's global generator.
     """
 
     encoder: ExposureEncoder
-    totals: ItemTotals
+    totals: ItemTotals | None = None
     session_items: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -163,7 +165,7 @@ class RewardCollator:
             "history_prefixes": torch.from_numpy(prefixes),
             "labels": torch.from_numpy(labels),
         }
-        if config.signals:
+        if config.signals and self.totals is not None:
             totals = np.zeros((*indices.shape, 2 * len(config.signals)), dtype=np.float32)
             known = self.totals.before(items[places.clip(min=0)], np.repeat(times[starts, None], len(offsets), axis=1))
             totals[owner, rank] = np.where(places[..., None] >= 0, known, 0)
@@ -191,6 +193,13 @@ class RewardPredictions:
     probabilities: np.ndarray
     labels: np.ndarray
     users: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["RewardPredictions"]) -> "RewardPredictions":
+        """Of all parts, one behind the other."""
+        return cls(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls))
+        )
 
     def metrics(self, config: OneRecRewardConfig) -> dict[str, float | int]:
         """[`objective_metrics`] of all objectives."""

@@ -200,7 +200,9 @@ def run_results(args: RecipeArguments, folder: Path, evaluation: PolicyEvaluatio
     }
     if rounds:
         metrics["reward_models"] = {
-            name: {"num_sessions": entry["num_sessions"], **entry["metrics_on_later_sessions"]}
+            name: {"num_runs": entry["num_runs"]}
+            | entry["metrics_on_later_sessions"]
+            | {"exposures": entry["metrics_on_later_exposures"]}
             for name, entry in stages["reward"]["models"].items()
         }
     write_cards(args, metrics)
