@@ -7,7 +7,6 @@ evaluated period.
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .semantic_ids.balanced_kmeans import as_points
+from .staged_files import staged_files
 
 SETTINGS_FILE = "item_alignment.json"
 WEIGHTS_FILE = "item_alignment.safetensors"
@@ -190,8 +190,6 @@ class ItemAlignment:
         """Writes `item_alignment.json` and `item_alignment.safetensors`, each whole or not at all."""
         if self.projection is None:
             raise ValueError("this ItemAlignment is not fitted yet; call fit(embeddings, histories) first")
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
         settings = {
             name: getattr(self, name)
             for name in (
@@ -206,11 +204,9 @@ class ItemAlignment:
             )
         }
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.projection.state_dict().items()}
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
-            save_file(weights, Path(staging) / WEIGHTS_FILE, {"format": "pt"})
-            (Path(staging) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            for name in (WEIGHTS_FILE, SETTINGS_FILE):
-                os.replace(Path(staging) / name, target / name)
+        with staged_files(save_directory, last=SETTINGS_FILE) as staging:
+            save_file(weights, staging / WEIGHTS_FILE, {"format": "pt"})
+            (staging / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "ItemAlignment":

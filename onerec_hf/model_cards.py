@@ -5,7 +5,6 @@ carries as `onerec_hf/model_card_templates/`. `metrics` is everywhere the dict o
 """
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, Mo
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from .staged_files import staged_files
 
 # A wheel holds the templates inside the package; a checkout, installed with -e or not, beside it.
 _TEMPLATE_DIRECTORIES = [Path(__file__).with_name("model_card_templates"), Path(__file__).parents[1] / "model_cards"]
@@ -121,9 +122,8 @@ def reward_model_card(
 def save_model_card(card: ModelCard, directory: str | Path) -> Path:
     """Writes the card to `README.md` in an existing directory, whole or not at all; returns its path."""
     path = Path(directory) / "README.md"
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
-        card.save(Path(staging) / path.name)
-        os.replace(Path(staging) / path.name, path)
+    with staged_files(directory, last=path.name) as staging:
+        card.save(staging / path.name)
     return path
 
 

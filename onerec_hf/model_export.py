@@ -7,15 +7,14 @@ subpackages are flattened: `onerec_hf/reward/modeling_onerec_reward.py` becomes 
 
 import ast
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from .modeling_onerec import OneRecForConditionalGeneration, OneRecModel
 from .pipeline_generative_recommendation import GenerativeRecommendationPipeline
 from .reward import OneRecRewardModel
+from .staged_files import staged_files
 from .tokenization_onerec import OneRecTokenizer
 
 PACKAGE = __package__
@@ -52,9 +51,8 @@ def export_remote_code(
     classes = [*auto_classes.values(), *pipelines.values(), type(tokenizer)]
 
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".exporting-") as staging:
-        staging = Path(staging)
+    # The configuration comes last: it names everything else.
+    with staged_files(directory, last="config.json") as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         for name, source in flat_modules(_module_of(cls) for cls in classes).items():
@@ -69,9 +67,6 @@ def export_remote_code(
         _update_json(
             staging / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [_reference(type(tokenizer)), None]}}
         )
-        # The configuration comes last: it names everything else.
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, directory / path.name)
     return directory
 
 

@@ -35,18 +35,20 @@ def catalogue_index_lists(column: pa.ChunkedArray, item_index: Callable[[pd.Seri
 
 
 def index_sessions(sessions: Dataset, tokenizer: OneRecTokenizer) -> Dataset:
-    """Sessions by catalogue index: `history` and `session` in place of `history_item_ids` and `session_item_ids` (or
-    the former alone where there is no session), and `length`, the items of the history. Other columns are kept.
+    """Rows by catalogue index: `history`, `session` and `exposed` in place of those of `history_item_ids`,
+    `session_item_ids` and `exposed_item_ids` that there are, and `length`, the items of the history. Other columns are
+    kept.
 
     Raises:
         ValueError: If an item is not in the tokenizer's catalogue.
     """
     table = sessions.with_format("arrow")[:]
     columns = {name: table[name] for name in table.column_names}
-    for name in ("history", "session"):
+    for name in ("history", "session", "exposed"):
         if f"{name}_item_ids" in columns:
             columns[name] = catalogue_index_lists(columns.pop(f"{name}_item_ids"), tokenizer.item_index)
-    columns["length"] = pc.list_value_length(columns["history"])
+    if "history" in columns:
+        columns["length"] = pc.list_value_length(columns["history"])
     return Dataset(pa.table(columns))
 
 

@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import string
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import BatchEncoding, TokenizersBackend
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from .configuration_onerec import (
     BOS_TOKEN_ID,
@@ -41,6 +41,7 @@ from .configuration_onerec import (
     SPECIAL_TOKENS,
 )
 from .item_index import ItemIdLookup, SemanticIdLookup, as_item_ids, item_id_array
+from .staged_files import staged_files
 
 IGNORE_INDEX = -100
 
@@ -679,20 +680,15 @@ class OneRecTokenizer(TokenizersBackend):
         A kill between two files leaves a mixture of the old and the new tokenizer, which `from_pretrained` refuses.
         """
         target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"{target} is a file; save_pretrained needs a directory")
-        target.mkdir(parents=True, exist_ok=True)
         hub_arguments = {key: kwargs.pop(key) for key in list(kwargs) if push_to_hub and key != "save_jinja_files"}
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+        # tokenizer_config.json holds the fingerprint of the other files.
+        last = (f"{filename_prefix}-" if filename_prefix else "") + TOKENIZER_CONFIG_FILE
+        with staged_files(target, last) as staging:
             super().save_pretrained(staging, legacy_format, filename_prefix, push_to_hub=False, **kwargs)
-            # tokenizer_config.json holds the fingerprint of the other files, so it comes last.
-            names = sorted(os.listdir(staging), key=lambda name: (name.endswith("tokenizer_config.json"), name))
-            for name in names[:-1]:
-                os.replace(Path(staging) / name, target / name)
+            names = sorted(os.listdir(staging))
             if self.quantizer is None:
                 # Of a former tokenizer.
                 (target / self._file_name("quantizer_file", filename_prefix)).unlink(missing_ok=True)
-            os.replace(Path(staging) / names[-1], target / names[-1])
         if push_to_hub:
             self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
         return tuple(str(target / name) for name in names)

@@ -1,184 +1,27 @@
 import copy
 import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from alignment_cases import (
+    dpo_arguments,
+    make_trainer,
+    preference_pairs,
+    tiny_generator,
+    tiny_tokenizer,
+    training_rows,
+)
+from peft import LoraConfig
 
-from onerec_hf.alignment import OneRecDPOConfig, OneRecDPOTrainer, PreferenceCollator, sample_preferences
-from onerec_hf.configuration_onerec import OneRecConfig
-from onerec_hf.item_trie import ItemTrie
-from onerec_hf.modeling_onerec import OneRecForConditionalGeneration
-from onerec_hf.pretraining import SessionCollator
-from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer
-from onerec_hf.session_generation import excluded_items, generate_sessions
+from onerec_hf.alignment import OneRecDPOTrainer, PreferenceCollator
+from onerec_hf.pretraining import SessionCollator, share_histories
 from onerec_hf.tokenization_onerec import OneRecTokenizer
-
-CODEBOOK_SIZES = [4, 4, 4]
-NUM_ITEMS = 30
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> OneRecTokenizer:
-    items = np.random.default_rng(0).permutation(64)[:NUM_ITEMS]
-    codes = np.stack([items // 16, items // 4 % 4, items % 4], axis=1)
-    return OneRecTokenizer.from_semantic_ids(np.arange(100, 100 + NUM_ITEMS), codes, codebook_sizes=CODEBOOK_SIZES)
-
-
-def tiny_generator(seed: int = 0) -> OneRecForConditionalGeneration:
-    """Two-item sessions, with dropout, whose output weights are large enough for codes to differ in probability."""
-    torch.manual_seed(seed)
-    config = OneRecConfig.from_preset(
-        "debug", codebook_sizes=CODEBOOK_SIZES, history_items=6, session_items=2, dropout=0.1
-    )
-    model = OneRecForConditionalGeneration(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(10)
-    return model
-
-
-def training_rows(count: int = 40) -> Dataset:
-    rng = np.random.default_rng(1)
-    return Dataset.from_dict(
-        {
-            "user_id": [f"u{row}" for row in range(count)],
-            "history": [rng.choice(NUM_ITEMS, rng.integers(0, 9), replace=False).tolist() for _ in range(count)],
-            "session": [rng.choice(NUM_ITEMS, 2, replace=False).tolist() for _ in range(count)],
-        }
-    )
-
-
-def preference_pairs(count: int = 8) -> Dataset:
-    rng = np.random.default_rng(2)
-    rows = []
-    for row in range(count):
-        chosen, rejected = rng.choice(NUM_ITEMS, 4, replace=False).reshape(2, 2).tolist()
-        history = rng.choice(NUM_ITEMS, 1 + row % 5, replace=False).tolist()
-        rows.append({"user_id": row, "history": history, "chosen": chosen, "rejected": rejected})
-    return Dataset.from_list(rows)
-
-
-class FirstCodeReward(OneRecRewardModel):
-    """Stands in for a trained judge: the reward is the token ids' sum, so the oracle needs no model."""
-
-    def forward(self, history_ids, session_ids):
-        reward = session_ids.sum((-1, -2)).float()
-        return SimpleNamespace(reward=reward, probabilities=reward[..., None].expand(-1, -1, 4))
-
-
-@pytest.fixture(scope="module")
-def judge(tokenizer) -> SessionScorer:
-    config = OneRecRewardConfig(codebook_sizes=CODEBOOK_SIZES, hidden_size=8, num_attention_heads=1, session_items=2)
-    return SessionScorer(FirstCodeReward(config), tokenizer)
-
-
-class TestSampler:
-    def test_best_and_worst_of_the_beams(self, tokenizer, judge):
-        model, rows = tiny_generator().train(), training_rows(12)
-        trie = ItemTrie(tokenizer.codes, CODEBOOK_SIZES)
-        pairs = sample_preferences(
-            model, trie, tokenizer, judge, rows, sample_share=1.0, num_candidates=6, batch_size=5, progress=False
-        )
-        assert model.training and pairs["user_id"][:] == rows["user_id"][:]
-        assert pairs.features["user_id"] == rows.features["user_id"]
-        model.eval()
-        for pair in pairs:
-            history = np.asarray(pair["history"], dtype=np.int64)
-            encoded = tokenizer.encode_histories([history], max_items=6, catalogue_indices=True)
-            beams = generate_sessions(
-                model, trie, **encoded, num_beams=6, excluded=excluded_items([history], model.device)
-            ).items[0]
-            rewards = tokenizer.item_token_ids[beams].sum((-1, -2)).tolist()
-            assert pair["candidate_rewards"] == rewards
-            assert pair["chosen"] == beams[int(np.argmax(rewards))].tolist()
-            assert pair["rejected"] == beams[int(np.argmin(rewards))].tolist()
-            assert (pair["chosen_reward"], pair["rejected_reward"]) == (max(rewards), min(rewards))
-            assert pair["mean_reward"] == pytest.approx(np.mean(rewards))
-            assert not set(pair["history"]) & {*pair["chosen"], *pair["rejected"]}
-
-    def test_features_of_histories_reach_the_model(self, tokenizer, judge):
-        generator = tiny_generator()
-        config = OneRecConfig(**{**generator.config.to_dict(), "history_feedback": ["like"], "time_gap_buckets": 3})
-        model = OneRecForConditionalGeneration(config)
-        rows = training_rows(4)
-        times = [[float(place) for place in range(len(history))] for history in rows["history"]]
-        features = {"history_feedback": [[[place % 2] for place in history] for history in rows["history"]]}
-        features |= {"history_timestamps": times, "timestamp": [100.0] * 4}
-        rows = Dataset.from_dict(rows[:] | features)
-        trie = ItemTrie(tokenizer.codes, CODEBOOK_SIZES)
-        pairs = sample_preferences(
-            model, trie, tokenizer, judge, rows, sample_share=1.0, num_candidates=4, progress=False
-        )
-        assert {name: pairs[name][:] for name in features} == features
-        collator = PreferenceCollator(tokenizer, model, rows)
-        batch = collator(pairs.add_column("ntp_rows", [[row] for row in range(4)]).to_list())
-        ordinary = SessionCollator(tokenizer, model)(rows.to_list())
-        for name in ("history_feedback", "history_time_gaps"):
-            assert torch.equal(batch[name], ordinary[name]) and torch.equal(batch[f"ntp_{name}"], ordinary[name])
-
-    def test_share_and_seed(self, tokenizer, judge):
-        model, rows = tiny_generator(), training_rows(40)
-        trie = ItemTrie(tokenizer.codes, CODEBOOK_SIZES)
-
-        def draw(**kwargs):
-            return sample_preferences(model, trie, tokenizer, judge, rows, num_candidates=4, progress=False, **kwargs)
-
-        drawn = draw(sample_share=0.25, seed=0)
-        assert len(drawn) == 10
-        assert draw(sample_share=0.25, seed=0).to_list() == drawn.to_list()
-        assert draw(sample_share=0.25, seed=1)["user_id"][:] != drawn["user_id"][:]
-        with pytest.raises(ValueError, match="sample_share"):
-            draw(sample_share=0.0)
-
-    def test_small_gaps_and_equal_rewards_make_no_pair(self, tokenizer, judge):
-        model, rows = tiny_generator(), training_rows(10)
-        trie = ItemTrie(tokenizer.codes, CODEBOOK_SIZES)
-        arguments = {"sample_share": 1.0, "num_candidates": 4, "progress": False}
-        pairs = sample_preferences(model, trie, tokenizer, judge, rows, **arguments)
-        gaps = np.subtract(pairs["chosen_reward"][:], pairs["rejected_reward"][:])
-        assert gaps.min() > 0
-        largest = float(gaps.max())
-        kept = sample_preferences(model, trie, tokenizer, judge, rows, min_reward_gap=largest, **arguments)
-        assert len(kept) == (gaps >= largest).sum() < 10
-        # The trie of two items has two sessions of two, of one reward: their sum knows no order.
-        few = OneRecTokenizer.from_semantic_ids(
-            [1, 2], np.array([[0, 0, 0], [1, 1, 1]]), codebook_sizes=CODEBOOK_SIZES
-        )
-        lonely = Dataset.from_list([{"user_id": 0, "history": []}], features=None)
-        lonely = lonely.cast_column("history", rows.features["history"])
-        trie = ItemTrie(few.codes, CODEBOOK_SIZES)
-        assert len(sample_preferences(model, trie, few, judge, lonely, **arguments)) == 0
-
-
-def dpo_arguments(output_dir, **overrides) -> OneRecDPOConfig:
-    settings = {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "lambda_dpo": 0.5,
-        "ntp_per_pair": 2,
-        "max_steps": 6,
-    }
-    return OneRecDPOConfig(**(settings | overrides))
-
-
-def make_trainer(tokenizer, output_dir, model=None, pairs=None, **overrides) -> OneRecDPOTrainer:
-    return OneRecDPOTrainer(
-        model or tiny_generator(),
-        dpo_arguments(output_dir, **overrides),
-        train_dataset=pairs or preference_pairs(),
-        processing_class=tokenizer,
-        ntp_dataset=training_rows(),
-    )
+    return tiny_tokenizer()
 
 
 def session_log_probability(model, tokenizer, history, session) -> torch.Tensor:
@@ -201,8 +44,8 @@ class TestCollator:
         collator = PreferenceCollator(tokenizer, model, ntp_dataset)
         batch = collator(
             [
-                {"history": [1, 2], "chosen": [3, 4], "rejected": [5], "ntp_rows": [7, 9]},
-                {"history": [6], "chosen": [7, 8], "rejected": [9, 10], "ntp_rows": [0, 1]},
+                {"history": [1, 2], "chosen": [3, 4], "rejected": [[5], [8, 9]], "ntp_rows": [7, 9]},
+                {"history": [6], "chosen": [7, 8], "rejected": [[9, 10]], "ntp_rows": [0, 1]},
             ]
         )
         codes = tokenizer.item_token_ids
@@ -212,9 +55,39 @@ class TestCollator:
         assert batch["completion_mask"][0].tolist() == [0, 1, 1, 1, 0, 1, 1, 1]
         assert batch["completion_mask"][2].tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
         assert batch["encoder_input_ids"].shape == (2, 7)
+        assert batch["input_ids"].shape == (4, 8) and batch["rejected_mask"].tolist() == [[True], [True]]
         ordinary = SessionCollator(tokenizer, model)([ntp_dataset[row] for row in (7, 9, 0, 1)])
         for name, tensor in ordinary.items():
             assert torch.equal(batch[f"ntp_{name}"], tensor)
+
+
+def perturb(model) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def ratio(pair, place=0) -> float:
+    """How much more than the reference the policy prefers the chosen to a rejected session, beta = 0.7."""
+    return 0.7 * (pair[0][0] - pair[0][1] - pair[1 + place][0] + pair[1 + place][1])
+
+
+# Of one pair's log-probabilities (policy, reference) of the chosen and the rejected sessions of six codes each, with
+# beta 0.7, label_smoothing 0.1, cpo_alpha 0.3 and simpo_gamma 0.8.
+LOSSES = {
+    "sigmoid": lambda pair: softplus(-ratio(pair)),
+    "ipo": lambda pair: (ratio(pair) / 0.7 / 6 - 1 / 1.4) ** 2,
+    "cdpo": lambda pair: 0.9 * softplus(-ratio(pair)) + 0.1 * softplus(ratio(pair)),
+    "robust": lambda pair: (0.9 * softplus(-ratio(pair)) - 0.1 * softplus(ratio(pair))) / 0.8,
+    "cpo": lambda pair: softplus(-0.7 * (pair[0][0] - pair[1][0])) - 0.3 * pair[0][0] / 6,
+    "simpo": lambda pair: softplus(0.8 - 0.7 * (pair[0][0] - pair[1][0]) / 6),
+    "sdpo": lambda pair: math.log1p(sum(math.exp(-ratio(pair, place)) for place in range(len(pair) - 1))),
+}
 
 
 class TestTrainer:
@@ -231,27 +104,33 @@ class TestTrainer:
         torch.testing.assert_close(loss, expected + 0.5 * math.log(2))
         assert len(trainer.train_dataset["ntp_rows"][0]) == 2
 
-    def test_loss_against_plain_log_probabilities(self, tokenizer, tmp_path):
+    @pytest.mark.parametrize("loss_type", LOSSES)
+    def test_losses_of_two_pairs_by_hand(self, tokenizer, tmp_path, loss_type):
         model, pairs = tiny_generator(), preference_pairs(2)
         reference = copy.deepcopy(model).eval()
-        trainer = make_trainer(tokenizer, tmp_path, model, pairs, beta=0.7, ntp_per_pair=0, lambda_dpo=2.0)
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        options = {"label_smoothing": 0.1, "cpo_alpha": 0.3, "simpo_gamma": 0.8}
+        trainer = make_trainer(
+            tokenizer, tmp_path, model, pairs, beta=0.7, ntp_per_pair=0, lambda_dpo=2.0, loss_type=loss_type, **options
+        )
+        perturb(model)
         policy = copy.deepcopy(reference)
         policy.load_state_dict(model.state_dict())
-        losses = []
-        for pair in pairs:
-            chosen, rejected = (
-                session_log_probability(policy, tokenizer, pair["history"], pair[side])
-                - session_log_probability(reference, tokenizer, pair["history"], pair[side])
-                for side in ("chosen", "rejected")
-            )
-            losses.append(-F.logsigmoid(0.7 * (chosen - rejected)))
+        with torch.no_grad():
+            # Each pair's chosen session, then its rejected ones: log-probabilities of policy and reference.
+            log_probs = [
+                [
+                    tuple(
+                        session_log_probability(scored, tokenizer, pair["history"], session).item()
+                        for scored in (policy, reference)
+                    )
+                    for session in (pair["chosen"], *pair["rejected"])
+                ]
+                for pair in pairs
+            ]
+        expected = sum(LOSSES[loss_type](pair) for pair in log_probs) / 2
         loss = trainer._compute_loss(model.train(), batch_of(trainer), False)
-        torch.testing.assert_close(loss, 2.0 * torch.stack(losses).mean())
-        assert abs(loss.item() - 2 * math.log(2)) > 0.05
+        assert loss.item() == pytest.approx(2.0 * expected, rel=1e-4)
+        assert (trainer.ref_model is None) == (loss_type in ("cpo", "simpo"))
 
     def test_training_raises_the_margin_and_leaves_the_reference(self, tokenizer, tmp_path):
         model = tiny_generator()
@@ -262,7 +141,7 @@ class TestTrainer:
         assert history[-1]["rewards/margins"] > history[0]["rewards/margins"] + 0.05
         assert history[-1]["dpo_loss"] < history[0]["dpo_loss"]
         assert history[0]["loss"] == pytest.approx(0.5 * history[0]["dpo_loss"] + history[0]["ntp_loss"], abs=1e-3)
-        reference = trainer.ref_model.model.state_dict()
+        reference = trainer.ref_model.state_dict()
         assert all(torch.equal(reference[name], tensor) for name, tensor in before.state_dict().items())
         assert any(not torch.equal(model.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
         assert model.config.dropout == 0.1  # what is saved can be trained further with dropout
@@ -279,10 +158,11 @@ class TestTrainer:
         for name, tensor in through.model.state_dict().items():
             torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=0, atol=1e-7)
 
-    def test_precomputed_reference_gives_the_same_loss(self, tokenizer, tmp_path):
+    @pytest.mark.parametrize("loss_type", ["sigmoid", "sdpo"])
+    def test_precomputed_reference_gives_the_same_loss(self, tokenizer, tmp_path, loss_type):
         batch_losses = []
         for precompute in (False, True):
-            trainer = make_trainer(tokenizer, tmp_path, precompute_ref_log_probs=precompute)
+            trainer = make_trainer(tokenizer, tmp_path, precompute_ref_log_probs=precompute, loss_type=loss_type)
             with torch.no_grad():
                 trainer.model.lm_head.weight.mul_(1.1)
             batch = batch_of(trainer)
@@ -290,9 +170,61 @@ class TestTrainer:
             batch_losses.append(trainer._compute_loss(trainer.model.train(), batch, False))
         torch.testing.assert_close(*batch_losses)
 
+    def test_shared_histories_of_a_causal_encoder_are_the_single_ones(self, tokenizer, tmp_path):
+        model = tiny_generator(encoder_attention="causal", history_positions="item")
+        # One user, each of whose histories continues the one before it: one row of shared histories.
+        rows = training_rows(4).remove_columns("user_id").add_column("user_id", ["u"] * 4)
+        rows = rows.map(lambda row, index: {"history": list(range(2 + index)), "length": 2 + index}, with_indices=True)
+        shared = share_histories(rows, 6, targets_per_row=4)
+        assert len(shared) == 1
+        losses = []
+        for ntp_dataset, ntp_per_pair in ((rows, 4), (shared, 1)):
+            trainer = make_trainer(
+                tokenizer,
+                tmp_path,
+                copy.deepcopy(model),
+                preference_pairs(1),
+                {"ntp_dataset": ntp_dataset},
+                ntp_per_pair=ntp_per_pair,
+            )
+            perturb(trainer.model)
+            losses.append(trainer._compute_loss(trainer.model.train(), batch_of(trainer), False))
+        torch.testing.assert_close(*losses)
+
+    def test_lora_trains_an_adapter_against_the_model_without_it(self, tokenizer, tmp_path):
+        model = tiny_generator()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=True)
+        trainer = make_trainer(tokenizer, tmp_path, model, None, {"peft_config": lora}, learning_rate=1e-1)
+        assert trainer.ref_model is None
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+        assert log[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 0.05
+        merged = trainer.model.merge_and_unload()
+        changed = {name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert changed and all("proj" in name for name in changed)
+
+    def test_checkpointing_and_bf16_run_the_same_training(self, tokenizer, tmp_path):
+        logs = {}
+        for name, options in {
+            "plain": {},
+            "checkpointing": {"gradient_checkpointing": True},
+            "bf16": {"bf16": True},
+        }.items():
+            trainer = make_trainer(tokenizer, tmp_path / name, max_steps=3, **options)
+            trainer.train()
+            logs[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert logs["checkpointing"] == pytest.approx(logs["plain"], abs=1e-5)
+        assert logs["bf16"] == pytest.approx(logs["plain"], rel=0.03) and logs["bf16"] != logs["plain"]
+
     def test_what_is_missing_is_named(self, tokenizer, tmp_path):
         with pytest.raises(ValueError, match="no preference pair"):
             OneRecDPOTrainer(tiny_generator(), dpo_arguments(tmp_path), preference_pairs().select([]), tokenizer)
+        with pytest.raises(ValueError, match="stands alone"):
+            dpo_arguments(tmp_path, loss_type=["cpo", "sigmoid"])
+        with pytest.raises(ValueError, match="label_smoothing"):
+            dpo_arguments(tmp_path, loss_type="robust")
         with pytest.raises(ValueError, match="ntp_dataset"):
             OneRecDPOTrainer(tiny_generator(), dpo_arguments(tmp_path), preference_pairs(), tokenizer)
         with pytest.raises(ValueError, match="negative"):

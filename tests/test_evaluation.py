@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onerec_hf.evaluation import (
-    bootstrap_interval,
     duplicate_rate,
     illegal_rate,
     intra_session_diversity,
@@ -76,12 +75,6 @@ class TestRankingMetrics:
             ranking_metrics(np.array([[12]]), np.array([0]), 10, cutoffs=(1,))
         with pytest.raises(ValueError, match="no user"):
             ranking_metrics(np.zeros((0, 5), int), np.zeros(0, int), 10, cutoffs=(5,))
-
-    def test_bootstrap_has_the_normal_width_and_is_seeded(self):
-        values = np.random.default_rng(1).normal(size=2000)
-        low, high = bootstrap_interval(values)
-        assert high - low == pytest.approx(2 * 1.96 / math.sqrt(2000), rel=0.15)
-        assert (low, high) == bootstrap_interval(values)
 
 
 class TestSessionMetrics:

@@ -63,7 +63,8 @@ def killed_and_resumed(tmp_path_factory):
         "reward.partial/reward_model/trained.json",
         "align.partial/round_1/aligned.json",
         "recommend.partial/settings.json",
-        "evaluate.partial/baseline_item_knn.json",
+        "baselines.partial/item_knn.json",
+        "evaluate.partial/round_1.safetensors",
     ):
         kill_when(point, *arguments)
         if point.startswith("pretrain"):
@@ -88,7 +89,9 @@ KEPT = [
     "align/round_1/pairs.parquet",
     "align/round_1/model.safetensors",
     "recommend/stage.json",
-    "evaluate/baseline_item_knn.json",
+    "baselines/item_knn.json",
+    "evaluate_seed/stage.json",
+    "evaluate/round_1.safetensors",
 ]
 
 

@@ -4,26 +4,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from model_conformance import ModelConformanceTests
-from transformers import TrainingArguments
 
 from onerec_hf.reward import (
+    ExposureEncoder,
     OneRecRewardConfig,
     OneRecRewardModel,
-    OneRecRewardTrainer,
-    RewardCollator,
     SessionScorer,
-    item_code_ids,
-    label_means,
-    objective_metrics,
-    reward_metrics,
-    user_half,
 )
+from onerec_hf.reward.configuration_onerec_reward import DEFAULT_OBJECTIVES
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 CODEBOOK_SIZES = [4, 4, 4]
+
+
+FEATURES = {
+    "feedback": ["watch_time", "duration", "view"],
+    "signals": ["watched", "view"],
+    "num_items": 40,
+    "item_features": ["author", "tag", "tag"],
+    "num_item_values": 9,
+    "user_features": {"country": ["de", "fr", "it"], "age": ["old", "young"]},
+}
 
 
 class TestConformance(ModelConformanceTests):
@@ -32,7 +35,7 @@ class TestConformance(ModelConformanceTests):
 
     def make_config(self, **overrides):
         settings = {"codebook_sizes": CODEBOOK_SIZES, "hidden_size": 16, "tower_hidden_size": 16, "history_items": 8}
-        return OneRecRewardConfig(**(settings | {"num_hidden_layers": 2} | overrides))
+        return OneRecRewardConfig(**(settings | FEATURES | {"num_hidden_layers": 2} | overrides))
 
     def make_inputs(self, config, batch_size=3):
         generator = torch.Generator().manual_seed(1)
@@ -41,7 +44,19 @@ class TestConformance(ModelConformanceTests):
         history[0, :2] = history[1, -2:] = session[2, -1:] = config.pad_token_id
         labels = torch.rand(batch_size, 4, generator=generator)
         labels[1, 2] = math.nan
-        return {"history_ids": history, "session_ids": session, "labels": labels}
+        signals = torch.rand(batch_size, 6, 2, generator=generator)
+        signals[0, 3] = math.nan
+        return {
+            "history_ids": history,
+            "session_ids": session,
+            "labels": labels,
+            "history_indices": torch.randint(-1, 45, (batch_size, 6), generator=generator),
+            "session_indices": torch.randint(-1, 45, (batch_size, 4), generator=generator),
+            "history_signals": signals,
+            "user_totals": torch.rand(batch_size, 4, generator=generator) * 5,
+            "user_values": torch.randint(0, 6, (batch_size, 2), generator=generator),
+            "session_totals": torch.rand(batch_size, 4, 4, generator=generator) * 5,
+        }
 
     def test_cross_attentions_are_the_target_attention(self):
         model = self.make_model()
@@ -56,6 +71,11 @@ class TestConformance(ModelConformanceTests):
 OBJECTIVES = ["swt", "vtr", "wtr", "ltr"]
 
 
+def weighted(*weights: float) -> list[dict]:
+    """The default objectives with other weights."""
+    return [entry | {"weight": weight} for entry, weight in zip(DEFAULT_OBJECTIVES, weights, strict=True)]
+
+
 def tiny_model(**overrides) -> OneRecRewardModel:
     torch.manual_seed(0)
     settings = {"codebook_sizes": CODEBOOK_SIZES, "hidden_size": 16, "tower_hidden_size": 16, "history_items": 8}
@@ -64,6 +84,16 @@ def tiny_model(**overrides) -> OneRecRewardModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def featured_model(**overrides) -> OneRecRewardModel:
+    """A tiny model that reads feedback, features and totals."""
+    model = tiny_model(**(FEATURES | overrides))
+    generator = torch.Generator().manual_seed(3)
+    values = torch.stack([torch.randint(0, 4, (40,), generator=generator)] * 3, dim=1)
+    values[:, 1:] = torch.randint(4, 9, (40, 2), generator=generator)
+    model.set_items(values, torch.rand(40, 4, generator=generator) * 20, torch.tensor([0.3, 0.6]))
     return model
 
 
@@ -78,6 +108,9 @@ def tokenizer() -> OneRecTokenizer:
 @pytest.fixture(scope="module")
 def item_token_ids(tokenizer) -> torch.LongTensor:
     return tokenizer.item_token_ids
+
+
+EMPTY = torch.zeros(0)
 
 
 def random_batch(item_token_ids, users=3, candidates=4, history=6, session=5):
@@ -124,17 +157,15 @@ class TestForward:
         assert (model(history, sessions.flip(2)).logits - expected).abs().max() > 1e-4
         # Items (a1 b1), (a2 b2) against (a1 b2), (a2 b1) in a history: the same codes, other items.
         pairs = torch.tensor([[[5, 9, 13], [6, 10, 13]], [[5, 10, 13], [6, 9, 13]]])
-        one, other = model.item_encoder(pairs).sum(1)
+        one, other = model.item_encoder(pairs, EMPTY).sum(1)
         assert (one - other).abs().max() > 1e-2
 
     def test_target_attention_against_a_plain_computation(self, item_token_ids):
         model = tiny_model(num_attention_heads=2)
         layer = model.target_attention
         history, sessions = random_batch(item_token_ids, users=1, candidates=1, history=3, session=2)
-        history[0, 0] = 0  # left padding
-        items, behaviour = model.item_encoder(sessions[:, 0])[0], model.item_encoder(history)[0, 1:]
-        states = layer.history_norm(behaviour + layer.recency_embeddings.weight[[1, 0]])
-        states = torch.cat([layer.no_behaviour[0], states])
+        items, behaviour = model.item_encoder(sessions[:, 0], EMPTY)[0], model.item_encoder(history, EMPTY)[0, 1:]
+        states = torch.cat([layer.no_behaviour[0], layer.history_norm(behaviour)])
         attention = layer.attention
         user = torch.empty_like(items)
         for row, item in enumerate(items):
@@ -142,17 +173,123 @@ class TestForward:
             for head in range(2):
                 rows = slice(8 * head, 8 * head + 8)
                 query = attention.q_proj.weight[rows] @ item
-                weights = (states @ attention.k_proj.weight[rows].T @ query / math.sqrt(8)).softmax(0)
-                heads.append(weights @ (states @ attention.v_proj.weight[rows].T))
+                scores = states @ attention.k_proj.weight[rows].T @ query / math.sqrt(8)
+                scores = scores + torch.cat([torch.zeros(1), layer.recency_bias.weight[[1, 0], head]])
+                heads.append(scores.softmax(0) @ (states @ attention.v_proj.weight[rows].T))
             user[row] = attention.o_proj.weight @ torch.cat(heads)
-        expected = layer.fusion(torch.cat([items, user, items * user], dim=-1))
-        actual = layer(items[None], model.item_encoder(history), history[..., 0] != 0)[0]
-        torch.testing.assert_close(actual, expected)
+        # The first behaviour is hidden, the third is the latest.
+        actual = layer(items[None], model.item_encoder(history, EMPTY), torch.tensor([[[-1, 1, 0]]]))[0]
+        torch.testing.assert_close(actual, user)
 
-    def test_reward_is_the_weighted_sum(self, item_token_ids):
-        model = tiny_model(objective_weights=[1.0, 0.5, 0.0, 2.0])
+    def test_a_session_sees_what_is_before_it(self, item_token_ids):
+        """Sessions cut from one run are judged as each alone with the exposures before it, the latest 8 of them."""
+        model = featured_model()
+        generator = torch.Generator().manual_seed(5)
+        indices = torch.randint(40, (2, 12), generator=generator)
+        indices[1, 9:] = -1
+        signals = torch.rand(2, 12, 2, generator=generator)
+        signals[0, 4, 1] = math.nan
+        before = torch.rand(2, 4, generator=generator) * 3
+        values = torch.tensor([[1, 4], [0, 5]])
+        sessions = torch.randint(40, (2, 3, 2), generator=generator)
+        prefixes = torch.tensor([[0, 5, 11], [1, 8, 9]])
+
+        def inputs(run, history):
+            codes = item_token_ids[history.clamp(min=0)].masked_fill((history < 0)[..., None], 0)
+            return {"history_ids": codes, "history_indices": history, "user_values": values[run]}
+
+        together = model(
+            **inputs([0, 1], indices),
+            session_ids=item_token_ids[sessions],
+            session_indices=sessions,
+            history_signals=signals,
+            user_totals=before,
+            history_prefixes=prefixes,
+        ).logits
+        for run in range(2):
+            for place in range(3):
+                prefix = int(prefixes[run, place])
+                seen = slice(max(prefix - 8, 0), prefix)
+                old = signals[run, : seen.start]
+                totals = before[run] + torch.cat([old.nan_to_num(0.0).sum(0), (~old.isnan()).sum(0)])
+                alone = model(
+                    **inputs([run], indices[run : run + 1, seen]),
+                    session_ids=item_token_ids[sessions[run : run + 1, place]],
+                    session_indices=sessions[run : run + 1, place],
+                    history_signals=signals[run : run + 1, seen],
+                    user_totals=totals[None],
+                ).logits[0]
+                torch.testing.assert_close(alone, together[run, place])
+
+    def test_rates_of_the_past_by_hand(self, item_token_ids):
+        model = featured_model(rate_prior=2.0, match_prior=1.0)
+        seen = {}
+        model.fusion.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0][0, 0, 48:]))
+        model.item_table.values[:3] = torch.tensor([[1, 4, 5], [1, 6, 0], [2, 5, 7]])
+        model(
+            history_ids=item_token_ids[torch.tensor([[0, 2]])],
+            session_ids=item_token_ids[torch.tensor([[1]])],
+            history_indices=torch.tensor([[0, 2]]),
+            session_indices=torch.tensor([[1]]),
+            history_signals=torch.tensor([[[0.5, 1.0], [1.0, math.nan]]]),
+            session_totals=torch.tensor([[[3.0, 1.0, 6.0, 4.0]]]),
+        )
+
+        def rates(sums, counts, prior):
+            found = []
+            for total, count, mean in zip(sums, counts, (0.3, 0.6), strict=True):
+                rate = (total + prior * mean) / (count + prior)
+                found.append(2 * (math.log(rate / (1 - rate)) - math.log(mean / (1 - mean))))
+            return found + [math.log1p(count) / 4 for count in counts]
+
+        expected = rates([1.5, 1.0], [2, 1], 2)  # of the user
+        expected += rates([3.0, 1.0], [6, 4], 2)  # of the item
+        expected += rates([0, 0], [0, 0], 1)  # the same item
+        expected += rates([0.5, 1.0], [1, 1], 1)  # the same author: item 0
+        expected += rates([0, 0], [0, 0], 1)  # no tag in common; 0 is no tag
+        torch.testing.assert_close(seen["inputs"][:20], torch.tensor(expected))
+
+    def test_unknown_items_and_users_are_judged(self, item_token_ids):
+        model = featured_model()
+        history, sessions = random_batch(item_token_ids)
+        bare = model(history, sessions).logits
+        unknown = model(
+            history,
+            sessions,
+            history_indices=torch.full((3, 6), 40),
+            session_indices=torch.full((3, 4, 5), 99),
+            history_signals=torch.full((3, 6, 2), math.nan),
+            user_values=torch.zeros(3, 2, dtype=torch.long),
+        ).logits
+        assert bare.isfinite().all()
+        torch.testing.assert_close(unknown, bare)
+
+    def test_reward_is_the_chosen_scalar(self, item_token_ids):
+        model = tiny_model(objectives=weighted(1.0, 0.5, 0.0, 2.0))
+        weights = torch.tensor([1.0, 0.5, 0.0, 2.0])
         output = model(*random_batch(item_token_ids))
-        torch.testing.assert_close(output.reward, output.probabilities @ torch.tensor([1.0, 0.5, 0.0, 2.0]))
+        torch.testing.assert_close(output.reward, output.probabilities @ weights)
+        model.set_calibration(torch.tensor([2.0, 1, 1, 1]), torch.tensor([0.0, 0, 0, -1]))
+        calibrated = model(*random_batch(item_token_ids))
+        torch.testing.assert_close(calibrated.probabilities[..., 0], torch.sigmoid(2 * output.logits[..., 0]))
+        torch.testing.assert_close(calibrated.probabilities[..., 3], torch.sigmoid(output.logits[..., 3] - 1))
+        model.config.scalar, model.config.objective_means = "z_score", [0.1, 0.2, 0.3, 0.4]
+        model.config.objective_deviations = [0.5, 0.25, 1.0, 2.0]
+        distances = (output.probabilities - torch.tensor([0.1, 0.2, 0.3, 0.4])) / torch.tensor([0.5, 0.25, 1.0, 2.0])
+        torch.testing.assert_close(model.scalar(output.probabilities), distances @ weights)
+
+    def test_class_weights_and_focal_loss_by_hand(self, item_token_ids):
+        objectives = weighted(1.0, 1.0, 1.0, 1.0)
+        objectives[2]["positive_weight"] = 5.0
+        history, sessions = random_batch(item_token_ids)
+        labels = torch.rand(3, 4)
+        for gamma in (0.0, 2.0):
+            model = tiny_model(objectives=objectives, focal_gamma=gamma)
+            output = model(history, sessions[:, 0], labels=labels)
+            positive = torch.tensor([1.0, 1.0, 5.0, 1.0]) * labels
+            losses = -(positive * F.logsigmoid(output.logits) + (1 - labels) * F.logsigmoid(-output.logits))
+            losses = losses * (output.logits.sigmoid() - labels).abs() ** gamma
+            torch.testing.assert_close(output.loss, losses.mean(0).sum())
 
     def test_loss_sums_the_heads_over_known_labels(self, item_token_ids):
         model = tiny_model()
@@ -167,12 +304,15 @@ class TestForward:
         assert model.towers["vtr"].hidden.weight.grad.abs().sum() > 0
 
     def test_save_and_load(self, item_token_ids, tmp_path):
-        model = tiny_model(objective_weights=[1.0, 0.0, 0.0, 2.0])
+        model = featured_model(objectives=weighted(1.0, 0.0, 0.0, 2.0), scalar="z_score")
+        model.set_calibration(torch.tensor([2.0, 1, 1, 1]), torch.tensor([0.0, 0, 0, -1]))
+        model.config.objective_means, model.config.objective_deviations = [0.1] * 4, [0.5] * 4
         model.save_pretrained(tmp_path)
         loaded = OneRecRewardModel.from_pretrained(tmp_path)
-        assert loaded.config.objective_weights == [1.0, 0.0, 0.0, 2.0]
-        batch = random_batch(item_token_ids)
-        assert torch.equal(loaded(*batch).reward, model(*batch).reward)
+        assert loaded.config.objectives == model.config.objectives and loaded.config.objective_weights == [1, 0, 0, 2]
+        batch = {"session_indices": torch.arange(60).view(3, 4, 5) % 40}
+        batch |= dict(zip(("history_ids", "session_ids"), random_batch(item_token_ids), strict=True))
+        assert torch.equal(loaded(**batch).reward, model(**batch).reward)
 
     @pytest.mark.parametrize(
         ("history", "session", "message"),
@@ -187,101 +327,21 @@ class TestForward:
             tiny_model()(torch.ones(history, dtype=torch.long), torch.ones(session, dtype=torch.long))
 
     def test_config_errors(self):
-        with pytest.raises(StrictDataclassClassValidationError, match="one weight for each"):
-            OneRecRewardConfig(objective_weights=[1.0])
+        for objectives, message in (
+            ([{"name": "x", "source": "view"}], "lacks kind"),
+            ([{"name": "x", "source": "view", "kind": "binary", "wieght": 1}], "unknown fields wieght"),
+            ([{"name": "x", "source": "view", "kind": "rate"}], "kind 'rate'"),
+            (["swt", "swt"], "distinct"),
+        ):
+            with pytest.raises(StrictDataclassClassValidationError, match=message):
+                OneRecRewardConfig(objectives=objectives)
         with pytest.raises(StrictDataclassClassValidationError, match="num_attention_heads"):
             OneRecRewardConfig(hidden_size=10)
 
 
-def labelled_sessions(users: int = 60) -> Dataset:
-    """Sessions of one or three items; watched if the first item is among the even ones."""
-    rng = np.random.default_rng(0)
-    sessions = [rng.choice(40, rng.choice([1, 3]), replace=False).tolist() for _ in range(users)]
-    label = [float(session[0] % 2 == 0) for session in sessions]
-    return Dataset.from_dict(
-        {
-            "history": [rng.choice(40, rng.integers(0, 12)).tolist() for _ in range(users)],
-            "session": sessions,
-            "swt": label,
-            "vtr": [math.nan if row % 3 == 0 else 0.9 * value for row, value in enumerate(label)],
-            "wtr": [1 - value for value in label],
-            "ltr": [math.nan] * users,
-        }
-    )
-
-
-class TestTraining:
-    def test_overfits_a_small_set(self, item_token_ids, tmp_path):
-        model = tiny_model(objective_weights=[1.0, 1.0, 1.0, 0.0], dropout=0.0)
-        dataset = labelled_sessions()
-        rates = label_means(dataset, model.config)
-        assert math.isnan(rates["ltr"]) and 0 < rates["swt"] < 1
-        model.set_base_rates(rates)
-        assert model.towers["swt"].output.bias.item() == pytest.approx(math.log(rates["swt"] / (1 - rates["swt"])))
-        arguments = TrainingArguments(
-            tmp_path,
-            max_steps=80,
-            per_device_train_batch_size=60,
-            learning_rate=1e-2,
-            save_strategy="no",
-            logging_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = OneRecRewardTrainer(
-            model, item_token_ids, args=arguments, train_dataset=dataset, eval_dataset=dataset
-        )
-        trainer.train()
-        evaluated = trainer.evaluate()
-        metrics = reward_metrics(model, dataset, item_token_ids)
-        assert metrics["swt_auc"] > 0.98 and metrics["vtr_auc"] > 0.98 and metrics["wtr_auc"] > 0.98
-        assert metrics["swt_log_loss"] < 0.1 < metrics["swt_base_log_loss"]
-        assert "ltr_auc" not in metrics
-        assert evaluated["eval_swt_auc"] == pytest.approx(metrics["swt_auc"])
-
-    def test_collator_tensors(self, item_token_ids):
-        collator = RewardCollator(item_token_ids, tiny_model(history_items=2).config)
-        rows = [
-            {"history": [1, 2, 3], "session": [4, 5], "swt": 0.5, "vtr": None, "wtr": 0.0, "ltr": math.nan},
-            {"history": [], "session": [6], "swt": 1.0, "vtr": 1.0, "wtr": 1.0, "ltr": 0.0},
-        ]
-        batch = collator(rows)
-        assert torch.equal(batch["history_ids"][0], item_token_ids[[2, 3]]) and not batch["history_ids"][1].any()
-        assert torch.equal(batch["session_ids"][1, 0], item_token_ids[6]) and not batch["session_ids"][1, 1].any()
-        assert batch["labels"].isnan().tolist() == [[False, True, False, True], [False] * 4]
-        with pytest.raises(ValueError, match="session_items"):
-            collator([rows[0] | {"session": [1] * 6}])
-        with pytest.raises(ValueError, match="'swt' has a label outside"):
-            collator([rows[0] | {"swt": 1.5}])
-
-    def test_weighted_objective_without_labels_is_an_error(self):
-        with pytest.raises(ValueError, match="'ltr'.*objective_weights"):
-            label_means(labelled_sessions(), tiny_model().config)
-
-    def test_metrics_by_hand(self):
-        config = tiny_model(objective_weights=[1.0, 0.0, 0.0, 0.0]).config
-        labels = np.array([[0.0, 0.2, 0.0, math.nan], [0.0, 0.8, 0.0, math.nan], [1.0, 0.6, 0.0, math.nan]])
-        probabilities = np.array([[0.1, 0.2, 0.5, 0.5], [0.3, 0.8, 0.5, 0.5], [0.2, 0.6, 0.5, 0.5]])
-        metrics = objective_metrics(probabilities, labels, config)
-        assert metrics["swt_auc"] == metrics["reward_auc"] == 0.5
-        assert metrics["vtr_auc"] == 1.0 and metrics["vtr_calibration_error"] == pytest.approx(0.0)
-        assert metrics["swt_log_loss"] == pytest.approx(-(math.log(0.9) + math.log(0.7) + math.log(0.2)) / 3)
-        assert metrics["swt_calibration_error"] == pytest.approx((0.1 + 0.3 + 0.8) / 3)
-        assert "wtr_auc" not in metrics and not any(name.startswith("ltr") for name in metrics)
-
-    def test_user_half(self):
-        ids = list(range(1000)) * 2
-        halves = user_half(ids, seed=3)
-        assert 400 < halves[:1000].sum() < 600
-        assert np.array_equal(halves[:1000], halves[1000:])
-        assert np.array_equal(user_half(ids[:10], seed=3), halves[:10])
-        assert np.array_equal(user_half([str(user) for user in ids], seed=3), halves)
-        assert not np.array_equal(user_half(ids, seed=4), halves)
-
-
 class TestScoring:
     def test_scores_in_batches_and_blanks_empty_sessions(self, tokenizer, item_token_ids):
-        model = tiny_model(objective_weights=[1.0, 0.5, 0.0, 2.0]).train()
+        model = tiny_model(objectives=weighted(1.0, 0.5, 0.0, 2.0)).train()
         rng = np.random.default_rng(0)
         rows = [{"history": rng.choice(40, length).tolist()} for length in (12, 0, 3, 5)]
         sessions = torch.from_numpy(rng.choice(40, (4, 3, 5)))
@@ -291,12 +351,50 @@ class TestScoring:
         assert model.training
         model.eval()
         for user in range(4):
-            history_ids = item_code_ids([rows[user]["history"][-8:]], item_token_ids)
+            history = np.array(rows[user]["history"][-8:], dtype=np.int64)
+            history_ids = item_token_ids[history][None] if user != 1 else torch.zeros(1, 1, 3, dtype=torch.long)
             expected = model(history_ids, item_token_ids[sessions[user]][None]).reward[0]
             real = torch.tensor([True, user != 2, True])
             torch.testing.assert_close(scores.reward[user][real], expected[real])
             torch.testing.assert_close(scorer.scalar(scores.probabilities[user][real]), expected[real])
             assert scores.reward[user].isnan().tolist() == (~real).tolist()
+
+    def test_reads_exposures_in_place_of_the_history(self, tokenizer, item_token_ids):
+        model = featured_model()
+        rows = [
+            {
+                "history": [7],
+                "exposed": [3, 4],
+                "exposed_feedback": [5.0, 10.0, 1.0, 30.0, 20.0, math.nan],
+                "feedback_totals": [1.0, 2.0, 3.0, 4.0],
+                "user_profile": {"country": "fr", "age": None},
+            },
+            {"history": [7], "exposed": None},
+        ]
+        sessions = torch.tensor([[[0, 1]], [[2, -1]]])
+        scores = SessionScorer(model, tokenizer).score(rows, sessions)
+        expected = model(
+            history_ids=item_token_ids[torch.tensor([[3, 4]])],
+            session_ids=item_token_ids[sessions[:1]],
+            history_indices=torch.tensor([[3, 4]]),
+            session_indices=sessions[:1],
+            history_signals=torch.tensor([[[0.5, 1.0], [1.0, math.nan]]]),
+            user_totals=torch.tensor([[1.0, 2.0, 3.0, 4.0]]),
+            user_values=torch.tensor([[2, 0]]),
+        )
+        torch.testing.assert_close(scores.reward[0], expected.reward[0])
+        plain = SessionScorer(model, tokenizer).score([{"history": [7]}], sessions[1:])
+        torch.testing.assert_close(scores.reward[1], plain.reward[0])
+
+    def test_older_exposures_count_in_the_totals(self, tokenizer):
+        model = featured_model()
+        encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
+        row = {"exposed": [1, 2, 3], "exposed_feedback": [5.0, 10.0, 1.0, 1.0, 4.0, math.nan, 0.0, 10.0, 0.0]}
+        encoded = encoder([row | {"feedback_totals": [1.0, 1.0, 1.0, 1.0]}], latest=1)
+        assert encoded["history_indices"].tolist() == [[3]]
+        assert encoded["user_totals"].tolist() == [[1.75, 2.0, 3.0, 2.0]]
+        with pytest.raises(ValueError, match="watch_time, duration, view"):
+            encoder([{"exposed": [1], "exposed_feedback": [1.0]}])
 
     def test_save_and_load(self, tokenizer, tmp_path):
         scorer = SessionScorer(tiny_model(), tokenizer)

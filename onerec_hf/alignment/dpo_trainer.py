@@ -23,17 +23,31 @@ from ..pretraining import SessionCollator
 from ..tokenization_onerec import BOS_TOKEN_ID, IGNORE_INDEX, PAD_TOKEN_ID, OneRecTokenizer
 
 NTP_PREFIX = "ntp_"
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+# Losses beside TRL's own; each stands alone.
+CDPO, CPO, SIMPO, SDPO = "cdpo", "cpo", "simpo", "sdpo"
+REFERENCE_FREE = (CPO, SIMPO)
 
 
 @dataclass
 class OneRecDPOConfig(DPOConfig):
     """
-    Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig` and how L_NTP and L_DPO are mixed. `max_length` has no effect:
-    the tokenizer gives whole sessions.
+    Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig`, how L_NTP and L_DPO are mixed, and further losses. `max_length`
+    has no effect: the tokenizer gives whole sessions.
+
+    `loss_type` is one of TRL's (`"sigmoid"` is DPO, `"ipo"`, `"robust"` rDPO; several may be combined), or alone
+
+    - `"cdpo"`: conservative DPO, the cross-entropy with labels smoothed by `label_smoothing`;
+    - `"cpo"`: CPO (arXiv 2401.08417), DPO without reference and `cpo_alpha` times the winner's negative log-likelihood
+      per code;
+    - `"simpo"`: SimPO (arXiv 2405.14734), log-probabilities per code without reference and the margin `simpo_gamma`;
+    - `"sdpo"`: S-DPO (arXiv 2406.09215), the winner against all rejected sessions of its pair at once.
 
     Args:
         lambda_dpo (`float`, *optional*, defaults to 1.0): Weight of L_DPO beside L_NTP (lambda of Algorithm 2).
         ntp_per_pair (`int`, *optional*, defaults to 1): Ordinary training rows mixed in with each pair; 0 for none.
+        cpo_alpha (`float`, *optional*, defaults to 1.0): Weight of CPO's likelihood term.
+        simpo_gamma (`float`, *optional*, defaults to 0.5): SimPO's margin gamma.
     """
 
     lambda_dpo: float = field(
@@ -42,30 +56,69 @@ class OneRecDPOConfig(DPOConfig):
     ntp_per_pair: int = field(
         default=1, metadata={"help": "Next-token prediction rows mixed in with each preference pair; 0 for none."}
     )
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the likelihood term of loss_type 'cpo'."})
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of loss_type 'simpo'."})
 
     def __post_init__(self):
         if self.lambda_dpo < 0 or self.ntp_per_pair < 0:
             raise ValueError(
                 f"lambda_dpo and ntp_per_pair must not be negative, got {self.lambda_dpo} and {self.ntp_per_pair}."
             )
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        alone = set(self.loss_type) & {CDPO, CPO, SIMPO, SDPO}
+        if alone and len(self.loss_type) > 1:
+            raise ValueError(f"loss_type {alone.pop()!r} stands alone, got {self.loss_type}.")
+        if {CDPO, "robust"} & set(self.loss_type) and not 0 < self.label_smoothing < 0.5:
+            raise ValueError(
+                f"loss_type {self.loss_type} needs label_smoothing, the share of flipped labels, in (0, 0.5), got "
+                f"{self.label_smoothing}."
+            )
+        if self.reference_free:
+            self.precompute_ref_log_probs = True  # their constants need no reference model
         super().__post_init__()
+
+    @property
+    def reference_free(self) -> bool:
+        return self.loss_type[0] in REFERENCE_FREE
+
+    def trl_losses(self) -> tuple[list[str], list[float]]:
+        """`loss_type` as TRL's losses and their weights. TRL takes a reference's log-probabilities from the batch,
+        where those of the reference-free losses are constants: [`PreferenceCollator`]."""
+        name = self.loss_type[0]
+        if name == CDPO:
+            # With s and f the losses of the label as it is and flipped, robust is ((1 - e) s - e f) / (1 - 2 e), of
+            # which follows (1 - e) s + e f.
+            smoothing = self.label_smoothing
+            return ["sigmoid", "robust"], [2 * (1 - smoothing), 2 * smoothing - 1]
+        if name == CPO:
+            return ["sigmoid", "sft"], [1.0, self.cpo_alpha]
+        if name == SIMPO:
+            return ["sigmoid_norm"], [1.0]
+        return self.loss_type, self.loss_weights or [1.0] * len(self.loss_type)
 
 
 class PreferenceCollator:
     """
-    Batches of B pairs for [`OneRecDPOTrainer`] from rows of `history`, `chosen` and `rejected` (catalogue indices).
+    Batches of B pairs for [`OneRecDPOTrainer`] from rows of `history`, `chosen` and `rejected` (catalogue indices: a
+    session and a list of K or fewer).
 
     `encoder_input_ids` and `encoder_attention_mask` `(B, T)`, and what else [`encode_history_rows`] makes for this
-    model, hold each history once. `input_ids` `(2B, S)` are the decoder's sequences `<bos> a b c <bos> a b c`, all
-    chosen sessions first; `completion_mask` is 1 on code tokens
-    alone: like eq 4's loss, a session's log-probability leaves out `<bos>`, which generation never chooses. With
-    `ntp_rows` in the rows the batch also has what `SessionCollator` makes of those rows of `ntp_dataset`, with the
-    prefix `ntp_`.
+    model, hold each history once. `input_ids` `((1 + K) B, S)` are the decoder's sequences `<bos> a b c <bos> a b c`:
+    all chosen sessions, all first rejected ones, all second ones; `completion_mask` is 1 on code tokens alone: like
+    eq 4's loss, a session's log-probability leaves out `<bos>`, which generation never chooses. `rejected_mask`
+    `(B, K)` is False where a pair has fewer than K. With `ntp_rows` in the rows the batch also has what
+    `SessionCollator` makes of those rows of `ntp_dataset`, with the prefix `ntp_`.
 
     Args:
         tokenizer (`OneRecTokenizer`): Gives the layout of histories and sessions.
         model (`OneRecForConditionalGeneration`): Gives n and m.
-        ntp_dataset (`Dataset`, *optional*): Ordinary training rows with `history` and `session`.
+        ntp_dataset (`Dataset`, *optional*): Ordinary training rows with `history` and `session`, or those of
+            `share_histories` for a causal encoder.
+        num_rejected (`int`): K; a pair's further ones are passed over.
+        chosen_margin (`float`, *optional*): What stands for the reference's log-probability per code of the chosen
+            sessions, 0 for the rejected ones, in `ref_chosen_logps` and `ref_rejected_logps`; by default these are the
+            rows' own, if any.
     """
 
     def __init__(
@@ -73,17 +126,23 @@ class PreferenceCollator:
         tokenizer: OneRecTokenizer,
         model: OneRecForConditionalGeneration,
         ntp_dataset: Dataset | None = None,
+        num_rejected: int = 1,
+        chosen_margin: float | None = None,
     ):
         self.tokenizer = tokenizer
         self.config = model.config
         self.ntp_dataset = ntp_dataset
+        self.num_rejected = num_rejected
+        self.chosen_margin = chosen_margin
         self.session_collator = SessionCollator(tokenizer, model)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         encoder = encode_history_rows(rows, self.tokenizer, self.config)
-        labels = self.tokenizer.encode_sessions(
-            [row["chosen"] for row in rows] + [row["rejected"] for row in rows], catalogue_indices=True
-        )
+        sessions = [row["chosen"] for row in rows]
+        for place in range(self.num_rejected):
+            # Where a pair has fewer, its first stands in, masked.
+            sessions += [row["rejected"][place if place < len(row["rejected"]) else 0] for row in rows]
+        labels = self.tokenizer.encode_sessions(sessions, catalogue_indices=True)
         is_code = (labels != IGNORE_INDEX) & (labels != BOS_TOKEN_ID)
         input_ids = F.pad(labels, (1, 0), value=BOS_TOKEN_ID)
         input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, PAD_TOKEN_ID)
@@ -94,9 +153,13 @@ class PreferenceCollator:
             "input_ids": input_ids,
             "attention_mask": (input_ids != PAD_TOKEN_ID).long(),
             "completion_mask": F.pad(is_code.long(), (1, 0)),
+            "rejected_mask": torch.arange(self.num_rejected) < torch.tensor([[len(row["rejected"])] for row in rows]),
         }
-        for column in ("ref_chosen_logps", "ref_rejected_logps"):
-            if column in rows[0]:
+        if self.chosen_margin is not None:
+            batch["ref_chosen_logps"] = self.chosen_margin * is_code[: len(rows)].sum(1).float()
+            batch["ref_rejected_logps"] = torch.zeros(len(rows))
+        elif "ref_chosen_logps" in rows[0]:
+            for column in REFERENCE_COLUMNS:
                 batch[column] = torch.tensor([row[column] for row in rows])
         ntp_rows = [index for row in rows for index in row.get("ntp_rows", [])]
         if ntp_rows:
@@ -105,7 +168,7 @@ class PreferenceCollator:
         return batch
 
 
-class _SessionScorer:
+class _SessionModel:
     """Lets TRL's loss call an encoder-decoder, wrapped or not, as if it were a decoder of `input_ids`."""
 
     def __init__(self, model: torch.nn.Module):
@@ -133,8 +196,10 @@ class OneRecDPOTrainer(DPOTrainer):
         train_dataset (`Dataset`): Pairs from [`sample_preferences`].
         processing_class (`OneRecTokenizer`): The model's tokenizer.
         ntp_dataset (`Dataset`, *optional*): Training rows with `history` and `session` (catalogue indices), of which
-            `args.ntp_per_pair` go with each pair, every row once before any comes twice.
-        ref_model (`OneRecForConditionalGeneration`, *optional*): The reference; a frozen copy of `model` by default.
+            `args.ntp_per_pair` go with each pair, every row once before any comes twice; with a causal encoder rows of
+            `share_histories` too, each of many sessions.
+        ref_model (`OneRecForConditionalGeneration`, *optional*): The reference. By default M_t: a frozen copy of
+            `model`, with `peft_config` the model without its adapter; none where the loss is reference-free.
         kwargs: `DPOTrainer`'s other arguments.
 
     Raises:
@@ -159,20 +224,33 @@ class OneRecDPOTrainer(DPOTrainer):
         if args.ntp_per_pair and not ntp_dataset:
             raise ValueError(f"ntp_per_pair is {args.ntp_per_pair}, but ntp_dataset has no rows: give them, or set 0.")
         self._ntp_rows = len(ntp_dataset) if ntp_dataset is not None else 0
-        if ref_model is None:
+        if args.reference_free:
+            ref_model = None
+        elif ref_model is None and kwargs.get("peft_config") is None:
             ref_model = copy.deepcopy(model)
-        # In evaluation mode the reference neither drops anything out nor counts towards the experts' load.
-        ref_model.requires_grad_(False).eval()
+        if ref_model is not None:
+            # In evaluation mode the reference neither drops anything out nor counts towards the experts' load.
+            ref_model.requires_grad_(False).eval()
+        several = SDPO in args.loss_type
+        margins = {CPO: 0.0, SIMPO: args.simpo_gamma / args.beta}
         super().__init__(
             model=model,
             ref_model=ref_model,
             args=args,
-            data_collator=PreferenceCollator(processing_class, model, ntp_dataset),
+            data_collator=PreferenceCollator(
+                processing_class,
+                model,
+                ntp_dataset,
+                num_rejected=max(map(len, train_dataset["rejected"][:])) if several else 1,
+                chosen_margin=margins.get(args.loss_type[0]),
+            ),
             train_dataset=train_dataset,
             processing_class=processing_class,
             **kwargs,
         )
-        self.ref_model = _SessionScorer(self.ref_model)
+        self.loss_types, self.loss_weights = args.trl_losses()
+        # TRL shall read the reference's log-probabilities from the batch, where `_compute_loss` puts them.
+        self.precompute_ref_logps = True
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args: OneRecDPOConfig, dataset_name: str):
         # Pairs are catalogue indices already. Which ordinary rows go with which pair is fixed here, rather than drawn
@@ -192,20 +270,30 @@ class OneRecDPOTrainer(DPOTrainer):
             "rejected",
             *HISTORY_FEATURES,
             "ntp_rows",
-            "ref_chosen_logps",
-            "ref_rejected_logps",
+            *REFERENCE_COLUMNS,
         ]
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        return dataset if self.args.reference_free else super()._precompute_ref_logps(dataset, name, batch_size)
+
     def compute_ref_log_probs(self, model, inputs):
-        """Reference log-probabilities of a batch's sessions, `(B,)` chosen and `(B,)` rejected."""
-        # While the base class precomputes them the reference is not wrapped yet.
-        scorer = model if isinstance(model, _SessionScorer) else _SessionScorer(model)
-        return super().compute_ref_log_probs(scorer, _without_ntp(inputs))
+        """Reference log-probabilities of a batch's sessions: `(B,)` chosen and `(B,)` rejected, by S-DPO `(B, K)`."""
+        pairs, count = _pair_inputs(inputs), len(inputs["rejected_mask"])
+        log_probs = torch.cat(super().compute_ref_log_probs(_SessionModel(model), pairs))
+        rejected = log_probs[count:].view(-1, count).T
+        return log_probs[:count], rejected if SDPO in self.args.loss_type else rejected.squeeze(1)
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
-        result = super()._compute_loss(_SessionScorer(model), _without_ntp(inputs), return_outputs)
-        dpo_loss, outputs = result if return_outputs else (result, None)
+        inputs = dict(inputs)
+        if "ref_chosen_logps" not in inputs:
+            references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs |= dict(zip(REFERENCE_COLUMNS, references, strict=True))
+        if SDPO in self.loss_types:
+            dpo_loss, outputs = self._softmax_dpo_loss(_SessionModel(model), inputs, mode), None
+        else:
+            result = super()._compute_loss(_SessionModel(model), _pair_inputs(inputs), return_outputs)
+            dpo_loss, outputs = result if return_outputs else (result, None)
         loss = self.args.lambda_dpo * dpo_loss
         self._metrics[mode]["dpo_loss"].append(self.accelerator.gather(dpo_loss.detach()).mean().item())
         ntp_inputs = {
@@ -217,9 +305,36 @@ class OneRecDPOTrainer(DPOTrainer):
             self._metrics[mode]["ntp_loss"].append(self.accelerator.gather(ntp_loss.detach()).mean().item())
         return (loss, outputs) if return_outputs else loss
 
+    def _softmax_dpo_loss(self, model: _SessionModel, inputs: dict[str, torch.Tensor], mode: str) -> torch.Tensor:
+        """S-DPO: -log sigmoid(-log sum_j exp(beta (r_j - r_0))) with the log-ratios r to the reference of the chosen
+        session, 0, and of the rejected ones (eq 11 of arXiv 2406.09215)."""
+        pairs, mask = _pair_inputs(inputs), inputs["rejected_mask"]
+        labels = pairs["input_ids"].masked_fill(pairs.pop("completion_mask") == 0, -100)
+        references = [pairs.pop(column) for column in REFERENCE_COLUMNS]
+        log_probs = model(**pairs, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum(1)
+        chosen_log_probs, rejected_log_probs = log_probs[: len(mask)], log_probs[len(mask) :].view(-1, len(mask)).T
+        chosen = self.beta * (chosen_log_probs - references[0])
+        rejected = self.beta * (rejected_log_probs - references[1])
+        rejected = rejected.masked_fill(~mask, -torch.inf)
+        loss = -F.logsigmoid(-(rejected - chosen[:, None]).logsumexp(1)).mean()
+        mean_rejected = rejected.masked_fill(~mask, 0).sum(1) / mask.sum(1)
+        for name, values in (
+            ("rewards/chosen", chosen),
+            ("rewards/rejected", mean_rejected),
+            ("rewards/margins", chosen - mean_rejected),
+            ("rewards/accuracies", (chosen > rejected.amax(1)).float()),
+            ("logps/chosen", chosen_log_probs),
+            ("logps/rejected", rejected_log_probs[:, 0]),
+        ):
+            self._metrics[mode][name].append(self.accelerator.gather(values.detach()).mean().item())
+        return loss
+
     def create_model_card(self, *args, **kwargs):
         """Does nothing: TRL's card describes a chat model. The card is made from the whole run's results."""
 
 
-def _without_ntp(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in inputs.items() if not name.startswith(NTP_PREFIX)}
+def _pair_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What TRL reads of a batch, without the ordinary rows."""
+    return {
+        name: tensor for name, tensor in inputs.items() if not name.startswith(NTP_PREFIX) and name != "rejected_mask"
+    }

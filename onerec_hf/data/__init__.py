@@ -1,6 +1,7 @@
 """Data: from raw logs to sessions with histories and labels (paper, 3.1 and 3.2)."""
 
 from .data_arguments import DataArguments
+from .exposures import exposure_runs, feedback_signals, signal_names, user_exposures
 from .feed import Feed, FeedbackPredicate, positive_mask
 from .readers import (
     load_feed,
@@ -39,8 +40,10 @@ __all__ = [
     "SimulatedFeed",
     "SimulatedFeedParameters",
     "evaluation_cases",
+    "exposure_runs",
     "exposure_sessions",
     "feedback_columns",
+    "feedback_signals",
     "interaction_features",
     "item_features",
     "load_feed",
@@ -53,6 +56,8 @@ __all__ = [
     "read_table",
     "save_feed",
     "session_labels",
+    "signal_names",
     "split_feed",
+    "user_exposures",
     "user_histories",
 ]

@@ -71,7 +71,7 @@ def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
 
 def _order_time(interactions: pd.DataFrame) -> np.ndarray:
     """Time at which each row has surely happened: never falls within a user, -inf before the first known time."""
-    users = _user_codes(interactions)
+    users = user_codes(interactions)
     time = interactions["timestamp"].fillna(-np.inf)
     return time.groupby(users).cummax().to_numpy()
 
@@ -126,7 +126,7 @@ def _leave_one_out(feed: Feed, args: DataArguments):
         stacklevel=3,
     )
     interactions = feed.interactions
-    users = _user_codes(interactions)
+    users = user_codes(interactions)
     positive = positive_mask(interactions, feed.positive_feedback)
     later = pd.Series(positive[::-1].astype(np.int64)).groupby(users[::-1]).cumsum().to_numpy()[::-1]
     later = later - positive  # positive behaviours of the user after this row
@@ -141,7 +141,7 @@ def _leave_one_out(feed: Feed, args: DataArguments):
 # ---------------------------------------------------------------------------------------------- histories and sessions
 
 
-def _user_codes(interactions: pd.DataFrame) -> np.ndarray:
+def user_codes(interactions: pd.DataFrame) -> np.ndarray:
     """0, 1, 2, ... by runs of the same user; interactions are sorted by user."""
     ids = interactions["user_id"].to_numpy()
     changes = np.zeros(len(ids), dtype=np.int64)
@@ -165,7 +165,7 @@ class _Histories:
     def __init__(self, fit: pd.DataFrame, feed: Feed, args: DataArguments):
         self.fit, self.feed, self.args = fit, feed, args
         self.positive = np.flatnonzero(positive_mask(fit, feed.positive_feedback))
-        self.starts = np.flatnonzero(np.diff(_user_codes(fit)[self.positive], prepend=-1))
+        self.starts = np.flatnonzero(np.diff(user_codes(fit)[self.positive], prepend=-1))
         self.lengths = np.diff(np.r_[self.starts, len(self.positive)])
         self.users = fit["user_id"].iloc[self.positive[self.starts]]
 
@@ -176,16 +176,16 @@ class _Histories:
             DataError: a feature needs a column that is missing.
         """
         args, rows = self.args, self.fit.iloc[self.positive]
-        columns = {"history_item_ids": _list_array(_id_array(rows["item_id"]), starts, lengths)}
+        columns = {"history_item_ids": list_array(id_array(rows["item_id"]), starts, lengths)}
         if args.history_feedback:
             predicates = [FeedbackPredicate.parse(text, feedback_columns(rows)) for text in args.history_feedback]
             values = [rows[predicate.column].to_numpy() for predicate in predicates]
             held = np.stack([predicate.holds(column) for predicate, column in zip(predicates, values, strict=True)], 1)
             flat = pa.array(held.astype(np.int8).ravel(), mask=np.isnan(np.stack(values, 1)).ravel())
             behaviours = pa.FixedSizeListArray.from_arrays(flat, len(predicates))
-            columns["history_feedback"] = _list_array(behaviours, starts, lengths)
+            columns["history_feedback"] = list_array(behaviours, starts, lengths)
         if args.history_timestamps:
-            columns["history_timestamps"] = _list_array(pa.array(rows["timestamp"]), starts, lengths)
+            columns["history_timestamps"] = list_array(pa.array(rows["timestamp"]), starts, lengths)
         if args.user_features:
             columns["user_features"] = self._user_features(users)
         return columns
@@ -210,11 +210,11 @@ def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Datase
         Dataset of user_id, history_item_ids (not truncated) and the features of histories (see schema.py).
     """
     histories = _Histories(fit, feed, args)
-    columns = {"user_id": _id_array(histories.users)}
+    columns = {"user_id": id_array(histories.users)}
     columns |= histories.columns(histories.starts, histories.lengths, histories.users)
     if args.history_timestamps:
         columns["timestamp"] = pa.array(np.full(len(histories.users), fit["timestamp"].max()))
-    return _dataset(columns)
+    return arrow_dataset(columns)
 
 
 def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
@@ -245,10 +245,10 @@ def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArgumen
     """Sessions of the given rows (ascending) of `fit`."""
     histories = _Histories(fit, feed, args)
     positive = histories.positive
-    users = _user_codes(fit)
+    users = user_codes(fit)
     user_start = np.searchsorted(positive, np.searchsorted(users, np.arange(users[-1] + 1 if len(users) else 0)))
 
-    groups, timed = _session_groups(fit, args, feed.timezone)
+    groups, timed = session_groups(fit, args, feed.timezone)
     if len(rows):
         # Windows of consecutive behaviours begin where the history is long enough, not before.
         enough = np.searchsorted(positive, rows) - user_start[users[rows]] >= args.min_history_items
@@ -274,23 +274,23 @@ def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArgumen
 
     user_ids = pd.Series(fit["user_id"].to_numpy()[first])
     columns = {
-        "user_id": _id_array(user_ids),
+        "user_id": id_array(user_ids),
         "timestamp": pa.array(fit["timestamp"].to_numpy()[first]),
         **histories.columns(history_end - history_length, history_length, user_ids),
-        "session_item_ids": _padded_list_array(_id_array(fit["item_id"]), members, lengths),
+        "session_item_ids": _padded_list_array(id_array(fit["item_id"]), members, lengths),
         "watch_time": pa.array(_total(fit, "watch_time", members).astype(np.float32)),
     }
     labels = session_labels(fit, members)
     columns |= {label: pa.array(labels[label]) for label in SESSION_LABELS}
-    return _dataset(columns)
+    return arrow_dataset(columns)
 
 
-def _session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tuple[np.ndarray, np.ndarray]:
+def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tuple[np.ndarray, np.ndarray]:
     """For each row: the session that the cut puts it in, numbered by first row, and whether the cut applies to it.
 
     Rows to which it does not apply (no time, no session_id, or the cut is `consecutive`) form one group per user.
     """
-    users = _user_codes(fit)
+    users = user_codes(fit)
     time = fit["timestamp"].to_numpy()
     timed = ~np.isnan(time)
     if args.session_cut == "consecutive":
@@ -412,23 +412,23 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
         )
     later = later[enough]
     columns = {
-        "user_id": _id_array(later["user_id"]),
+        "user_id": id_array(later["user_id"]),
         **histories.columns(starts[enough], lengths[enough], later["user_id"]),
-        "next_item_id": _id_array(later["item_id"]),
+        "next_item_id": id_array(later["item_id"]),
     }
     if args.history_timestamps:
         columns["timestamp"] = pa.array(later["timestamp"])
-    return _dataset(columns)
+    return arrow_dataset(columns)
 
 
 # --------------------------------------------------------------------------------------------------------------- Arrow
 
 
-def _id_array(ids: pd.Series) -> pa.Array:
+def id_array(ids: pd.Series) -> pa.Array:
     return pa.array(ids.to_numpy(), type=pa.int64() if id_type(ids) == "int64" else pa.string())
 
 
-def _list_array(values: pa.Array, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
+def list_array(values: pa.Array, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
     """A list of values[start : start + length] for each pair."""
     offsets = np.r_[0, np.cumsum(lengths)]
     index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths)
@@ -448,7 +448,7 @@ def _lists_by_index(values: pa.Array, index: np.ndarray, offsets: np.ndarray) ->
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values.take(pa.array(index)))
 
 
-def _dataset(columns: dict[str, pa.Array]) -> Dataset:
+def arrow_dataset(columns: dict[str, pa.Array]) -> Dataset:
     table = pa.table(columns)
     features = Features.from_arrow_schema(table.schema)
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))

@@ -52,13 +52,24 @@ class Baseline(ABC):
         Returns:
             int64 [B, k] of catalogue indices, best first, -1 for nothing.
         """
+        return self.rank_with_scores(histories, k, exclude_consumed, batch_size)[0]
+
+    def rank_with_scores(
+        self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int = 512
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `rank`, and the ranked items' scores, float32 [B, k], -inf where there is no item."""
         ranked = np.full((len(histories), k), -1, dtype=np.int64)
+        scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
         description = f"rank by {type(self).__name__}"
         for start in tqdm(range(0, len(histories), batch_size), desc=description, leave=False):
             batch = histories[start : start + batch_size]
             excluded = batch if exclude_consumed else None
-            ranked[start : start + len(batch)] = rank_items(self.score(batch), excluded, k).numpy()
-        return ranked
+            every = self.score(batch)
+            found = rank_items(every, excluded, k).cpu()
+            ranked[start : start + len(batch)] = found.numpy()
+            found_scores = every.cpu().gather(1, found.clamp(min=0)).masked_fill(found < 0, -torch.inf)
+            scores[start : start + len(batch)] = found_scores.numpy()
+        return ranked, scores
 
 
 class Popularity(Baseline):

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .bootstrap import bootstrap_interval
+
 COVERAGE_CUTOFF = 10
 _SESSIONS_PER_BATCH = 16_384
 
@@ -177,33 +179,6 @@ def ranking_metrics(
     top = ranked[:, :COVERAGE_CUTOFF]
     metrics["coverage"] = len(np.unique(top[top >= 0])) / num_items
     return metrics
-
-
-def bootstrap_interval(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
-
-    Args:
-        values: [B], one value a user.
-        confidence: probability mass between the ends.
-
-    Returns:
-        The lower and the upper end.
-
-    Raises:
-        ValueError: no values, or a confidence outside (0, 1).
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values):
-        raise ValueError(f"a bootstrap needs one value a user, got the shape {values.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    generator = np.random.default_rng(seed)
-    means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def intra_session_diversity(sessions: np.ndarray | torch.Tensor, item_embeddings: np.ndarray | torch.Tensor) -> float:

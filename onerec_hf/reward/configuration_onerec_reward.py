@@ -1,9 +1,21 @@
 """Configuration of the OneRec reward model (paper section 3.3.1, eq 5-7)."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..configuration_onerec import NUM_SPECIAL_TOKENS
+
+LABEL_KINDS = ("binary", "share", "quantile")
+SCALARS = ("weighted_sum", "z_score")
+DEFAULT_OBJECTIVES = (
+    {"name": "swt", "source": "watch_time", "kind": "share"},
+    {"name": "vtr", "source": "view", "kind": "binary"},
+    {"name": "wtr", "source": "follow", "kind": "binary"},
+    {"name": "ltr", "source": "like", "kind": "binary"},
+)
+OBJECTIVE_FIELDS = {"name", "source", "kind", "weight", "positive_weight", "quantiles"}
 
 
 @strict
@@ -11,8 +23,9 @@ class OneRecRewardConfig(PreTrainedConfig):
     r"""
     Configuration of [`OneRecRewardModel`].
 
-    The paper leaves open how the four objectives become one reward. Here the reward of a session is the sum of the
-    towers' probabilities weighted by `objective_weights`, which are saved with the model.
+    The paper leaves open how the objectives become one reward. Here it is a sum over the objectives, weighted by their
+    `weight`, of the calibrated probabilities (`scalar` "weighted_sum") or of their distances from `objective_means` in
+    units of `objective_deviations` ("z_score"); all of it is saved with the model.
 
     Args:
         codebook_sizes (`list[int]`, *optional*, defaults to `[8192, 8192, 8192]`):
@@ -27,18 +40,46 @@ class OneRecRewardConfig(PreTrainedConfig):
             Self-attention layers over the session's items (eq 5 has one).
         tower_hidden_size (`int`, *optional*, defaults to 128):
             Width of the hidden layer of each objective's tower.
+        feature_size (`int`, *optional*, defaults to 16):
+            Width of the embedding of a feature's value, of items and of users.
         dropout (`float`, *optional*, defaults to 0.1):
             Dropout of the item vectors and towers.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention probabilities.
         history_items (`int`, *optional*, defaults to 256):
-            Largest number of history items (n).
+            Largest number of behaviours that a session's item attends to (n).
         session_items (`int`, *optional*, defaults to 5):
             Largest number of session items (m).
-        objectives (`list[str]`, *optional*, defaults to `["swt", "vtr", "wtr", "ltr"]`):
-            Names of the towers: session watch time, view, follow and like rate.
-        objective_weights (`list[float]`, *optional*):
-            Weight of each objective in the reward; 1 each when left out. An objective of weight 0 is still trained.
+        objectives (`list[dict]`, *optional*):
+            The towers: `name`; `source`, a feedback column; `kind` of label, "binary" (the share of the items whose
+            source is more than 0), "share" (of the duration, summed over the session) or "quantile" (of the source in
+            the fitted period; its bounds are saved as `quantiles`); `weight` in the reward, 1 by default (of weight 0
+            it is still trained); `positive_weight` of the positive part of its loss, 1 by default, for rare events.
+            By default swt (share of watch time), vtr (view), wtr (follow) and ltr (like). The name alone stands for
+            one of these.
+        focal_gamma (`float`, *optional*, defaults to 0.0):
+            Exponent of the focal loss, which counts well-judged labels less; 0 is plain cross-entropy.
+        scalar (`str`, *optional*, defaults to `"weighted_sum"`):
+            How the objectives become one reward: "weighted_sum" or "z_score".
+        objective_means, objective_deviations (`list[float]`, *optional*):
+            Of the calibrated probabilities, by objective; for "z_score". Set by [`fit_calibration`].
+        feedback (`list[str]`, *optional*, defaults to `[]`):
+            Feedback columns of the user's exposures, in the order in which rows hold them. None: the history is read
+            without feedback.
+        signals (`list[str]`, *optional*, defaults to `[]`):
+            What is counted of them, see data/exposures.py.
+        rate_prior (`float`, *optional*, defaults to 20.0):
+            Exposures' worth of the overall mean in the smoothed rates of users and items.
+        match_prior (`float`, *optional*, defaults to 5.0):
+            The same for a user's rates with items that share a feature.
+        num_items (`int`, *optional*, defaults to 0):
+            Items whose features are saved; later items of the catalogue count as unknown.
+        item_features (`list[str]`, *optional*, defaults to `[]`):
+            Column of each of the K feature places of an item; a column of lists has several.
+        num_item_values (`int`, *optional*, defaults to 1):
+            Values of all item features, 0 for unknown among them.
+        user_features (`dict[str, list[str]]`, *optional*, defaults to `{}`):
+            Known values by column of the user's profile; other values count as unknown.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial embeddings.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
@@ -56,12 +97,24 @@ class OneRecRewardConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     num_hidden_layers: int = 1
     tower_hidden_size: int = 128
+    feature_size: int = 16
     dropout: float = 0.1
     attention_dropout: float = 0.0
     history_items: int = 256
     session_items: int = 5
-    objectives: list[str] | tuple[str, ...] = ("swt", "vtr", "wtr", "ltr")
-    objective_weights: list[float] | None = None
+    objectives: list[Any] | tuple[Any, ...] = DEFAULT_OBJECTIVES
+    focal_gamma: float = 0.0
+    scalar: str = "weighted_sum"
+    objective_means: list[float] | None = None
+    objective_deviations: list[float] | None = None
+    feedback: list[str] | tuple[str, ...] = ()
+    signals: list[str] | tuple[str, ...] = ()
+    rate_prior: float = 20.0
+    match_prior: float = 5.0
+    num_items: int = 0
+    item_features: list[str] | tuple[str, ...] = ()
+    num_item_values: int = 1
+    user_features: dict[str, list[str]] | None = None
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     pad_token_id: int | None = 0
@@ -70,10 +123,25 @@ class OneRecRewardConfig(PreTrainedConfig):
         self.codebook_sizes = list(self.codebook_sizes)
         if self.vocab_size is None:
             self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
-        self.objectives = list(self.objectives)
-        if self.objective_weights is None:
-            self.objective_weights = [1.0] * len(self.objectives)
+        known = {objective["name"]: objective for objective in DEFAULT_OBJECTIVES}
+        self.objectives = [
+            {"weight": 1.0, "positive_weight": 1.0, **known.get(entry, {"name": entry})}
+            if isinstance(entry, str)
+            else {"weight": 1.0, "positive_weight": 1.0, **entry}
+            for entry in self.objectives
+        ]
+        self.feedback, self.signals = list(self.feedback), list(self.signals)
+        self.item_features = list(self.item_features)
+        self.user_features = dict(self.user_features or {})
         super().__post_init__(**kwargs)
+
+    @property
+    def objective_names(self) -> list[str]:
+        return [objective["name"] for objective in self.objectives]
+
+    @property
+    def objective_weights(self) -> list[float]:
+        return [objective["weight"] for objective in self.objectives]
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
@@ -88,13 +156,34 @@ class OneRecRewardConfig(PreTrainedConfig):
                 f"{sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}: give the tokenizer's "
                 "vocab_size."
             )
-        if not self.objectives or len(set(self.objectives)) != len(self.objectives):
-            raise ValueError(f"objectives must be a non-empty list of distinct names, got {self.objectives}.")
-        if len(self.objective_weights) != len(self.objectives):
-            raise ValueError(
-                f"objective_weights has {len(self.objective_weights)} values for {len(self.objectives)} objectives "
-                f"({', '.join(self.objectives)}): give one weight for each."
-            )
+        for objective in self.objectives:
+            missing = {"name", "source", "kind"} - set(objective)
+            unknown = set(objective) - OBJECTIVE_FIELDS
+            if missing or unknown:
+                raise ValueError(
+                    f"objective {objective} lacks {', '.join(sorted(missing)) or 'nothing'} and has the unknown "
+                    f"fields {', '.join(sorted(unknown)) or 'none'}: give name, source and kind, and at most weight "
+                    "and positive_weight beside them."
+                )
+            if objective["kind"] not in LABEL_KINDS:
+                raise ValueError(
+                    f"objective '{objective['name']}' has the kind {objective['kind']!r}: use one of "
+                    f"{', '.join(LABEL_KINDS)}."
+                )
+            if not objective["positive_weight"] > 0:
+                raise ValueError(f"objective '{objective['name']}': positive_weight must be more than 0.")
+        if not self.objectives or len(set(self.objective_names)) != len(self.objectives):
+            raise ValueError(f"objectives must be a non-empty list of distinct names, got {self.objective_names}.")
+        if self.scalar not in SCALARS:
+            raise ValueError(f"scalar must be one of {', '.join(SCALARS)}, got {self.scalar!r}.")
+        for name in ("objective_means", "objective_deviations"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.objectives):
+                raise ValueError(
+                    f"{name} has {len(values)} values for {len(self.objectives)} objectives: give one each."
+                )
+        if self.scalar == "z_score" and self.objective_deviations is not None and min(self.objective_deviations) <= 0:
+            raise ValueError(f"objective_deviations must be more than 0, got {self.objective_deviations}.")
 
 
 __all__ = ["OneRecRewardConfig"]

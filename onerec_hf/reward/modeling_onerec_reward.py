@@ -3,12 +3,14 @@
 For a user and a session of items the model estimates the session's watch time, view, follow and like rates and from
 them one reward:
 
-- an item vector v comes from all of the item's codes together;
-- e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), and its own vector, what it
-  gathered and the product of the two are projected to e_i;
+- an item vector v comes from all of the item's codes together and, where there are any, from its features;
+- e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), which is all that he was
+  exposed to with his feedback. Its own vector, what it gathered, the product of the two, the user's profile and the
+  smoothed rates of the past (the user's, the item's, the user's with items that share a feature) give e_i;
 - h_f = SelfAttention over e_1..e_m, with position embeddings and a residual connection (eq 5);
-- a tower for each objective: Sigmoid(MLP(Sum h_f)) (eq 6), trained with the sum of the objectives' binary
-  cross-entropies (eq 7); labels may be soft and an unknown label (NaN) is left out.
+- a tower for each objective: Sigmoid(MLP(Sum h_f / m)) (eq 6), trained with the sum of the objectives' binary
+  cross-entropies (eq 7); labels may be soft and an unknown label (NaN) is left out. The sum is divided by the items,
+  as labels are means over them: sessions of any length are judged alike, a single exposure too.
 """
 
 import math
@@ -42,11 +44,11 @@ class OneRecRewardOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
             Sum over the objectives of the mean binary cross-entropy over the known labels (eq 7).
         logits (`torch.FloatTensor` of shape `(B, O)` or `(B, C, O)`):
-            Towers' outputs before the sigmoid.
+            Towers' outputs before calibration and sigmoid.
         probabilities (`torch.FloatTensor`, same shape as `logits`):
-            Sigmoid of `logits` (eq 6).
+            Sigmoid of the calibrated logits (eq 6).
         reward (`torch.FloatTensor` of shape `(B,)` or `(B, C)`):
-            Sum of `probabilities` weighted by `config.objective_weights`.
+            [`OneRecRewardModel.scalar`] of `probabilities`.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
             e_1..e_m with their positions, then the output of every session layer, each `(B * C, m, hidden_size)`.
         attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
@@ -120,54 +122,67 @@ class OneRecRewardAttention(nn.Module):
         return self.o_proj(attended.flatten(2)), weights
 
 
+class OneRecRewardFeatureEmbeddings(nn.Module):
+    """Features' values `(..., K)`, 0 for unknown, as their embeddings side by side `(..., K * feature_size)`."""
+
+    def __init__(self, config: OneRecRewardConfig, num_values: int):
+        super().__init__()
+        self.embeddings = nn.Embedding(num_values, config.feature_size)
+
+    def forward(self, values: torch.LongTensor) -> torch.Tensor:
+        return self.embeddings(values).flatten(-2)
+
+
 class OneRecRewardItemEncoder(nn.Module):
-    """Item vectors `(..., H)` from code token ids `(..., L)`."""
+    """Item vectors `(..., H)` from code token ids `(..., L)` and features' values `(..., K)`."""
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
         self.code_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        width = len(config.codebook_sizes) * config.hidden_size
+        if config.item_features:
+            self.feature_embeddings = OneRecRewardFeatureEmbeddings(config, config.num_item_values)
+            width += len(config.item_features) * config.feature_size
         # The levels are concatenated and mixed by a hidden layer: a sum of code embeddings would give an item no
         # more than the sum of its codes' effects.
-        self.up_proj = nn.Linear(len(config.codebook_sizes) * config.hidden_size, config.hidden_size)
+        self.up_proj = nn.Linear(width, config.hidden_size)
         self.act_fn = ACT2FN["gelu"]
         self.down_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, code_ids: torch.Tensor) -> torch.Tensor:
-        codes = self.code_embeddings(code_ids).flatten(-2)
-        return self.dropout(self.norm(self.down_proj(self.act_fn(self.up_proj(codes)))))
+    def forward(self, code_ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        item = self.code_embeddings(code_ids).flatten(-2)
+        if values.shape[-1]:
+            item = torch.cat([item, self.feature_embeddings(values)], dim=-1)
+        return self.dropout(self.norm(self.down_proj(self.act_fn(self.up_proj(item)))))
 
 
 class OneRecRewardTargetAttention(GradientCheckpointingLayer):
-    """e_i = v_i (.) u: each session item `(B, Q, H)` attends over the history `(B, n, H)` of its user."""
+    """What each session item `(B, Q, H)` gathers from the user's behaviour `(B, n, H)`; `(B, Q, H)`.
+
+    `recency` `(B, Q or 1, n)` is how many behaviours came after each one before the session, -1 where it is hidden.
+    """
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
         self.config = config
-        self.recency_embeddings = nn.Embedding(config.history_items, config.hidden_size)
+        # A bias of the attention's scores by recency: a behaviour's vector is the same for all sessions after it.
+        self.recency_bias = nn.Embedding(config.history_items, config.num_attention_heads)
         # A learned key that is never masked: what an item gathers from a user without any behaviour, and where its
         # attention can go when nothing in the history bears on it.
         self.no_behaviour = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.history_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = OneRecRewardAttention(config)
-        self.fusion = nn.Linear(3 * config.hidden_size, config.hidden_size)
 
-    def forward(
-        self, items: torch.Tensor, history: torch.Tensor, history_mask: torch.Tensor, **kwargs
-    ) -> torch.Tensor:
-        # Positions count back from the latest item, so padding on either side changes nothing.
-        recency = history_mask.flip(1).cumsum(1).flip(1).sub(1).clamp(min=0)
-        history = self.history_norm(history + self.recency_embeddings(recency))
+    def forward(self, items: torch.Tensor, history: torch.Tensor, recency: torch.Tensor, **kwargs) -> torch.Tensor:
+        history = self.history_norm(history)
         states = torch.cat([self.no_behaviour.expand(history.shape[0], -1, -1).to(history.dtype), history], dim=1)
-        attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=items,
-            attention_mask=F.pad(history_mask, (1, 0), value=True),
-            encoder_hidden_states=states,
-        )
-        user, _ = self.attention(items, states, attention_mask, **kwargs)
-        return self.fusion(torch.cat([items, user, items * user], dim=-1))
+        bias = self.recency_bias(recency.clamp(min=0)).to(items.dtype)
+        bias = bias.masked_fill((recency < 0)[..., None], torch.finfo(items.dtype).min)
+        mask = F.pad(bias.permute(0, 3, 1, 2), (1, 0)).expand(-1, -1, items.shape[1], -1)
+        user, _ = self.attention(items, states, mask, **kwargs)
+        return user
 
 
 class OneRecRewardSessionLayer(GradientCheckpointingLayer):
@@ -198,6 +213,40 @@ class OneRecRewardTower(nn.Module):
         return self.output(self.dropout(self.act_fn(self.hidden(session)))).squeeze(-1)
 
 
+class OneRecRewardItemTable(nn.Module):
+    """What is known of N items: features' values, totals of the signals, and the signals' means over all exposures.
+
+    The last row stands for items that are not known.
+    """
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        rows, num_signals = config.num_items + 1, len(config.signals)
+        self.register_buffer("values", torch.zeros(rows, len(config.item_features), dtype=torch.long))
+        self.register_buffer("totals", torch.zeros(rows, 2 * num_signals))
+        self.register_buffer("signal_means", torch.full((num_signals,), 0.5))
+
+    def rows(self, indices: torch.LongTensor | None, shape: torch.Size) -> torch.LongTensor:
+        """Rows `shape` of catalogue indices; the last one for items that are not known."""
+        unknown = len(self.values) - 1
+        if indices is None:
+            return torch.full(shape, unknown, device=self.values.device)
+        indices = indices.reshape(shape)
+        return indices.masked_fill((indices < 0) | (indices >= unknown), unknown)
+
+
+class OneRecRewardCalibration(nn.Module):
+    """Probabilities of logits `(..., O)` by scales and biases that are fitted after training."""
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(len(config.objectives)))
+        self.register_buffer("bias", torch.zeros(len(config.objectives)))
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(logits * self.scale + self.bias)
+
+
 class OneRecRewardPreTrainedModel(PreTrainedModel):
     config: OneRecRewardConfig
     base_model_prefix = "reward_model"
@@ -205,8 +254,7 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["OneRecRewardItemEncoder", "OneRecRewardTargetAttention", "OneRecRewardSessionLayer"]
     _supports_sdpa = True
-    # Not flash: transformers' unpadding takes the queries' mask from the keys', which target attention does not share.
-    _supports_flex_attn = True
+    # Neither flash nor flex: the target attention's scores have a bias of their own.
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -223,6 +271,13 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
         elif isinstance(module, OneRecRewardTargetAttention):
             init.normal_(module.no_behaviour, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, OneRecRewardItemTable):
+            init.zeros_(module.values)
+            init.zeros_(module.totals)
+            init.constant_(module.signal_means, 0.5)
+        elif isinstance(module, OneRecRewardCalibration):
+            init.ones_(module.scale)
+            init.zeros_(module.bias)
 
 
 class OneRecRewardModel(OneRecRewardPreTrainedModel):
@@ -230,12 +285,33 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__(config)
+        hidden, num_signals = config.hidden_size, len(config.signals)
         self.item_encoder = OneRecRewardItemEncoder(config)
         self.target_attention = OneRecRewardTargetAttention(config)
-        self.position_embeddings = nn.Embedding(config.session_items, config.hidden_size)
+        # Places of the items' features that belong to one column, by which a behaviour and an item are compared.
+        self._columns = [
+            [place for place, column in enumerate(config.item_features) if column == name]
+            for name in dict.fromkeys(config.item_features)
+        ]
+        width = 3 * hidden
+        if num_signals:
+            self.signal_proj = nn.Linear(2 * num_signals, hidden)
+            # Of the user, of the item, and of the user with the same item and with the same value of each feature.
+            width += 2 * num_signals * (3 + len(self._columns))
+        if config.user_features:
+            self.user_embeddings = OneRecRewardFeatureEmbeddings(
+                config, 1 + sum(len(values) for values in config.user_features.values())
+            )
+            width += len(config.user_features) * config.feature_size
+        self.fusion = nn.Sequential(
+            nn.Linear(width, 2 * hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(2 * hidden, hidden)
+        )
+        self.position_embeddings = nn.Embedding(config.session_items, hidden)
         self.layers = nn.ModuleList([OneRecRewardSessionLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.towers = nn.ModuleDict({objective: OneRecRewardTower(config) for objective in config.objectives})
+        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.towers = nn.ModuleDict({name: OneRecRewardTower(config) for name in config.objective_names})
+        self.item_table = OneRecRewardItemTable(config)
+        self.calibration = OneRecRewardCalibration(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -260,7 +336,40 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 rate = min(max(rate, 1e-4), 1 - 1e-4)
                 tower.output.bias.fill_(math.log(rate / (1 - rate)))
 
-    def _check_inputs(self, history_ids: torch.Tensor, session_ids: torch.Tensor):
+    @torch.no_grad()
+    def set_items(self, values: torch.LongTensor, totals: torch.Tensor, signal_means: torch.Tensor):
+        """
+        What is known of the items.
+
+        Args:
+            values (`torch.LongTensor` of shape `(N, K)`): Features' values, counted from 1; 0 for unknown.
+            totals (`torch.Tensor` of shape `(N, 2 S)`): Of each item's exposures so far, the sums of the signals and
+                how many of each are known.
+            signal_means (`torch.Tensor` of shape `(S,)`): Means of the signals over all exposures.
+        """
+        self.item_table.values[:-1], self.item_table.totals[:-1] = values, totals
+        self.item_table.signal_means.copy_(signal_means)
+
+    @torch.no_grad()
+    def set_calibration(self, scale: torch.Tensor, bias: torch.Tensor):
+        """Probabilities become sigmoid(scale * logit + bias); both of shape `(O,)`."""
+        self.calibration.scale.copy_(scale)
+        self.calibration.bias.copy_(bias)
+
+    def scalar(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The reward `(...)` of objectives' probabilities `(..., O)`, as `config.scalar` says."""
+        config = self.config
+        weights = probabilities.new_tensor(config.objective_weights)
+        if config.scalar == "z_score" and config.objective_means is not None:
+            means, deviations = (
+                probabilities.new_tensor(values) for values in (config.objective_means, config.objective_deviations)
+            )
+            probabilities = (probabilities - means) / deviations
+        return (probabilities * weights).sum(-1)
+
+    def _check_inputs(
+        self, history_ids: torch.Tensor, session_ids: torch.Tensor, history_prefixes: torch.Tensor | None
+    ):
         levels = len(self.config.codebook_sizes)
         if history_ids.dim() != 3 or session_ids.dim() not in (3, 4):
             raise ValueError(
@@ -272,7 +381,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 f"The reward model has {levels} code levels, got {history_ids.shape[-1]} in history_ids and "
                 f"{session_ids.shape[-1]} in session_ids: use the tokenizer it was trained with."
             )
-        if history_ids.shape[1] > self.config.history_items:
+        if history_prefixes is None and history_ids.shape[1] > self.config.history_items:
             raise ValueError(
                 f"history_ids has {history_ids.shape[1]} items, more than history_items = "
                 f"{self.config.history_items}: keep the latest ones."
@@ -290,11 +399,18 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         history_ids: torch.LongTensor,
         session_ids: torch.LongTensor,
         labels: torch.FloatTensor | None = None,
+        history_indices: torch.LongTensor | None = None,
+        session_indices: torch.LongTensor | None = None,
+        history_signals: torch.FloatTensor | None = None,
+        user_totals: torch.FloatTensor | None = None,
+        user_values: torch.LongTensor | None = None,
+        session_totals: torch.FloatTensor | None = None,
+        history_prefixes: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
         r"""
-        The history is encoded once for all of a user's candidate sessions. Sessions shorter than m are padded; the
-        sum of eq 6 runs over the real items, so a shorter session gives a smaller sum.
+        The history is encoded once for all of a user's candidate sessions, which may be as short as one item. What is
+        optional and not given counts as unknown.
 
         Args:
             history_ids (`torch.LongTensor` of shape `(B, n, L)`):
@@ -304,20 +420,86 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 Code token ids of one session or C candidate sessions of each user, padded at the end.
             labels (`torch.FloatTensor` of shape `(B, O)` or `(B, C, O)`, *optional*):
                 Labels in [0, 1] of each objective, NaN where unknown.
+            history_indices (`torch.LongTensor` of shape `(B, n)`, *optional*):
+                Catalogue indices of the behaviour, by which the items' features are found.
+            session_indices (`torch.LongTensor` of shape `(B, m)` or `(B, C, m)`, *optional*):
+                The same of the sessions.
+            history_signals (`torch.FloatTensor` of shape `(B, n, S)`, *optional*):
+                Signals of each behaviour, NaN where unknown.
+            user_totals (`torch.FloatTensor` of shape `(B, 2 S)`, *optional*):
+                Of the user's exposures before the history, the signals' sums and how many of each are known.
+            user_values (`torch.LongTensor` of shape `(B, U)`, *optional*):
+                Values of the user's features, 0 for unknown.
+            session_totals (`torch.FloatTensor` of shape `(B, m, 2 S)` or `(B, C, m, 2 S)`, *optional*):
+                Totals of the sessions' items at the time of the session; by default those saved with the model.
+            history_prefixes (`torch.LongTensor` of shape `(B,)` or `(B, C)`, *optional*):
+                Behaviours before each session, the latest `history_items` of which it sees; by default all.
 
         Raises:
             ValueError: on inputs of another shape, or longer than `history_items` or `session_items`.
         """
-        self._check_inputs(history_ids, session_ids)
-        candidates = session_ids if session_ids.dim() == 4 else session_ids[:, None]
-        batch, num_candidates, num_items, _ = candidates.shape
+        self._check_inputs(history_ids, session_ids, history_prefixes)
+        single = session_ids.dim() == 3
+        if single:
+            session_ids, session_indices, session_totals, history_prefixes = (
+                None if tensor is None else tensor[:, None]
+                for tensor in (session_ids, session_indices, session_totals, history_prefixes)
+            )
+        batch, num_candidates, num_items, _ = session_ids.shape
         pad = self.config.pad_token_id
         history_mask = history_ids[..., 0] != pad
-        session_mask = (candidates[..., 0] != pad).flatten(0, 1)
+        session_mask = (session_ids[..., 0] != pad).flatten(0, 1)
+        item_ids = session_ids.flatten(1, 2)
+        table = self.item_table
+        item_rows = table.rows(session_indices, item_ids.shape[:2])
+        item_values = table.values[item_rows]
+        history_values = table.values[table.rows(history_indices, history_ids.shape[:2])]
 
-        history = self.item_encoder(history_ids)
-        items = self.item_encoder(candidates.flatten(1, 2))
-        hidden_states = self.target_attention(items, history, history_mask, **kwargs)
+        # Behaviours after each one and before the session; -1 hides it.
+        count = history_mask.sum(1, keepdim=True)
+        prefixes = count if history_prefixes is None else history_prefixes.repeat_interleave(num_items, 1)
+        recency = prefixes[..., None] - history_mask.cumsum(1)[:, None]
+        hidden = ~history_mask[:, None] | (recency >= self.config.history_items)
+        recency = recency.masked_fill(hidden, -1)
+
+        history = self.item_encoder(history_ids, history_values)
+        items = self.item_encoder(item_ids, item_values)
+        inputs = []
+        if self.config.signals:
+            if history_signals is None:
+                history_signals = history.new_full((*history_ids.shape[:2], len(self.config.signals)), torch.nan)
+            history_signals = history_signals.to(history.dtype)
+            counted = torch.cat(
+                [history_signals.nan_to_num(0.0), (~history_signals.isnan()).to(history.dtype)], dim=-1
+            )
+            history = history + self.signal_proj(counted)
+            counted = counted * history_mask[..., None]
+            # Everything before the session counts for the user's own rates, not only what it attends to.
+            before = F.pad(counted.cumsum(1), (0, 0, 1, 0))
+            if user_totals is not None:
+                before = before + user_totals[:, None].to(before.dtype)
+            place = (history_mask.cumsum(1)[:, None] <= prefixes[..., None]).sum(-1)
+            user = before.gather(1, place[..., None].expand(-1, -1, before.shape[-1]))
+            same = [(item_ids[:, :, None] == history_ids[:, None]).all(-1)]
+            for places in self._columns:
+                mine, theirs = item_values[:, :, None, places, None], history_values[:, None, :, None, places]
+                same.append(((mine == theirs) & (mine > 0)).flatten(3).any(-1))
+            matched = [(equal & (recency >= 0)).to(counted.dtype) @ counted for equal in same]
+            totals = table.totals[item_rows] if session_totals is None else session_totals.flatten(1, 2)
+            rates = [
+                self._rates(user, self.config.rate_prior).expand(-1, num_candidates * num_items, -1),
+                self._rates(totals.to(user.dtype), self.config.rate_prior),
+                *(self._rates(sums, self.config.match_prior) for sums in matched),
+            ]
+            inputs = [torch.cat(rates, dim=-1)]
+        gathered = self.target_attention(items, history, recency, **kwargs)
+        inputs = [items, gathered, items * gathered, *inputs]
+        if self.config.user_features:
+            if user_values is None:
+                user_values = history_ids.new_zeros(batch, len(self.config.user_features))
+            profile = self.user_embeddings(user_values)
+            inputs.append(profile[:, None].expand(-1, num_candidates * num_items, -1))
+        hidden_states = self.fusion(torch.cat(inputs, dim=-1))
 
         hidden_states = hidden_states.unflatten(1, (num_candidates, num_items)).flatten(0, 1)
         positions = torch.arange(num_items, device=hidden_states.device)
@@ -331,9 +513,10 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         hidden_states = self.norm(hidden_states)
 
-        session = (hidden_states * session_mask[..., None]).sum(1).unflatten(0, (batch, num_candidates))
+        session = (hidden_states * session_mask[..., None]).sum(1) / session_mask.sum(1, keepdim=True).clamp(min=1)
+        session = session.unflatten(0, (batch, num_candidates))
         logits = torch.stack([tower(session) for tower in self.towers.values()], dim=-1)
-        if session_ids.dim() == 3:
+        if single:
             logits = logits[:, 0]
 
         loss = None
@@ -341,18 +524,27 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             if labels.shape != logits.shape:
                 raise ValueError(f"labels must have the shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
             loss = self._objectives_loss(logits, labels)
-        probabilities = torch.sigmoid(logits)
-        weights = torch.tensor(self.config.objective_weights, dtype=logits.dtype, device=logits.device)
+        probabilities = self.calibration(logits)
         return OneRecRewardOutput(
-            loss=loss, logits=logits, probabilities=probabilities, reward=(probabilities * weights).sum(-1)
+            loss=loss, logits=logits, probabilities=probabilities, reward=self.scalar(probabilities)
         )
 
-    @staticmethod
-    def _objectives_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _rates(self, totals: torch.Tensor, prior: float) -> torch.Tensor:
+        """Sums and counts `(..., 2 S)` as smoothed rates, in logits from the mean's, and logarithms of the counts."""
+        sums, counts = totals.chunk(2, dim=-1)
+        means = self.item_table.signal_means.to(totals.dtype).clamp(1e-4, 1 - 1e-4)
+        rates = (sums + prior * means) / (counts + prior)
+        # About as wide as the other inputs.
+        return torch.cat([2 * (rates.logit(1e-5) - means.logit()), torch.log1p(counts) / 4], dim=-1)
+
+    def _objectives_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         known = ~labels.isnan()
-        losses = F.binary_cross_entropy_with_logits(
-            logits.float(), labels.float().nan_to_num(0.0).to(logits.device), reduction="none"
-        )
+        logits, labels = logits.float(), labels.float().nan_to_num(0.0).to(logits.device)
+        weights = logits.new_tensor([objective["positive_weight"] for objective in self.config.objectives])
+        losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="none")
+        if self.config.focal_gamma:
+            # Of a soft label: how far the estimate is from it.
+            losses = losses * (torch.sigmoid(logits) - labels).abs() ** self.config.focal_gamma
         losses, known = (losses * known).flatten(0, -2), known.flatten(0, -2)
         return (losses.sum(0) / known.sum(0).clamp(min=1)).sum()
 

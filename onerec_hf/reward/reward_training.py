@@ -1,9 +1,11 @@
-"""Training and judging the reward model: batches, users' halves, trainer and metrics.
+"""Training, calibrating and judging the reward model on runs of exposures.
 
-A row has the columns `history` and `session` (lists of catalogue indices, the history oldest first) and one label
-column for each objective, a share in [0, 1] or NaN where unknown.
+A row is one of [`exposure_runs`] by catalogue index: `exposed`, `exposed_feedback`, `exposed_timestamps`,
+`exposed_sessions` and, where there are any, `feedback_totals` and `user_profile`. The history of a run is encoded once
+for all sessions that are cut from it, each of which sees the exposures before it alone.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -13,16 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 
+from ..data import Feed, signal_names
+from ..tokenization_onerec import OneRecTokenizer
 from .configuration_onerec_reward import OneRecRewardConfig
+from .exposure_encoding import ExposureEncoder, ItemTotals, item_feature_values, known_user_values
 from .modeling_onerec_reward import OneRecRewardModel
-from .session_scoring import item_code_ids
+from .reward_metrics import objective_metrics
+from .reward_objectives import fitted_quantiles, session_label
 
-CALIBRATION_BINS = 10
+# Share of the training batches whose sessions are single exposures; the others have 2 to m items, all alike often.
+SINGLE_SHARE = 0.5
+CALIBRATION_STEPS = 50
 
 
 def user_half(user_ids: Sequence, seed: int = 0) -> np.ndarray:
@@ -37,188 +44,285 @@ def user_half(user_ids: Sequence, seed: int = 0) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(B,)` and type int64, 0 or 1.
     """
+    return user_fold(user_ids, 2, seed)
+
+
+def user_fold(user_ids: Sequence, folds: int, seed: int = 0) -> np.ndarray:
+    """The same for any number of parts: 0 to `folds` - 1, int64 `(B,)`."""
     users, inverse = np.unique(np.asarray(user_ids), return_inverse=True)
-    halves = [hashlib.blake2b(f"{seed}:{user}".encode(), digest_size=1).digest()[0] & 1 for user in users.tolist()]
-    return np.asarray(halves, dtype=np.int64)[inverse]
+    digests = [hashlib.blake2b(f"{seed}:{user}".encode(), digest_size=8).digest() for user in users.tolist()]
+    return np.array([int.from_bytes(digest, "little") % folds for digest in digests], dtype=np.int64)[inverse]
 
 
-def label_means(dataset: Dataset, config: OneRecRewardConfig) -> dict[str, float]:
+def create_reward_model(
+    config: dict[str, Any], feed: Feed, totals: ItemTotals, tokenizer: OneRecTokenizer
+) -> OneRecRewardModel:
     """
-    Mean known label of each objective, NaN for an objective without any.
+    A model to be trained on a feed's exposures: its configuration says what of the feed is read, and it holds the
+    items' features and totals.
 
-    Raises:
-        ValueError: if an objective that the reward counts has no known label: its tower would stay untrained and
-            add noise to every reward.
+    Args:
+        config: Fields of [`OneRecRewardConfig`], without those that the feed decides.
+        feed: Its items and users, and `interactions` to fit, from which alone quantiles of labels come.
+        totals: Of the items, as of the end of the fitted period.
+        tokenizer: Gives the codes.
     """
-    means = {}
-    for objective, weight in zip(config.objectives, config.objective_weights, strict=True):
-        values = np.asarray(dataset[objective][:], dtype=np.float64)
-        known = values[~np.isnan(values)]
-        means[objective] = float(known.mean()) if known.size else math.nan
-        if weight and not known.size:
-            raise ValueError(
-                f"Column '{objective}' of the reward model's sessions has no known label in its {len(values)} rows, "
-                f"but its weight in the reward is {weight}: set it to 0 in objective_weights."
-            )
-    return means
+    columns = list(totals.feedback)
+    values, item_features, num_values = item_feature_values(feed)
+    known = OneRecRewardConfig(
+        **config,
+        codebook_sizes=list(tokenizer.codebook_sizes),
+        vocab_size=len(tokenizer),
+        feedback=columns,
+        signals=signal_names(columns),
+        num_items=len(tokenizer.item_ids),
+        item_features=item_features,
+        num_item_values=num_values,
+        user_features=known_user_values(feed.users),
+    )
+    for objective in known.objectives:
+        if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
+            objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
+    model = OneRecRewardModel(known)
+    ordered = np.zeros_like(values)
+    ordered[tokenizer.item_index(feed.items["item_id"])] = values
+    model.set_items(
+        torch.from_numpy(ordered),
+        torch.from_numpy(totals.all()),
+        torch.from_numpy(totals.signal_means.astype(np.float32)),
+    )
+    return model
+
+
+def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]]:
+    """
+    Sessions (first place, items) of a run, of `session_items` or fewer at a group's end.
+
+    Args:
+        groups (`np.ndarray`): `exposed_sessions` of the run: consecutive places of one number are cut together.
+        session_items (`int`): Most items of a session.
+    """
+    edges = np.r_[0, np.flatnonzero(np.diff(groups)) + 1, len(groups)].tolist()
+    return [
+        (place, min(session_items, end - place))
+        for first, end in zip(edges[:-1], edges[1:], strict=True)
+        if first < end and groups[first] >= 0
+        for place in range(first, end, session_items)
+    ]
 
 
 @dataclass
 class RewardCollator:
     """
-    Batches of rows for [`OneRecRewardModel`].
+    Batches of runs for [`OneRecRewardModel`].
 
     Args:
-        item_token_ids (`torch.LongTensor` of shape `(N, L)`): The tokenizer's code token ids of each item.
-        config (`OneRecRewardConfig`): Gives the longest history (the latest items are kept), the longest session
-            and the objectives, each of them a label column.
-
-    Raises:
-        ValueError: on a session longer than `config.session_items` (its labels are of the whole session, so it
-            cannot be cut) or a label outside [0, 1].
+        encoder (`ExposureEncoder`): Of the model's configuration and the tokenizer.
+        totals (`ItemTotals`, *optional*): Gives the items' totals as of each session. Without them the model's own
+            count, of the end of its fitted period.
+        session_items (`int`, *optional*): Cut sessions of so many items, or fewer at a group's end. By default the
+            number is drawn for each batch, so that little of it is padding, from torch's global generator.
     """
 
-    item_token_ids: torch.LongTensor
-    config: OneRecRewardConfig
+    encoder: ExposureEncoder
+    totals: ItemTotals | None = None
+    session_items: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        config = self.config
-        for row in rows:
-            if not 1 <= len(row["session"]) <= config.session_items:
-                raise ValueError(
-                    f"A session has {len(row['session'])} items, the reward model takes 1 to session_items = "
-                    f"{config.session_items}: cut sessions before labelling them, or raise session_items."
-                )
-        # Arrow has two unknowns, null (None) and NaN.
-        labels = torch.tensor(
-            [[math.nan if row[name] is None else row[name] for name in config.objectives] for row in rows]
+        config = self.encoder.config
+        longest = self.session_items or _drawn_length(config.session_items)
+        cuts = [cut_sessions(np.asarray(row["exposed_sessions"]), longest) for row in rows]
+        # Sessions of the batch one behind the other, as places of all of its runs.
+        owner = np.repeat(np.arange(len(rows)), [len(cut) for cut in cuts])
+        rank = np.concatenate([np.arange(len(cut)) for cut in cuts])
+        first, length = np.array([session for cut in cuts for session in cut]).reshape(-1, 2).T
+        lengths = np.array([len(row["exposed"]) for row in rows])
+        starts = (np.cumsum(lengths) - lengths)[owner] + first
+        offsets = np.arange(longest)
+        places = np.where(offsets < length[:, None], starts[:, None] + offsets, -1)
+        items = np.concatenate([np.asarray(row["exposed"], dtype=np.int64) for row in rows])
+        feedback = np.concatenate(
+            [
+                np.asarray(entry["exposed_feedback"], dtype=np.float64).reshape(len(entry["exposed"]), -1)
+                for entry in rows
+            ]
         )
-        for objective, outside in zip(config.objectives, ((labels < 0) | (labels > 1)).any(0).tolist(), strict=True):
-            if outside:
-                raise ValueError(f"Column '{objective}' has a label outside [0, 1]: labels are shares.")
-        return {
-            "history_ids": item_code_ids(
-                [row["history"][-config.history_items :] for row in rows], self.item_token_ids, config.pad_token_id
-            ),
-            "session_ids": item_code_ids([row["session"] for row in rows], self.item_token_ids, config.pad_token_id),
-            "labels": labels,
+        times = np.concatenate([np.asarray(row["exposed_timestamps"], dtype=np.float64) for row in rows])
+
+        shape = (len(rows), int(rank.max(initial=0)) + 1)
+        indices = np.full((*shape, longest), -1, dtype=np.int64)
+        indices[owner, rank] = np.where(places >= 0, items[places], -1)
+        labels = np.full((*shape, len(config.objectives)), np.nan, dtype=np.float32)
+        labels[owner, rank] = np.stack(
+            [session_label(objective, feedback, config.feedback, places) for objective in config.objectives], axis=-1
+        )
+        prefixes = np.zeros(shape, dtype=np.int64)
+        prefixes[owner, rank] = first
+        batch = {
+            **self.encoder(rows),
+            "session_ids": self.encoder.codes(indices),
+            "session_indices": torch.from_numpy(indices),
+            "history_prefixes": torch.from_numpy(prefixes),
+            "labels": torch.from_numpy(labels),
         }
+        if config.signals and self.totals is not None:
+            totals = np.zeros((*indices.shape, 2 * len(config.signals)), dtype=np.float32)
+            known = self.totals.before(items[places.clip(min=0)], np.repeat(times[starts, None], len(offsets), axis=1))
+            totals[owner, rank] = np.where(places[..., None] >= 0, known, 0)
+            batch["session_totals"] = torch.from_numpy(totals)
+        return batch
 
 
-def _above_median_auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
-    if labels.min() == labels.max():
-        return None
-    median = np.median(labels)
-    # Where the median is the largest label, having it is what sets a session apart.
-    positive = labels > median if labels.max() > median else labels == median
-    return float(roc_auc_score(positive, scores))
+def _drawn_length(session_items: int) -> int:
+    single, length = torch.rand(2).tolist()
+    return 1 if single < SINGLE_SHARE or session_items == 1 else 2 + int(length * (session_items - 1))
 
 
-def objective_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, config: OneRecRewardConfig
-) -> dict[str, float | int]:
+@dataclass
+class RewardPredictions:
     """
-    Quality of the estimates of each objective over its known labels.
-
-    For an objective x: `x_auc`, the chance that a session with a label above the median has a higher estimate than
-    one without (where few sessions have any follow, that is any against none; where the median is the largest label,
-    the largest against less); `x_log_loss` and `x_base_log_loss`, the cross-entropy of the estimate and of always
-    answering the mean label [nats]; `x_calibration_error`, the mean gap between estimate and label over ten bins of
-    equal size; `x_label_mean`, `x_estimate_mean` and `x_labels` (count). `reward_auc` is the same AUC for the weighted
-    sum, over sessions where every weighted label is known. A figure that is undefined (no known label, all labels
-    equal) is left out.
+    Estimates for S sessions beside their labels.
 
     Args:
-        probabilities (`np.ndarray` of shape `(S, O)`): Estimates for S sessions.
-        labels (`np.ndarray` of shape `(S, O)`): Labels in [0, 1], NaN where unknown.
-        config (`OneRecRewardConfig`): Names and weights of the objectives.
+        logits, labels (`np.ndarray` of shape `(S, O)`): Before calibration; NaN where a label is unknown.
+        probabilities (`np.ndarray` of shape `(S, O)`): Calibrated.
+        users (`np.ndarray` of shape `(S,)`): Number of each session's user.
     """
-    metrics: dict[str, float | int] = {}
-    for index, objective in enumerate(config.objectives):
-        known = ~np.isnan(labels[:, index])
-        if not known.any():
-            continue
-        label = labels[known, index].astype(np.float64)
-        estimate = probabilities[known, index].astype(np.float64).clip(1e-7, 1 - 1e-7)
-        base = float(np.clip(label.mean(), 1e-7, 1 - 1e-7))
-        auc = _above_median_auc(estimate, label)
-        if auc is not None:
-            metrics[f"{objective}_auc"] = auc
-        metrics[f"{objective}_log_loss"] = float(
-            -(label * np.log(estimate) + (1 - label) * np.log(1 - estimate)).mean()
+
+    logits: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+    users: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence["RewardPredictions"]) -> "RewardPredictions":
+        """Of all parts, one behind the other."""
+        return cls(
+            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls))
         )
-        metrics[f"{objective}_base_log_loss"] = float(
-            -(label.mean() * np.log(base) + (1 - label.mean()) * np.log(1 - base))
-        )
-        bins = np.array_split(np.argsort(estimate, kind="stable"), min(CALIBRATION_BINS, len(label)))
-        metrics[f"{objective}_calibration_error"] = float(
-            sum(abs(estimate[rows].mean() - label[rows].mean()) * len(rows) for rows in bins) / len(label)
-        )
-        metrics[f"{objective}_label_mean"] = float(label.mean())
-        metrics[f"{objective}_estimate_mean"] = float(estimate.mean())
-        metrics[f"{objective}_labels"] = int(known.sum())
-    weights = np.asarray(config.objective_weights)
-    counted = weights != 0
-    known = ~np.isnan(labels[:, counted]).any(1)
-    if counted.any() and known.any():
-        auc = _above_median_auc(
-            probabilities[known][:, counted] @ weights[counted], labels[known][:, counted] @ weights[counted]
-        )
-        if auc is not None:
-            metrics["reward_auc"] = auc
-    return metrics
+
+    def metrics(self, config: OneRecRewardConfig) -> dict[str, float | int]:
+        """[`objective_metrics`] of all objectives."""
+        return objective_metrics(self.probabilities, self.labels, config.objective_names, self.users)
 
 
 @torch.no_grad()
-def reward_metrics(
+def predict_rewards(
     model: OneRecRewardModel,
     dataset: Dataset,
-    item_token_ids: torch.LongTensor,
-    batch_size: int = 256,
+    collator: RewardCollator,
+    batch_size: int = 128,
     progress: bool = False,
-) -> dict[str, float | int]:
-    """
-    [`objective_metrics`] of a reward model on labelled sessions; on sessions later than, and users other than, those
-    it was trained on they say whether it can judge. The model's training mode is left as it was.
-    """
+) -> RewardPredictions:
+    """Estimates for the sessions that `collator` cuts from runs; the model's training mode is left as it was."""
     was_training = model.training
     model.eval()
-    collator = RewardCollator(item_token_ids, model.config)
-    probabilities, labels = [], []
+    users = np.unique(np.asarray(dataset["user_id"][:]), return_inverse=True)[1] if len(dataset) else np.zeros(0, int)
+    parts, start = [], 0
     for batch in tqdm(
         DataLoader(dataset, batch_size=batch_size, collate_fn=collator), desc="judging", disable=not progress
     ):
-        labels.append(batch.pop("labels"))
+        labels, real = batch.pop("labels"), (batch["session_indices"][..., 0] >= 0).numpy()
         output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-        probabilities.append(output.probabilities.float().cpu())
+        rows = np.broadcast_to(users[start : start + len(real), None], real.shape)
+        values = (
+            output.logits.float().cpu().numpy(),
+            output.probabilities.float().cpu().numpy(),
+            labels.numpy(),
+            rows,
+        )
+        parts.append([value[real] for value in values])
+        start += len(real)
     model.train(was_training)
-    return objective_metrics(torch.cat(probabilities).numpy(), torch.cat(labels).numpy(), model.config)
+    if not parts:
+        empty = np.zeros((0, len(model.config.objectives)), dtype=np.float32)
+        return RewardPredictions(empty, empty, empty, np.zeros(0, dtype=np.int64))
+    return RewardPredictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
+    """
+    Mean known label of each objective over the sessions that `collator` cuts, NaN for an objective without any.
+
+    Raises:
+        ValueError: if an objective that the reward counts has no known label: its tower would stay untrained and
+            add noise to every reward.
+    """
+    config = collator.encoder.config
+    sums, counts = np.zeros(len(config.objectives)), np.zeros(len(config.objectives))
+    columns = [name for name in dataset.column_names if name.startswith("exposed")]
+    for batch in DataLoader(dataset.select_columns(columns), batch_size=512, collate_fn=collator):
+        labels = batch["labels"].numpy().reshape(-1, len(sums))
+        sums += np.nansum(labels, axis=0)
+        counts += (~np.isnan(labels)).sum(0)
+    means = {}
+    for objective, total, count in zip(config.objectives, sums, counts, strict=True):
+        means[objective["name"]] = float(total / count) if count else math.nan
+        if objective["weight"] and not count:
+            raise ValueError(
+                f"objective '{objective['name']}' has no known label in the reward model's {len(dataset)} rows, but "
+                f"its weight in the reward is {objective['weight']}: set it to 0, or leave the objective out."
+            )
+    return means
+
+
+def fit_calibration(model: OneRecRewardModel, predictions: RewardPredictions) -> None:
+    """
+    Fits sigmoid(scale * logit + bias) of each objective to held-out labels (Platt) and saves it with the model, and
+    the calibrated probabilities' means and deviations with its configuration. An objective with fewer than two
+    different known labels keeps its probabilities.
+    """
+    scale, bias = np.ones(len(model.config.objectives)), np.zeros(len(model.config.objectives))
+    for index in range(len(scale)):
+        known = ~np.isnan(predictions.labels[:, index])
+        label = predictions.labels[known, index].astype(np.float64)
+        if len(label) and label.min() < label.max():
+            scale[index], bias[index] = _platt(predictions.logits[known, index].astype(np.float64), label)
+    model.set_calibration(torch.from_numpy(scale), torch.from_numpy(bias))
+    if len(predictions.logits):
+        calibrated = 1 / (1 + np.exp(-(predictions.logits * scale + bias)))
+        model.config.objective_means = calibrated.mean(0).tolist()
+        model.config.objective_deviations = calibrated.std(0).clip(1e-6).tolist()
+
+
+def _platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Scale and bias of the smallest cross-entropy, by Newton's method. A weak prior keeps the scale near 1."""
+    design = np.stack([logits, np.ones_like(logits)], axis=1)
+    parameters = np.array([1.0, 0.0])
+    for _ in range(CALIBRATION_STEPS):
+        estimate = 1 / (1 + np.exp(-(design @ parameters)))
+        gradient = design.T @ (estimate - labels) + [parameters[0] - 1, 0]
+        curvature = (design * (estimate * (1 - estimate))[:, None]).T @ design + np.diag([1.0, 1e-9])
+        step = np.linalg.solve(curvature, gradient)
+        parameters = parameters - step * min(1.0, 2.0 / (np.abs(step).max() + 1e-12))
+        if np.abs(step).max() < 1e-9:
+            break
+    # A negative scale would turn the order round.
+    return (float(parameters[0]), float(parameters[1])) if parameters[0] > 0 else (1.0, 0.0)
 
 
 class OneRecRewardTrainer(Trainer):
     """
-    `Trainer` of [`OneRecRewardModel`] on rows of `history`, `session` and label columns; evaluation gives
-    [`objective_metrics`] with the prefix `eval_`.
+    `Trainer` of [`OneRecRewardModel`] on runs of exposures.
 
     Args:
         model (`OneRecRewardModel`): Model to train.
-        item_token_ids (`torch.LongTensor` of shape `(N, L)`): The tokenizer's code token ids of each item.
+        tokenizer (`OneRecTokenizer`): Tokenizer of the items' codes.
+        totals (`ItemTotals`): Of the exposures to fit.
         kwargs: `Trainer`'s other arguments.
     """
 
-    def __init__(self, model: OneRecRewardModel, item_token_ids: torch.LongTensor, **kwargs):
-        self._reward_config = model.config
-        super().__init__(
-            model=model,
-            data_collator=RewardCollator(item_token_ids, model.config),
-            compute_metrics=self._compute_metrics,
-            **kwargs,
-        )
-
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float | int]:
-        probabilities = 1 / (1 + np.exp(-prediction.predictions.astype(np.float64)))
-        return objective_metrics(probabilities, prediction.label_ids, self._reward_config)
+    def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer, totals: ItemTotals, **kwargs):
+        encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
+        super().__init__(model=model, data_collator=RewardCollator(encoder, totals), **kwargs)
 
     def _set_signature_columns_if_needed(self):
         # The columns that the collator reads, not the arguments of the model's forward.
-        self._signature_columns = ["history", "session", *self._reward_config.objectives]
+        self._signature_columns = [
+            "exposed",
+            "exposed_feedback",
+            "exposed_timestamps",
+            "exposed_sessions",
+            "feedback_totals",
+            "user_profile",
+        ]

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..tokenization_onerec import OneRecTokenizer
+from .exposure_encoding import ExposureEncoder
 from .modeling_onerec_reward import OneRecRewardModel
-
-# Columns that the reward model reads of a row beside its history, where a data set has them.
-REWARD_FEATURES: tuple[str, ...] = ()
 
 
 @dataclass
@@ -22,41 +19,12 @@ class SessionScores:
     Reward model's estimates of C candidate sessions of each of B users, on the CPU.
 
     Args:
-        reward (`torch.FloatTensor` of shape `(B, C)`): Weighted sum of the objectives; NaN for an empty session.
+        reward (`torch.FloatTensor` of shape `(B, C)`): The objectives as one number; NaN for an empty session.
         probabilities (`torch.FloatTensor` of shape `(B, C, O)`): One for each objective; NaN for an empty session.
     """
 
     reward: torch.FloatTensor
     probabilities: torch.FloatTensor
-
-
-def item_code_ids(items: Sequence[Sequence[int]], item_token_ids: torch.LongTensor, pad_token_id: int = 0):
-    """
-    Code token ids of lists of items.
-
-    Args:
-        items (`Sequence[Sequence[int]]`): B lists of catalogue indices; they may be empty.
-        item_token_ids (`torch.LongTensor` of shape `(N, L)`): The tokenizer's code token ids of each item.
-        pad_token_id (`int`): Fills the rows after a list's end.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, n, L)`, n the longest list's length, at least 1.
-    """
-    width = max(1, max((len(row) for row in items), default=1))
-    indices = np.full((len(items), width), -1, dtype=np.int64)
-    for row, values in zip(indices, items, strict=True):
-        row[: len(values)] = values
-    return _gather_codes(torch.from_numpy(indices), item_token_ids, pad_token_id)
-
-
-def _gather_codes(indices: torch.LongTensor, item_token_ids: torch.LongTensor, pad_token_id: int) -> torch.LongTensor:
-    if indices.numel() and (indices.max() >= len(item_token_ids) or indices.min() < -1):
-        raise ValueError(
-            f"Catalogue indices must lie in 0..{len(item_token_ids) - 1}, got {int(indices.min())}.."
-            f"{int(indices.max())}: the sessions come from another catalogue than the tokenizer."
-        )
-    codes = item_token_ids[indices.clamp(min=0)]
-    return codes.masked_fill((indices < 0)[..., None], pad_token_id)
 
 
 class SessionScorer:
@@ -70,7 +38,7 @@ class SessionScorer:
 
     def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self._item_token_ids = tokenizer.item_token_ids.cpu()
+        self._encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device | None = None) -> "SessionScorer":
@@ -80,7 +48,7 @@ class SessionScorer:
 
     @property
     def objectives(self) -> list[str]:
-        return self.model.config.objectives
+        return self.model.config.objective_names
 
     def to(self, device: str | torch.device) -> "SessionScorer":
         self.model.to(device)
@@ -88,10 +56,7 @@ class SessionScorer:
 
     def scalar(self, probabilities: torch.Tensor) -> torch.Tensor:
         """The reward `(...)` of objectives' probabilities `(..., O)`, such as a simulated feed's true ones."""
-        weights = torch.tensor(
-            self.model.config.objective_weights, dtype=probabilities.dtype, device=probabilities.device
-        )
-        return (probabilities * weights).sum(-1)
+        return self.model.scalar(probabilities)
 
     @torch.no_grad()
     def score(
@@ -102,12 +67,12 @@ class SessionScorer:
         progress: bool = False,
     ) -> SessionScores:
         """
-        Score candidate sessions, each user's history encoded once. The model's training mode is left as it was.
+        Score candidate sessions, each user's behaviour encoded once. The model's training mode is left as it was.
 
         Args:
-            rows (`Sequence[Mapping]`): B rows of [`index_sessions`] tables: `history` (catalogue indices, oldest
-                first; the latest `model.config.history_items` are used) and, where the data has them, the columns of
-                `REWARD_FEATURES`. Other columns are passed over.
+            rows (`Sequence[Mapping]`): B rows of [`index_sessions`] tables: the columns of `REWARD_FEATURES` that the
+                data has, or else `history` (catalogue indices, oldest first); the latest
+                `model.config.history_items` behaviours are used. Other columns are passed over.
             sessions (`torch.LongTensor` of shape `(B, C, m)`): Catalogue indices, -1 where there is no item.
             batch_size (`int`): Users scored at once.
             progress (`bool`): Whether to show a progress bar.
@@ -117,19 +82,16 @@ class SessionScorer:
         """
         if len(rows) != len(sessions):
             raise ValueError(f"Got {len(rows)} rows for {len(sessions)} users' sessions: give one for each.")
-        was_training = self.model.training
+        was_training, device = self.model.training, self.model.device
         self.model.eval()
-        limit, pad = self.model.config.history_items, self.model.config.pad_token_id
         sessions = sessions.cpu()
         reward, probabilities = [], []
         for start in tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not progress):
-            batch = slice(start, start + batch_size)
-            histories = [row["history"][-limit:] for row in rows[batch]]
-            history_ids = item_code_ids(histories, self._item_token_ids, pad)
-            session_ids = _gather_codes(sessions[batch], self._item_token_ids, pad)
-            device = self.model.device
-            output = self.model(history_ids=history_ids.to(device), session_ids=session_ids.to(device))
-            empty = (sessions[batch] < 0).all(-1)
+            batch = sessions[start : start + batch_size]
+            inputs = self._encoder(rows[start : start + batch_size], self.model.config.history_items)
+            inputs |= {"session_ids": self._encoder.codes(batch.numpy()), "session_indices": batch}
+            output = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+            empty = (batch < 0).all(-1)
             reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
             probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
         self.model.train(was_training)

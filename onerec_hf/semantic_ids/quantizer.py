@@ -7,7 +7,6 @@ quantized level by level: r^1 = latent; s^l = argmin_k ||r^l - c_k^l||^2; r^(l+1
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from onerec_hf.semantic_ids.collisions import (
     raise_on_collision,
     rank_among_equals,
 )
+from onerec_hf.staged_files import staged_files
 
 QUANTIZER_FILE = "quantizer.json"
 CODEBOOKS_FILE = "codebooks.safetensors"
@@ -230,8 +230,6 @@ class Quantizer:
         The JSON carries a fingerprint of the weights and comes last: a mixture of two quantizers is refused on load.
         """
         self._require_codebooks()
-        target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self._weights().items()}
         described = {
             "quantizer_type": self.quantizer_type,
@@ -241,11 +239,9 @@ class Quantizer:
             "fitted_error": self.fitted_error,
             "fingerprint": _fingerprint(weights),
         }
-        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
-            save_file(weights, Path(staging) / CODEBOOKS_FILE, {"format": "pt"})
-            (Path(staging) / QUANTIZER_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            for name in (CODEBOOKS_FILE, QUANTIZER_FILE):
-                os.replace(Path(staging) / name, target / name)
+        with staged_files(save_directory, last=QUANTIZER_FILE) as staging:
+            save_file(weights, staging / CODEBOOKS_FILE, {"format": "pt"})
+            (staging / QUANTIZER_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "Quantizer":

@@ -6,6 +6,7 @@ from .pretrain import pretrain
 from .recipe_arguments import RecipeArguments, parse_recipe_arguments
 from .recommend import recommend
 from .reward import reward
+from .sample_preferences import sample_preference_pairs
 from .tokenize import tokenize
 
 
@@ -29,5 +30,6 @@ __all__ = [
     "recommend",
     "reward",
     "run_pipeline",
+    "sample_preference_pairs",
     "tokenize",
 ]

@@ -1,107 +1,162 @@
-"""Stage `align`: rounds of Iterative Preference Alignment, M_0 to M_T (section 3.3.2, Algorithm 2)."""
+"""Stage `align`: rounds of Iterative Preference Alignment, M_0 to M_T (section 3.3.2, Algorithm 2).
+
+Before and after every round the policy is checked on sessions held out of training. A round after which Recall@10 has
+fallen by more than `max_recall_drop` of the seed model's is the last one and is not kept.
+"""
 
 import shutil
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import set_seed
 
-from ..alignment import OneRecDPOConfig, OneRecDPOTrainer, sample_preferences
+from ..alignment import OneRecDPOConfig, OneRecDPOTrainer
+from ..evaluation.alignment_checks import RECALL, AlignmentChecks
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import (
+    CPU_EXPERTS,
     CheckpointCompleteCallback,
     index_sessions,
     latest_complete_checkpoint,
+    share_histories,
 )
 from ..reward import SessionScorer
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
-from .pretrain import MODEL, TRAINING_DEFAULTS, save_trained_model, training_log
+from .pretrain import MODEL, TRAINING_DEFAULTS, parted_sessions, save_trained_model, training_log
 from .recipe_arguments import RecipeArguments
 from .reward import REWARD_MODEL
+from .sample_preferences import PAIR_SETTINGS, PAIRS, draw_pairs
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
+from .tokenize import ITEM_EMBEDDINGS
 
-PAIRS = "pairs.parquet"
 ALIGNED = "aligned.json"
+SEED_CHECKS = "seed_checks.json"
+
+logger = get_logger(__name__)
 
 
 def align(args: RecipeArguments) -> Path:
-    """Runs the rounds; returns the stage's folder: `round_1` to `round_T` and `model`, the last round's model."""
-    options = args.training
+    """Runs the rounds; returns the stage's folder: `round_1` to `round_T` and `model`, the last kept one's model."""
 
     def work(folder: Path) -> dict | None:
-        previous = stage_dir(args.output_dir, "pretrain", "align") / MODEL
-        tokenizer = OneRecTokenizer.from_pretrained(previous)
-        prepared = prepared_data(args, "align")
-        users = index_sessions(prepared.read(USER_HISTORIES), tokenizer)
-        sessions = index_sessions(prepared.read(PRETRAINING_SESSIONS), tokenizer)
-        reward_model = SessionScorer.from_pretrained(
-            stage_dir(args.output_dir, "reward", "align") / REWARD_MODEL, PartialState().device
-        )
-        rounds = []
-        for number in range(1, options.align_rounds + 1):
-            target = folder / f"round_{number}"
-            if not (target / ALIGNED).exists():
-                _run_round(args, number, previous, target, tokenizer, users, sessions, reward_model)
-            rounds.append(read_json(target / ALIGNED))
-            previous = target
+        alignment = Alignment(args, folder)
+        last_kept, rounds = alignment.seed_model, []
+        for number in range(1, args.training.align_rounds + 1):
+            rounds.append(alignment.round(number, last_kept))
+            if not rounds[-1]["kept"]:
+                break
+            last_kept = folder / f"round_{number}"
         if PartialState().is_main_process:
             shutil.copytree(
-                previous, folder / MODEL, ignore=shutil.ignore_patterns(PAIRS, ALIGNED), dirs_exist_ok=True
+                last_kept, folder / MODEL, ignore=shutil.ignore_patterns(PAIRS, ALIGNED), dirs_exist_ok=True
             )
-        return {"rounds": rounds}
+        return {"rounds": rounds, "seed_checks": alignment.seed_checks()}
 
     settings = args.settings(
+        *PAIR_SETTINGS,
         "training.align_rounds",
-        "training.r_dpo",
-        "training.num_candidates",
-        "training.min_reward_margin",
         "training.align",
-        "evaluation.exclude_consumed",
-        "run.seed",
+        "training.align_reference",
+        "training.align_lora",
+        "training.align_holdout",
+        "training.max_recall_drop",
+        "training.holdout_sessions",
     )
     return run_stage("align", args.output_dir, settings, ["data", "tokenize", "pretrain", "reward"], work)
 
 
-def _run_round(
-    args: RecipeArguments,
-    number: int,
-    previous: Path,
-    target: Path,
-    tokenizer: OneRecTokenizer,
-    users: Dataset,
-    sessions: Dataset,
-    reward_model: SessionScorer,
-) -> None:
-    """One round from the snapshot in `previous` to the one in `target`: pairs first, then training."""
-    options, state, seed = args.training, PartialState(), args.run.seed + number
-    set_seed(seed)
-    model = OneRecForConditionalGeneration.from_pretrained(previous)
-    if state.is_main_process and not (target / PAIRS).exists():
-        target.mkdir(parents=True, exist_ok=True)
-        pairs = sample_preferences(
-            model.to(state.device),
-            ItemTrie.from_tokenizer(tokenizer).to(state.device),
-            tokenizer,
-            reward_model,
-            users,
-            sample_share=options.r_dpo,
-            num_candidates=options.num_candidates,
-            min_reward_gap=options.min_reward_margin,
-            exclude_history=args.evaluation.exclude_consumed,
-            seed=seed,
+@dataclass
+class Alignment:
+    """What all rounds share, loaded when a round needs it, and one round."""
+
+    args: RecipeArguments
+    folder: Path
+
+    def __post_init__(self):
+        self.device = PartialState().device
+        self.seed_model = stage_dir(self.args.output_dir, "pretrain", "align") / MODEL
+        self.tokenizer = OneRecTokenizer.from_pretrained(self.seed_model)
+
+    @cached_property
+    def trie(self) -> ItemTrie:
+        return ItemTrie.from_tokenizer(self.tokenizer).to(self.device)
+
+    @cached_property
+    def users(self) -> Dataset:
+        return index_sessions(prepared_data(self.args, "align").read(USER_HISTORIES), self.tokenizer)
+
+    @cached_property
+    def scorer(self) -> SessionScorer:
+        return SessionScorer.from_pretrained(
+            stage_dir(self.args.output_dir, "reward", "align") / REWARD_MODEL, self.device
         )
-        pairs.to_parquet(target / f"{PAIRS}.partial")
-        (target / f"{PAIRS}.partial").rename(target / PAIRS)
-    state.wait_for_everyone()
-    pairs = Dataset.from_parquet(str(target / PAIRS))
-    checkpoints = target.parent / CHECKPOINTS / target.name
-    trainer = OneRecDPOTrainer(
-        model=model,
-        args=OneRecDPOConfig(
+
+    @cached_property
+    def sessions(self) -> dict[str, Dataset]:
+        sessions = index_sessions(prepared_data(self.args, "align").read(PRETRAINING_SESSIONS), self.tokenizer)
+        return parted_sessions(sessions, self.args)
+
+    @cached_property
+    def checks(self) -> AlignmentChecks:
+        held_out = self.sessions["test"]
+        return AlignmentChecks(
+            held_out.select(range(min(self.args.training.align_holdout, len(held_out)))),
+            self.sessions["train"],
+            self.tokenizer,
+            self.trie,
+            load_file(self.args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"],
+            exclude_history=self.args.evaluation.exclude_consumed,
+            seed=self.args.run.seed,
+        )
+
+    def model(self, checkpoint: Path) -> OneRecForConditionalGeneration:
+        return OneRecForConditionalGeneration.from_pretrained(checkpoint).to(self.device)
+
+    def seed_checks(self) -> dict[str, float]:
+        """The seed model's figures; the main process measures them once."""
+        path = self.folder / SEED_CHECKS
+        if PartialState().is_main_process and not path.exists():
+            write_json(path, self.checks.measure(self.model(self.seed_model), {}))
+        PartialState().wait_for_everyone()
+        return read_json(path)
+
+    def round(self, number: int, previous: Path) -> dict[str, Any]:
+        """One round from the snapshot in `previous`: pairs, training, checks; what its summary says.
+
+        A killed round goes on behind the parts of pairs, the checkpoint or the model that it has.
+        """
+        target, state = self.folder / f"round_{number}", PartialState()
+        if not (target / ALIGNED).exists():
+            seed = self.args.run.seed + number
+            target.mkdir(parents=True, exist_ok=True)
+            model = self.model(previous)
+            pairs = draw_pairs(self.args, target, model, self.trie, self.scorer, self.users, seed)
+            log = self._train(number, model, pairs, target, seed)
+            before = self.seed_checks()
+            if state.is_main_process:
+                summary = self._summary(number, previous, target, pairs, before)
+                write_json(target / ALIGNED, summary | {"log": log})
+            state.wait_for_everyone()
+        return read_json(target / ALIGNED)
+
+    def _train(
+        self, number: int, model: OneRecForConditionalGeneration, pairs: Dataset, target: Path, seed: int
+    ) -> list[dict[str, Any]]:
+        """Trains from M_(t-1) to M_t, saved in `target` as a whole model, adapters merged; the training's log."""
+        options = self.args.training
+        checkpoints = self.folder / CHECKPOINTS / target.name
+        training_args = OneRecDPOConfig(
             **{
                 **TRAINING_DEFAULTS,
                 "logging_steps": 5,
@@ -112,22 +167,64 @@ def _run_round(
                 **options.align,
                 "output_dir": str(checkpoints),
             }
-        ),
-        train_dataset=pairs,
-        processing_class=tokenizer,
-        ntp_dataset=sessions,
-        callbacks=[CheckpointCompleteCallback()],
-    )
-    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(checkpoints))
-    save_trained_model(trainer, target)
-    if state.is_main_process:
-        summary = {
+        )
+        ordinary = self.sessions["train"]
+        if model.config.encoder_attention == "causal" and training_args.ntp_per_pair:
+            # A pair's ordinary rows are one row of as many targets, whose histories are encoded once.
+            ordinary = share_histories(ordinary, model.config.history_items, training_args.ntp_per_pair)
+            training_args.ntp_per_pair = 1
+        set_seed(seed)  # of an adapter's weights
+        if training_args.use_cpu:
+            model.set_experts_implementation(CPU_EXPERTS)
+        trainer = OneRecDPOTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=pairs,
+            processing_class=self.tokenizer,
+            ntp_dataset=ordinary,
+            ref_model=self.model(self.seed_model) if options.align_reference == "sft" else None,
+            peft_config=LoraConfig(**options.align_lora) if options.align_lora else None,
+            callbacks=[CheckpointCompleteCallback()],
+        )
+        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(checkpoints))
+        if not options.align_lora:
+            save_trained_model(trainer, target)
+        elif PartialState().is_main_process:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+        PartialState().wait_for_everyone()
+        return training_log(trainer.state.log_history)
+
+    def _summary(
+        self, number: int, previous: Path, target: Path, pairs: Dataset, seed_checks: dict[str, float]
+    ) -> dict[str, Any]:
+        """The round's figures, and whether it is kept."""
+        model, former = self.model(target), self.model(previous)
+        references = {"previous": former, "seed": self.model(self.seed_model)}
+        after = self.checks.measure(model, references)
+        rows = pairs.to_list()
+        drift = self.checks.pair_log_probs(model, rows) - self.checks.pair_log_probs(former, rows)
+        kept = True
+        if after:
+            lowest = (1 - self.args.training.max_recall_drop) * seed_checks[RECALL]
+            kept = after[RECALL] >= lowest
+            logger.info(
+                f"[align] round {number}: held-out {RECALL} {after[RECALL]:.4f}, of the seed model "
+                f"{seed_checks[RECALL]:.4f}; KL to it {after['kl_to_seed']:.3f}"
+            )
+            if not kept:
+                logger.warning(
+                    f"[align] round {number} is dropped and the last one: its {RECALL} is below {lowest:.4f}, which "
+                    "max_recall_drop allows. A lower learning_rate, more ntp_per_pair or fewer rounds keep more."
+                )
+        return {
             "round": number,
+            "kept": kept,
             "pairs": len(pairs),
-            "mean_reward_of_candidates": sum(pairs["mean_reward"][:]) / len(pairs),
-            "mean_reward_of_chosen": sum(pairs["chosen_reward"][:]) / len(pairs),
-            "mean_reward_of_rejected": sum(pairs["rejected_reward"][:]) / len(pairs),
-            "log": training_log(trainer.state.log_history),
+            "mean_reward_of_candidates": float(np.mean(pairs["mean_reward"][:])),
+            "mean_reward_of_chosen": float(np.mean(pairs["chosen_reward"][:])),
+            "mean_reward_of_rejected": float(np.mean(pairs["rejected_reward"][:])),
+            "chosen_log_prob_drift": float(drift[:, 0].mean()),
+            "rejected_log_prob_drift": float(drift[:, 1].mean()),
+            "checks": after,
         }
-        write_json(target / ALIGNED, summary)
-    state.wait_for_everyone()

@@ -4,11 +4,12 @@ Runs as the first step of `tokenize`. Everything that later stages fit comes fro
 period before the evaluated one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
@@ -18,21 +19,20 @@ from ..data import (
     Feed,
     FeedSplit,
     evaluation_cases,
-    exposure_sessions,
+    exposure_runs,
     load_feed,
     load_saved_feed,
     positive_mask,
     pretraining_sessions,
     save_feed,
     split_feed,
+    user_exposures,
     user_histories,
 )
 from .recipe_arguments import RecipeArguments
 from .stage_runner import run_stage, stage_dir
 
 PRETRAINING_SESSIONS = "pretraining_sessions.parquet"
-REWARD_SESSIONS = "reward_sessions.parquet"
-LATER_REWARD_SESSIONS = "later_reward_sessions.parquet"
 USER_HISTORIES = "user_histories.parquet"
 EVALUATION_CASES = "evaluation_cases.parquet"
 
@@ -42,13 +42,44 @@ class PreparedData:
     """What the `data` stage wrote, read on demand."""
 
     folder: Path
+    args: DataArguments
 
     def feed(self) -> Feed:
         return load_saved_feed(self.folder / "feed")
 
     def read(self, name: str) -> Dataset:
-        """One of the tables named in this module, in memory."""
-        return Dataset(pq.read_table(self.folder / name))
+        """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what
+        the reward model reads of each user as of the end of the fitted period, where he was exposed to anything."""
+        table = pq.read_table(self.folder / name)
+        if name in (USER_HISTORIES, EVALUATION_CASES):
+            exposures = self._user_exposures
+            places = exposures["user_id"].to_pandas()
+            found = pd.Index(places).get_indexer(table["user_id"].to_pandas())
+            joined = exposures.take(pa.array(found, mask=found < 0))
+            for column in joined.column_names:
+                if column != "user_id":
+                    table = table.append_column(column, joined[column])
+        return Dataset(table)
+
+    @cached_property
+    def split(self) -> FeedSplit:
+        return split_feed(self.feed(), self.args)
+
+    @cached_property
+    def _user_exposures(self) -> pa.Table:
+        exposures = user_exposures(self.split.fit, self.feed(), self.args.history_items)
+        return exposures.with_format("arrow")[:].combine_chunks()
+
+    def later_runs(self) -> Dataset:
+        """Runs of exposures (see [`exposure_runs`]) of which those in the evaluated period are judged.
+
+        There are none where the split leaves one out, as no period separates what is fitted from what is evaluated.
+        """
+        split, feed = self.split, self.feed()
+        if self.args.split_method == "leave_one_out":
+            return exposure_runs(split.fit, feed, self.args).select([])
+        joined = pd.concat([split.fit, split.evaluation]).sort_values(["user_id", "position"], ignore_index=True)
+        return exposure_runs(joined, feed, self.args, since=split.evaluation["timestamp"].min())
 
 
 def prepare_data(args: RecipeArguments) -> Path:
@@ -60,13 +91,8 @@ def prepare_data(args: RecipeArguments) -> Path:
         feed = load_feed(args.data)
         split = split_feed(feed, args.data)
         save_feed(feed, folder / "feed")
-        # The reward model learns from every exposure once, good and bad, and reads items alone.
-        no_features = {"history_feedback": None, "history_timestamps": False, "user_features": None}
-        exposed = replace(args.data, quality_predicates=None, session_stride=None, **no_features)
         tables = {
             PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, args.data),
-            REWARD_SESSIONS: exposure_sessions(split.fit, feed, exposed),
-            LATER_REWARD_SESSIONS: _later_sessions(split, feed, exposed),
             EVALUATION_CASES: evaluation_cases(split, feed, args.data),
             USER_HISTORIES: user_histories(split.fit, feed, args.data),
         }
@@ -81,7 +107,6 @@ def prepare_data(args: RecipeArguments) -> Path:
                 "num_interactions": len(feed.interactions),
                 "num_fitted_positives": int(positive_mask(split.fit, feed.positive_feedback).sum()),
                 "num_pretraining_sessions": len(tables[PRETRAINING_SESSIONS]),
-                "num_reward_sessions": len(tables[REWARD_SESSIONS]),
                 "num_evaluation_users": len(tables[EVALUATION_CASES]),
                 "positive_feedback": feed.positive_feedback,
                 "split": split.description,
@@ -91,19 +116,6 @@ def prepare_data(args: RecipeArguments) -> Path:
     return run_stage("data", args.output_dir, args.settings("data"), [], work)
 
 
-def _later_sessions(split: FeedSplit, feed: Feed, args: DataArguments) -> Dataset:
-    """Exposed sessions that begin in the evaluated period, with the whole history before them.
-
-    There are none where the split leaves one out, as no period separates what is fitted from what is evaluated.
-    """
-    if args.split_method == "leave_one_out":
-        return exposure_sessions(split.fit, feed, args).select([])
-    joined = pd.concat([split.fit, split.evaluation]).sort_values(["user_id", "position"], ignore_index=True)
-    sessions = exposure_sessions(joined, feed, args)
-    starts = np.asarray(sessions["timestamp"][:], dtype=float)
-    return sessions.select(np.flatnonzero(starts >= split.evaluation["timestamp"].min()))
-
-
 def prepared_data(args: RecipeArguments, needed_by: str) -> PreparedData:
     """The `data` stage's output, which must be complete."""
-    return PreparedData(stage_dir(args.output_dir, "data", needed_by))
+    return PreparedData(stage_dir(args.output_dir, "data", needed_by), args.data)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
@@ -46,6 +47,14 @@ def training_log(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if isinstance(value, (int, float))} for row in log_history]
 
 
+def parted_sessions(sessions: Dataset, args: RecipeArguments) -> dict[str, Dataset]:
+    """Sessions that are trained on (`train`, in their own order, in which a user's stand together) and those held out
+    of all training (`test`)."""
+    holdout = min(args.training.holdout_sessions, len(sessions) // 10)
+    shuffled = np.random.default_rng(args.run.seed).permutation(len(sessions))
+    return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
+
+
 def save_trained_model(trainer: Trainer, folder: Path) -> None:
     """Model and tokenizer, without the trainer's arguments, which are a pickle that nothing reads."""
     trainer.save_model(str(folder))
@@ -59,10 +68,8 @@ def pretrain(args: RecipeArguments) -> Path:
         set_seed(args.run.seed)
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "pretrain"))
         sessions = index_sessions(prepared_data(args, "pretrain").read(PRETRAINING_SESSIONS), tokenizer)
-        holdout = min(args.training.holdout_sessions, len(sessions) // 10)
-        shuffled = np.random.default_rng(args.run.seed).permutation(len(sessions))
-        # In their own order, in which a user's sessions stand together.
-        parts = {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
+        parts = parted_sessions(sessions, args)
+        holdout = len(parts["test"])
         config = OneRecConfig.from_preset(
             args.training.preset,
             **{

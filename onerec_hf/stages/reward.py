@@ -1,21 +1,41 @@
 """Stage `reward`: the reward model (section 3.3.1, eq 5-7) and an independent judge on the other half of the users."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 
+from ..data import Feed, exposure_runs
 from ..pretraining import CheckpointCompleteCallback, index_sessions, latest_complete_checkpoint
-from ..reward import OneRecRewardConfig, OneRecRewardModel, OneRecRewardTrainer, label_means, reward_metrics, user_half
+from ..reward import (
+    ExposureEncoder,
+    ItemTotals,
+    OneRecRewardTrainer,
+    RewardCollator,
+    RewardPredictions,
+    create_reward_model,
+    fit_calibration,
+    label_means,
+    predict_rewards,
+    reliability_plot,
+    user_fold,
+    user_half,
+)
 from ..tokenization_onerec import OneRecTokenizer
-from .data_stage import LATER_REWARD_SESSIONS, REWARD_SESSIONS, prepared_data
+from .data_stage import prepared_data
 from .pretrain import TRAINING_DEFAULTS, save_trained_model, training_log
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
 
 REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
+# The judge differs in its users and its seed and, unless it is configured, in its width.
+DEFAULTS = {REWARD_MODEL: {}, INDEPENDENT_JUDGE: {"hidden_size": 96, "tower_hidden_size": 96}}
+# One of so many users is kept out of training, for the calibration.
+CALIBRATION_FOLDS = 10
 
 
 def reward(args: RecipeArguments) -> Path:
@@ -23,57 +43,13 @@ def reward(args: RecipeArguments) -> Path:
 
     def work(folder: Path) -> dict | None:
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward"))
-        prepared = prepared_data(args, "reward")
-        sessions = index_sessions(prepared.read(REWARD_SESSIONS), tokenizer)
-        later = index_sessions(prepared.read(LATER_REWARD_SESSIONS), tokenizer)
-        half, later_half = (user_half(table["user_id"][:], args.run.seed) for table in (sessions, later))
         summary = {}
-        for index, (name, overrides) in enumerate(
-            ((REWARD_MODEL, args.training.reward_model), (INDEPENDENT_JUDGE, args.training.judge_model))
-        ):
-            target = folder / name
-            if not (target / TRAINED).exists():
-                seed = args.run.seed + index
-                set_seed(seed)
-                train = sessions.select(np.flatnonzero(half == index))
-                config = OneRecRewardConfig(
-                    **{
-                        "history_items": args.data.history_items,
-                        "session_items": args.data.session_items,
-                        **overrides,
-                        "codebook_sizes": list(tokenizer.codebook_sizes),
-                    }
-                )
-                model = OneRecRewardModel(config)
-                model.set_base_rates(label_means(train, config))
-                trainer = OneRecRewardTrainer(
-                    model=model,
-                    item_token_ids=tokenizer.item_token_ids,
-                    args=TrainingArguments(
-                        **{
-                            **TRAINING_DEFAULTS,
-                            "seed": seed,
-                            **args.training.reward,
-                            "output_dir": str(folder / CHECKPOINTS / name),
-                        }
-                    ),
-                    train_dataset=train,
-                    callbacks=[CheckpointCompleteCallback()],
-                )
-                trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS / name))
-                save_trained_model(trainer, target)
-                # Users of the other half and a later time: neither has been seen.
-                unseen = later.select(np.flatnonzero(later_half != index))
-                metrics = reward_metrics(model, unseen, tokenizer.item_token_ids) if len(unseen) else {}
-                if PartialState().is_main_process:
-                    tokenizer.save_pretrained(target)
-                    log = training_log(trainer.state.log_history)
-                    write_json(
-                        target / TRAINED,
-                        {"num_sessions": len(train), "metrics_on_later_sessions": metrics, "log": log},
-                    )
-                PartialState().wait_for_everyone()
-            summary[name] = read_json(target / TRAINED)
+        exposures = None
+        for index, name in enumerate((REWARD_MODEL, INDEPENDENT_JUDGE)):
+            if not (folder / name / TRAINED).exists():
+                exposures = exposures or _Exposures(args, tokenizer)
+                _train(args, folder, name, index, tokenizer, exposures)
+            summary[name] = read_json(folder / name / TRAINED)
         return {"models": summary}
 
     settings = args.settings(
@@ -85,3 +61,80 @@ def reward(args: RecipeArguments) -> Path:
         "run.seed",
     )
     return run_stage("reward", args.output_dir, settings, ["data", "tokenize"], work)
+
+
+class _Exposures:
+    """The fitted interactions, and runs of them and of the evaluated period by catalogue index."""
+
+    def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
+        prepared = prepared_data(args, "reward")
+        self.tokenizer = tokenizer
+        self.feed: Feed = replace(prepared.feed(), interactions=prepared.split.fit)
+        self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), tokenizer)
+        self.later = index_sessions(prepared.later_runs(), tokenizer)
+        self.half, self.run_half, self.later_half = (
+            user_half(users, args.run.seed)
+            for users in (self.feed.interactions["user_id"], self.runs["user_id"][:], self.later["user_id"][:])
+        )
+
+    def of_half(self, index: int) -> tuple[Feed, ItemTotals, Dataset, Dataset]:
+        """What one half of the users did, totals of the items among them, their runs, and the others' later runs."""
+        interactions = self.feed.interactions[self.half == index].reset_index(drop=True)
+        items = self.tokenizer.item_index(interactions["item_id"])
+        return (
+            replace(self.feed, interactions=interactions),
+            ItemTotals(interactions, items, len(self.tokenizer.item_ids)),
+            self.runs.select(np.flatnonzero(self.run_half == index)),
+            self.later.select(np.flatnonzero(self.later_half != index)),
+        )
+
+
+def _train(
+    args: RecipeArguments, folder: Path, name: str, index: int, tokenizer: OneRecTokenizer, exposures: _Exposures
+) -> None:
+    """One of the two models, into its folder."""
+    target, seed = folder / name, args.run.seed + index
+    set_seed(seed)
+    feed, totals, runs, unseen = exposures.of_half(index)
+    held_out = user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0
+    train, calibration = runs.select(np.flatnonzero(~held_out)), runs.select(np.flatnonzero(held_out))
+    overrides = args.training.reward_model if name == REWARD_MODEL else args.training.judge_model
+    sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
+    model = create_reward_model({**sizes, **DEFAULTS[name], **overrides}, feed, totals, tokenizer)
+    trainer = OneRecRewardTrainer(
+        model=model,
+        tokenizer=tokenizer,
+        totals=totals,
+        args=TrainingArguments(
+            **{
+                **TRAINING_DEFAULTS,
+                "seed": seed,
+                **args.training.reward,
+                "output_dir": str(folder / CHECKPOINTS / name),
+            }
+        ),
+        train_dataset=train,
+        callbacks=[CheckpointCompleteCallback()],
+    )
+    encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
+    model.set_base_rates(label_means(train, RewardCollator(encoder, totals, session_items=1)))
+    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS / name))
+    # Single exposures and whole sessions alike.
+    held_out_predictions = [
+        predict_rewards(model, calibration, RewardCollator(encoder, totals, length))
+        for length in {1, model.config.session_items}
+    ]
+    fit_calibration(model, RewardPredictions.joined(held_out_predictions))
+    save_trained_model(trainer, target)
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(target)
+        log = training_log(trainer.state.log_history)
+        results = {"num_runs": len(train), "log": log}
+        for what, length in (("sessions", model.config.session_items), ("exposures", 1)):
+            # With the items' totals as of the end of the fitted period, as when sessions are scored.
+            predictions = predict_rewards(model, unseen, RewardCollator(encoder, session_items=length))
+            results[f"metrics_on_later_{what}"] = predictions.metrics(model.config)
+            names = model.config.objective_names
+            reliability_plot(predictions.probabilities, predictions.labels, names, target / f"reliability_{what}.png")
+        write_json(target / TRAINED, results)
+    PartialState().wait_for_everyone()

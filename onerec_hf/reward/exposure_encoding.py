@@ -1,0 +1,199 @@
+"""The reward model's inputs: a user's exposures with his feedback, his profile, features and totals of items."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..data import Feed, feedback_columns, feedback_signals
+from .configuration_onerec_reward import OneRecRewardConfig
+
+# Columns that the reward model reads of a row; data/schema.py says what they hold. A row that has none of them is read
+# by its history alone.
+REWARD_FEATURES = ("exposed", "exposed_feedback", "feedback_totals", "user_profile")
+NUMERIC_BINS = 32
+MULTI_CATEGORICAL_PLACES = 3
+# A rarer value of a user's feature would be learnt by heart.
+MIN_USERS_PER_VALUE = 20
+
+
+def item_feature_values(feed: Feed) -> tuple[np.ndarray, list[str], int]:
+    """
+    Features of a feed's items as values counted from 1 over all columns, 0 where unknown.
+
+    Categories that only one item has are unknown. Of lists the first three entries are taken. Numbers become the
+    number of one of 32 equally frequent bins.
+
+    Returns:
+        The values `(N, K)`, int64; the column of each of the K places; and the number of values, 0 among them.
+    """
+    places, columns, offset = [], [], 1
+    items = feed.items
+
+    def add(name: str, lists: list[list], offset: int) -> int:
+        flat = pd.Series([entry for values in lists for entry in values], dtype=object)
+        counts = flat.value_counts()
+        known = pd.Index(sorted(counts.index[counts > 1]))
+        width = min(MULTI_CATEGORICAL_PLACES, max((len(values) for values in lists), default=0))
+        for place in range(width):
+            entries = [values[place] if len(values) > place else None for values in lists]
+            found = known.get_indexer(pd.Index(entries, dtype=object))
+            places.append(np.where(found >= 0, found + offset, 0))
+            columns.append(name)
+        return offset + len(known)
+
+    for name in feed.categorical_columns:
+        offset = add(name, [[] if pd.isna(value) else [value] for value in items[name]], offset)
+    for name in feed.multi_categorical_columns:
+        offset = add(name, [list(values) for values in items[name]], offset)
+    for name in feed.numeric_columns:
+        values = items[name].to_numpy(dtype=np.float64)
+        known = ~np.isnan(values)
+        if known.any():
+            bounds = np.unique(np.quantile(values[known], np.arange(1, NUMERIC_BINS) / NUMERIC_BINS))
+            places.append(np.where(known, np.searchsorted(bounds, values, side="right") + offset, 0))
+            columns.append(name)
+            offset += len(bounds) + 1
+    stacked = np.stack(places, 1).astype(np.int64) if places else np.zeros((len(items), 0), dtype=np.int64)
+    return stacked, columns, offset
+
+
+def known_user_values(users: pd.DataFrame | None) -> dict[str, list[str]]:
+    """`OneRecRewardConfig.user_features`: by column the values of at least 20 users."""
+    if users is None:
+        return {}
+    counts = {name: users[name].value_counts() for name in users.columns if name != "user_id"}
+    found = {name: sorted(count.index[count >= MIN_USERS_PER_VALUE].tolist()) for name, count in counts.items()}
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+class ItemTotals:
+    """
+    Sums of the signals on each item, and how many of them are known, as of any time.
+
+    Attributes:
+        feedback (`list[str]`): Feedback columns that the signals come from.
+        signal_means (`np.ndarray` of shape `(S,)`): Means of the known signals.
+
+    Args:
+        interactions (`pd.DataFrame`): Canonical interactions.
+        items (`np.ndarray`): Catalogue index of each of their items.
+        num_items (`int`): N.
+    """
+
+    def __init__(self, interactions: pd.DataFrame, items: np.ndarray, num_items: int):
+        self.feedback = columns = feedback_columns(interactions)
+        signals = feedback_signals(interactions[columns].to_numpy(dtype=np.float64), columns)
+        time = interactions["timestamp"].to_numpy(dtype=np.float64)
+        self.signal_means = np.nanmean(np.concatenate([signals, np.full((1, signals.shape[1]), 0.5)]), axis=0)
+        self._timed = bool((~np.isnan(time)).any())
+        time = np.nan_to_num(time, nan=-np.inf)
+        self._times = np.unique(time)
+        keys = items * (len(self._times) + 1) + np.searchsorted(self._times, time)
+        order = np.argsort(keys, kind="stable")
+        counted = np.concatenate([np.nan_to_num(signals), ~np.isnan(signals)], axis=1)[order]
+        self._totals = np.concatenate([np.zeros((1, counted.shape[1])), np.cumsum(counted, axis=0)])
+        self._keys = keys[order]
+        self._starts = np.searchsorted(self._keys, np.arange(num_items + 1) * (len(self._times) + 1))
+
+    def before(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Totals `(..., 2 S)` of exposures of `items` strictly before `times` [s]; nothing before an unknown time."""
+        rank = np.searchsorted(self._times, np.nan_to_num(times, nan=-np.inf))
+        end = np.searchsorted(self._keys, items * (len(self._times) + 1) + rank)
+        return (self._totals[end] - self._totals[self._starts[items]]).astype(np.float32)
+
+    def all(self) -> np.ndarray:
+        """Totals `(N, 2 S)` of all exposures; zeros where there are no times, as [`before`] then knows of none."""
+        totals = self._totals[self._starts[1:]] - self._totals[self._starts[:-1]]
+        return (totals if self._timed else np.zeros_like(totals)).astype(np.float32)
+
+
+class ExposureEncoder:
+    """
+    Rows as the tensors that [`OneRecRewardModel`] reads of a user.
+
+    Args:
+        config (`OneRecRewardConfig`): Of the model.
+        item_token_ids (`torch.LongTensor` of shape `(N, L)`): The tokenizer's code token ids of each item.
+    """
+
+    def __init__(self, config: OneRecRewardConfig, item_token_ids: torch.LongTensor):
+        self.config = config
+        self.item_token_ids = item_token_ids.cpu()
+        self._user_values, offset = [], 1
+        for name, values in config.user_features.items():
+            self._user_values.append((name, {value: offset + index for index, value in enumerate(values)}))
+            offset += len(values)
+
+    def codes(self, indices: np.ndarray) -> torch.LongTensor:
+        """
+        Code token ids `(..., L)` of catalogue indices, `pad_token_id` where they are -1.
+
+        Raises:
+            ValueError: If an index is not in the catalogue.
+        """
+        size = len(self.item_token_ids)
+        if indices.size and (indices.max() >= size or indices.min() < -1):
+            raise ValueError(
+                f"Catalogue indices must lie in 0..{size - 1}, got {int(indices.min())}..{int(indices.max())}: the "
+                "sessions come from another catalogue than the tokenizer."
+            )
+        found = torch.from_numpy(indices)
+        codes = self.item_token_ids[found.clamp(min=0)]
+        return codes.masked_fill((found < 0)[..., None], self.config.pad_token_id)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], latest: int | None = None) -> dict[str, torch.Tensor]:
+        """
+        `history_ids`, `history_indices`, `history_signals`, `user_totals` and `user_values` of B rows, padded at the
+        end.
+
+        Args:
+            rows: Each has `exposed` and further columns of `REWARD_FEATURES`, or else `history`.
+            latest (`int`, *optional*): Behaviours that are kept; all by default.
+
+        Raises:
+            ValueError: If a row's feedback does not fit its exposures or the model.
+        """
+        config = self.config
+        num_signals, num_feedback = len(config.signals), len(config.feedback)
+        width = max(1, *(len(_exposed(row)) for row in rows)) if rows else 1
+        kept = width if latest is None else min(width, latest)
+        indices = np.full((len(rows), kept), -1, dtype=np.int64)
+        signals = np.full((len(rows), kept, num_signals), np.nan, dtype=np.float32)
+        totals = np.zeros((len(rows), 2 * num_signals), dtype=np.float32)
+        values = np.zeros((len(rows), len(self._user_values)), dtype=np.int64)
+        for index, row in enumerate(rows):
+            items = _exposed(row)
+            indices[index, : min(len(items), kept)] = items[-kept:]
+            if num_signals and row.get("exposed_feedback") is not None:
+                feedback = np.asarray(row["exposed_feedback"], dtype=np.float64).reshape(len(items), -1)
+                if feedback.shape[1] != num_feedback and len(items):
+                    raise ValueError(
+                        f"row {index}: exposed_feedback has {feedback.shape[1]} values an exposure, and the reward "
+                        f"model reads {num_feedback} ({', '.join(config.feedback)}): give these columns in this order."
+                    )
+                if len(items):
+                    known = feedback_signals(feedback, config.feedback)
+                    signals[index, : min(len(items), kept)] = known[-kept:]
+                    dropped = known[:-kept]
+                    totals[index, :num_signals] = np.nansum(dropped, axis=0)
+                    totals[index, num_signals:] = (~np.isnan(dropped)).sum(0)
+            if num_signals and row.get("feedback_totals") is not None:
+                totals[index] += np.asarray(row["feedback_totals"], dtype=np.float32)
+            profile = row.get("user_profile") or {}
+            for place, (name, known) in enumerate(self._user_values):
+                values[index, place] = known.get(profile.get(name), 0)
+        encoded = {"history_ids": self.codes(indices), "history_indices": torch.from_numpy(indices)}
+        if num_signals:
+            encoded["history_signals"] = torch.from_numpy(signals)
+            encoded["user_totals"] = torch.from_numpy(totals)
+        if self._user_values:
+            encoded["user_values"] = torch.from_numpy(values)
+        return encoded
+
+
+def _exposed(row: Mapping[str, Any]) -> Sequence[int]:
+    exposed = row.get("exposed")
+    return row["history"] if exposed is None else exposed

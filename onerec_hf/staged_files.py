@@ -1,0 +1,31 @@
+"""Saving files so that each appears whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def staged_files(directory: str | os.PathLike, last: str) -> Iterator[Path]:
+    """A folder to write files into, which are moved into `directory` one by one when the block ends without an error.
+
+    A kill between two of them leaves a mixture of old and new files. Let the file `last` hold what tells such a
+    mixture: it is moved after all others.
+
+    Args:
+        directory: Made if missing; files of the same names are replaced.
+        last (`str`): Name of the file that is moved last.
+
+    Raises:
+        NotADirectoryError: `directory` is a file.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise NotADirectoryError(f"{directory} is a file; give a directory to save to.")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as staging:
+        yield Path(staging)
+        for name in sorted(os.listdir(staging), key=lambda name: (name == last, name)):
+            os.replace(Path(staging) / name, directory / name)
