@@ -29,6 +29,7 @@ from onerec_hf.reward import (
     user_fold,
     user_half,
 )
+from onerec_hf.reward.exposure_encoding import ItemFeatures
 from onerec_hf.reward.reward_training import cut_sessions
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -61,7 +62,7 @@ def tiny_feed(users: int = 40, rows: int = 14) -> Feed:
         )
     items = pd.DataFrame({"item_id": 100 + np.arange(NUM_ITEMS)})
     items["parity"] = [str(item % 2) for item in range(NUM_ITEMS)]
-    items["length"] = np.linspace(1, 90, NUM_ITEMS)
+    items["length"] = np.linspace(90, 1, NUM_ITEMS)
     profile = pd.DataFrame({"user_id": range(users), "group": [str(user % 2) for user in range(users)]})
     return Feed.from_frames(
         "tiny",
@@ -148,6 +149,21 @@ class TestExposures:
         assert not totals.before(np.arange(NUM_ITEMS), np.full(NUM_ITEMS, np.nan)).any()
 
 
+def test_item_features(feed):
+    frame = feed.items.assign(tag=[["a", "b"], ["b"], ["c"]] * 10, length=np.arange(30.0))
+    frame.loc[[3, 4], "parity"] = ["only here", None]
+    frame.loc[5, "length"] = math.nan
+    features = ItemFeatures.of_feed(replace(feed, items=frame, multi_categorical_columns=["tag"]))
+    assert features.columns == ["parity", "tag", "tag", "length"] and features.numeric_columns == ["length"]
+    assert features.values[:6, 0].tolist() == [1, 2, 1, 0, 0, 2]
+    assert features.values[:3, 1:3].tolist() == [[3, 4], [4, 0], [5, 0]]
+    bins = features.values[:, 3]
+    assert bins[5] == 0 and np.delete(bins, 5).min() == 6 and bins.max() == features.num_values - 1
+    assert features.ranks[5] == 0 and features.ranks[29] == 1 and features.ranks[0] == pytest.approx(2 / 29 - 1)
+    turned = features.take(np.arange(30)[::-1])
+    assert np.array_equal(turned.values[::-1], features.values)
+
+
 class TestLabels:
     FEEDBACK = np.array([[5.0, 10.0, 1.0], [30.0, 20.0, 0.0], [1.0, 5.0, np.nan], [np.nan, 5.0, 1.0]])
     COLUMNS = ("watch_time", "duration", "view")
@@ -191,7 +207,8 @@ class TestTraining:
     def test_configuration_says_what_is_read(self, feed, totals, tokenizer):
         config = self.model(feed, totals, tokenizer).config
         assert config.feedback == ["watch_time", "duration", "view"] and config.signals == ["watched", "view"]
-        assert config.item_features == ["parity", "length"] and config.user_features == {"group": ["0", "1"]}
+        assert config.item_features == ["parity", "length"] and config.numeric_features == ["length"]
+        assert config.user_features == {"group": ["0", "1"]}
         watched = config.objectives[2]
         assert len(watched["quantiles"]) == 99 and watched["quantiles"][0] == 2.0
 

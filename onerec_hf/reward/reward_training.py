@@ -22,7 +22,7 @@ from transformers import Trainer
 from ..data import Feed, signal_names
 from ..tokenization_onerec import OneRecTokenizer
 from .configuration_onerec_reward import OneRecRewardConfig
-from .exposure_encoding import ExposureEncoder, ItemTotals, item_feature_values, known_user_values
+from .exposure_encoding import ExposureEncoder, ItemFeatures, ItemTotals, known_user_values
 from .modeling_onerec_reward import OneRecRewardModel
 from .reward_metrics import objective_metrics
 from .reward_objectives import fitted_quantiles, session_label
@@ -68,7 +68,7 @@ def create_reward_model(
         tokenizer: Gives the codes.
     """
     columns = list(totals.feedback)
-    values, item_features, num_values = item_feature_values(feed)
+    features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
     known = OneRecRewardConfig(
         **config,
         codebook_sizes=list(tokenizer.codebook_sizes),
@@ -76,18 +76,18 @@ def create_reward_model(
         feedback=columns,
         signals=signal_names(columns),
         num_items=len(tokenizer.item_ids),
-        item_features=item_features,
-        num_item_values=num_values,
+        item_features=features.columns,
+        numeric_features=features.numeric_columns,
+        num_item_values=features.num_values,
         user_features=known_user_values(feed.users),
     )
     for objective in known.objectives:
         if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
             objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
     model = OneRecRewardModel(known)
-    ordered = np.zeros_like(values)
-    ordered[tokenizer.item_index(feed.items["item_id"])] = values
     model.set_items(
-        torch.from_numpy(ordered),
+        torch.from_numpy(features.values),
+        torch.from_numpy(features.ranks),
         torch.from_numpy(totals.all()),
         torch.from_numpy(totals.signal_means.astype(np.float32)),
     )
