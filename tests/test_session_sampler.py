@@ -22,7 +22,7 @@ from onerec_hf.tokenization_onerec import OneRecTokenizer
 class FirstCodeReward(OneRecRewardModel):
     """Stands in for a trained judge: the reward is the token ids' sum, so the oracle needs no model."""
 
-    def forward(self, history_ids, session_ids):
+    def forward(self, session_ids, **behaviour):
         reward = session_ids.sum((-1, -2)).float()
         return SimpleNamespace(reward=reward, probabilities=reward[..., None].expand(-1, -1, 4))
 
