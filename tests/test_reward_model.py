@@ -250,7 +250,10 @@ class TestForward:
         expected += rates([0.5, 1.0], [1, 1], 1)  # the same author: item 0
         expected += rates([0, 0], [0, 0], 1)  # no tag in common; 0 is no tag
         assert seen["inputs"][0].item() == pytest.approx(2 / 39 - 1)  # the rank by length
-        torch.testing.assert_close(seen["inputs"][1:21], torch.tensor(expected))
+        assert seen["inputs"][[2, 8]].detach().tolist() == pytest.approx(
+            [math.sin(2 * math.pi * (2 / 39 - 1)), math.cos(2 * math.pi * (2 / 39 - 1))], abs=1e-5
+        )
+        torch.testing.assert_close(seen["inputs"][13:33], torch.tensor(expected))
 
     def test_unknown_items_and_users_are_judged(self, item_token_ids):
         model = featured_model()

@@ -33,6 +33,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec_reward import OneRecRewardConfig
 
+RANK_WAVES = 6
+
 
 @dataclass
 class OneRecRewardOutput(ModelOutput):
@@ -249,6 +251,14 @@ class OneRecRewardCalibration(nn.Module):
         return torch.sigmoid(logits * self.scale + self.bias)
 
 
+def _waves(ranks: torch.Tensor) -> torch.Tensor:
+    """Ranks `(..., P)` in [-1, 1] and their sines and cosines of octaves `(..., 13 P)`: fine differences of an item's
+    duration change how much of it is watched."""
+    octaves = 2.0 ** torch.arange(RANK_WAVES, device=ranks.device, dtype=ranks.dtype)
+    angles = (math.pi * ranks[..., None] * octaves).flatten(-2)
+    return torch.cat([ranks, angles.sin(), angles.cos()], dim=-1)
+
+
 class OneRecRewardPreTrainedModel(PreTrainedModel):
     config: OneRecRewardConfig
     base_model_prefix = "reward_model"
@@ -296,7 +306,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             [place for place, column in enumerate(config.item_features) if column == name]
             for name in dict.fromkeys(config.item_features)
         ]
-        width = 3 * hidden + len(config.numeric_features)
+        width = 3 * hidden + (1 + 2 * RANK_WAVES) * len(config.numeric_features)
         if num_signals:
             self.signal_proj = nn.Linear(2 * num_signals, hidden)
             # Of the user, of the item, and of the user with the same item and with the same value of each feature.
@@ -500,7 +510,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             ]
             inputs = [torch.cat(rates, dim=-1)]
         gathered = self.target_attention(items, history, recency, **kwargs)
-        inputs = [items, gathered, items * gathered, table.ranks[item_rows].to(items.dtype), *inputs]
+        inputs = [items, gathered, items * gathered, _waves(table.ranks[item_rows].to(items.dtype)), *inputs]
         if self.config.user_features:
             if user_values is None:
                 user_values = history_ids.new_zeros(batch, len(self.config.user_features))
