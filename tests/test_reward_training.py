@@ -8,14 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from transformers import TrainingArguments
 
 from onerec_hf.data import DataArguments, Feed, exposure_runs, user_exposures
 from onerec_hf.pretraining import index_sessions
 from onerec_hf.reward import (
     ExposureEncoder,
     ItemTotals,
-    OneRecRewardTrainer,
     RewardCollator,
     RewardPredictions,
     create_reward_model,
@@ -26,6 +24,7 @@ from onerec_hf.reward import (
     predict_rewards,
     reliability_plot,
     session_label,
+    train_reward_model,
     user_fold,
     user_half,
 )
@@ -118,6 +117,15 @@ class TestExposures:
             judged += [(row["user_id"], row["exposed_timestamps"][place]) for place in places]
         timed = many.interactions.dropna(subset="timestamp")
         assert judged == list(zip(timed["user_id"], timed["timestamp"], strict=True))
+
+    def test_exposures_without_a_time_are_judged_apart(self, feed):
+        args = DataArguments(history_items=6)
+        rows = exposure_runs(feed.interactions, feed, args, timed=False).to_list()
+        assert [row["exposed_sessions"] for row in rows] == [[user] * 3 for user in range(40)]
+        blank = replace(feed, interactions=feed.interactions.assign(timestamp=math.nan))
+        assert len(exposure_runs(blank.interactions, blank, args, timed=False)) == 0
+        every = exposure_runs(blank.interactions, blank, args)["exposed_sessions"][:]
+        assert sum(group >= 0 for groups in every for group in groups) == len(feed.interactions)
 
     def test_nothing_before_since_is_judged(self, feed):
         since = feed.interactions["timestamp"].quantile(0.8)
@@ -235,18 +243,17 @@ class TestTraining:
 
     def test_learns_whom_an_item_suits(self, feed, totals, tokenizer, runs, tmp_path):
         model = self.model(feed, totals, tokenizer, dropout=0.0)
-        arguments = TrainingArguments(
-            tmp_path,
-            max_steps=60,
-            per_device_train_batch_size=40,
-            learning_rate=1e-2,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = OneRecRewardTrainer(model, tokenizer, totals, args=arguments, train_dataset=runs)
+        arguments = {
+            "output_dir": tmp_path,
+            "max_steps": 60,
+            "per_device_train_batch_size": 40,
+            "learning_rate": 1e-2,
+            "save_strategy": "no",
+            "logging_steps": 30,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
         collator = RewardCollator(ExposureEncoder(model.config, tokenizer.item_token_ids), totals, session_items=1)
         rates = label_means(runs, collator)
         timed = feed.interactions.dropna(subset="timestamp")
@@ -254,7 +261,8 @@ class TestTraining:
         assert rates["swt"] == pytest.approx((timed["watch_time"] / 10).mean(), rel=1e-4)
         model.set_base_rates(rates)
         assert model.towers["vtr"].output.bias.item() == pytest.approx(math.log(rates["vtr"] / (1 - rates["vtr"])))
-        trainer.train()
+        log = train_reward_model(model, tokenizer, totals, [runs.select([]), runs], arguments)
+        assert [row["step"] for row in log] == [30, 60, 60]
         predictions = predict_rewards(model, runs, collator, batch_size=7)
         assert len(predictions.users) == len(timed)
         metrics = predictions.metrics(model.config)

@@ -21,27 +21,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
-from onerec_hf.data import exposure_runs
 from onerec_hf.pretraining import index_sessions
 from onerec_hf.reward import (
     ExposureEncoder,
     ItemTotals,
-    OneRecRewardTrainer,
     RewardCollator,
     RewardPredictions,
     create_reward_model,
     fit_calibration,
-    label_means,
     objective_metrics,
     predict_rewards,
+    train_reward_model,
     user_fold,
 )
 from onerec_hf.stages.data_stage import prepared_data
 from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward import CALIBRATION_FOLDS
+from onerec_hf.stages.reward import CALIBRATION_FOLDS, training_phases
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -61,15 +59,16 @@ COLUMNS = ("auc", "gauc", "log_loss", "calibration_error")
 
 
 class Cases:
-    """The run's exposures: `train`, `held_out` and `later` runs, and the items' totals."""
+    """The run's exposures: `train` (phases), `held_out` and `later` runs, and the items' totals."""
 
     def __init__(self, args, seed: int):
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed(), interactions=prepared.split.fit)
-        runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), self.tokenizer)
-        held_out = user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0
-        self.train, self.held_out = (runs.select(np.flatnonzero(rows)) for rows in (~held_out, held_out))
+        phases = training_phases(self.feed, args.data, self.tokenizer)
+        held_out = [user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0 for runs in phases]
+        self.train = [runs.select(np.flatnonzero(~rows)) for runs, rows in zip(phases, held_out, strict=True)]
+        self.held_out = phases[-1].select(np.flatnonzero(held_out[-1]))
         self.later = index_sessions(prepared.later_runs(), self.tokenizer)
         items = self.tokenizer.item_index(self.feed.interactions["item_id"])
         self.totals = ItemTotals(self.feed.interactions, items, len(self.tokenizer.item_ids))
@@ -86,16 +85,8 @@ def reward_model_cells(args, cases: Cases, seed: int) -> dict[str, dict[str, flo
     encoder = ExposureEncoder(model.config, cases.tokenizer.item_token_ids)
     lengths = {"exposures": 1, "sessions": model.config.session_items}
     with tempfile.TemporaryDirectory() as folder:
-        settings = {**TRAINING_DEFAULTS, "seed": seed, **args.training.reward, "save_strategy": "no"}
-        trainer = OneRecRewardTrainer(
-            model,
-            cases.tokenizer,
-            cases.totals,
-            args=TrainingArguments(folder, **settings),
-            train_dataset=cases.train,
-        )
-        model.set_base_rates(label_means(cases.train, RewardCollator(encoder, cases.totals, session_items=1)))
-        trainer.train()
+        arguments = {**TRAINING_DEFAULTS, "seed": seed, **args.training.reward, "save_strategy": "no"}
+        train_reward_model(model, cases.tokenizer, cases.totals, cases.train, arguments | {"output_dir": folder})
     held_out = [
         predict_rewards(model, cases.held_out, RewardCollator(encoder, cases.totals, length))
         for length in lengths.values()
@@ -153,7 +144,7 @@ def tree_cells(cases: Cases, seed: int, threads: int) -> dict[str, dict[str, flo
     tables, cells = TreeTables(cases), {}
     names = tables.model.config.objective_names
     for name, length in (("exposures", 1), ("sessions", tables.model.config.session_items)):
-        train, held_out = (tables(runs, cases.totals, length) for runs in (cases.train, cases.held_out))
+        train, held_out = (tables(runs, cases.totals, length) for runs in (cases.train[-1], cases.held_out))
         later = tables(cases.later, None, length)
         estimates = np.zeros_like(later[1])
         for index in range(len(names)):
