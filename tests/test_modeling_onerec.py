@@ -235,7 +235,7 @@ def test_sessions_of_one_history_can_share_its_encoding(model):
     tokens = torch.cat([history(model, (1, 2, 3)), history(model, (4, 5, 6))])
     sessions = torch.tensor([[BOS, 5, 13], [BOS, 6, 14], [BOS, 7, 15], [BOS, 8, 16]])
     shared = model(input_ids=tokens, decoder_input_ids=sessions).logits
-    apart = model(input_ids=tokens.repeat(2, 1), decoder_input_ids=sessions).logits
+    apart = model(input_ids=tokens.repeat_interleave(2, 0), decoder_input_ids=sessions).logits
     torch.testing.assert_close(shared, apart)
     with pytest.raises(ValueError, match="not a multiple of the 2 histories"):
         model(input_ids=tokens, decoder_input_ids=sessions[:3])
