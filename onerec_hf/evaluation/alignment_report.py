@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes, svg_image
 from .counterfactual import MIN_EFFECTIVE_SAMPLES
-from .report_tables import html_table, number, relative_with_interval, text_table, with_interval
+from .report_tables import html_table, number, relative_with_interval, stacked, text_table, with_interval
 
 JUDGE_NAMES = {"reward_model": "Reward model", "independent_judge": "Independent judge", "truth": "Simulated truth"}
 JUDGE_COLOURS = {"reward_model": "#d9822b", "independent_judge": ACCENT, "truth": "#1f8f5f"}
@@ -32,7 +32,6 @@ KINDS = ("mean", "max")
 KL = "kl_to_seed"
 ROUND_COLUMNS = {
     "recall@10": "Recall@10",
-    "recall@50": "Recall@50",
     "ndcg@10": "NDCG@10",
     "coverage": "coverage",
     "popular_item_share": "popular items",
@@ -93,10 +92,7 @@ def rounds_section(alignment: Sequence[Entry]) -> str:
     rows = [
         [
             round_name(entry, index),
-            *(
-                f"{with_interval(entry, name)}\n{relative_with_interval(entry.get('change', {}).get(name))}"
-                for name in columns
-            ),
+            *(stacked(entry, name, entry.get("change", {}).get(name)) for name in columns),
         ]
         for index, entry in enumerate(alignment)
     ]
@@ -129,12 +125,11 @@ def reward_section(alignment: Sequence[Entry]) -> str:
     for head in heads:
         rows = []
         for index, entry in enumerate(alignment):
-            cells = []
-            for judge in judges:
-                scores = entry.get("judges", {}).get(judge, {})
-                for figure in (f"{head}_{kind}" for kind in KINDS):
-                    change = relative_with_interval(judge_change(entry, judge, figure))
-                    cells.append(f"{with_interval(scores, figure)}\n{change}")
+            cells = [
+                stacked(entry.get("judges", {}).get(judge, {}), figure, judge_change(entry, judge, figure))
+                for judge in judges
+                for figure in (f"{head}_{kind}" for kind in KINDS)
+            ]
             rows.append([round_name(entry, index), *cells])
         title = HEAD_NAMES.get(head, head)
         text += f"<h3>{escape(title)}</h3>" + html_table(header, rows, classes=_classes(alignment), groups=groups)
@@ -209,8 +204,11 @@ def log_sentences(alignment: Sequence[Entry]) -> list[str]:
 
 
 def confirmed_sentences(alignment: Sequence[Entry]) -> list[str]:
-    """How much of what the reward model says was gained the other judges confirm, in the last round."""
-    entry, judges = alignment[-1], judges_of(alignment)
+    """Whether the other judges confirm what the reward model says was gained, in the round that the run ends in; in
+    the last one where none was kept."""
+    judges = judges_of(alignment)
+    entry = last_kept(alignment)
+    entry = alignment[-1] if entry is alignment[0] else entry
     trained = judges[0]
     sentences = []
     for kind in KINDS:
@@ -219,12 +217,14 @@ def confirmed_sentences(alignment: Sequence[Entry]) -> list[str]:
             continue
         said = ", ".join(f"the {judge_name(j).lower()} {relative_with_interval(changes[j])}" for j in judges[1:])
         sentence = (
-            f"Round {round_name(entry, len(alignment) - 1)}, {kind} reward: the {judge_name(trained).lower()}, which "
-            f"trains, says {relative_with_interval(changes[trained])}; {said}."
+            f"Round {round_name(entry, alignment.index(entry))}, {kind} reward: the {judge_name(trained).lower()}, "
+            f"which trains, says {relative_with_interval(changes[trained])}; {said}."
         )
         unconfirmed = [judge_name(j).lower() for j in judges[1:] if changes[j]["interval"][0] <= 0]
         if changes[trained]["interval"][0] > 0 and unconfirmed:
-            sentence += f" That gain is not confirmed by the {' nor by the '.join(unconfirmed)}."
+            sentence += (
+                f" The {' and the '.join(unconfirmed)} {'do' if len(unconfirmed) > 1 else 'does'} not confirm a gain."
+            )
         sentences.append(sentence)
     return sentences
 

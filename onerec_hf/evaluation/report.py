@@ -31,7 +31,7 @@ from .alignment_report import (
     rounds_section,
     text_tables,
 )
-from .report_tables import html_table, number, signed_percent, text_table, with_interval
+from .report_tables import html_table, number, signed_percent, stacked, text_table
 
 METHOD_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE", "sasrec": "SASRec"}
 RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
@@ -214,7 +214,7 @@ def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str
     methods = _methods(metrics)
     if not methods:
         return ""
-    rows = [[name, *(_two_lines(values, column) for column in RANKING_COLUMNS)] for name, values in methods]
+    rows = [[name, *(stacked(values, column) for column in RANKING_COLUMNS)] for name, values in methods]
     classes = ["ours" if name.startswith("OneRec") else "" for name, _ in methods]
     text = (
         '<p class="note">Each user\'s next item, ranked among the full catalogue, all methods on the same split and '
@@ -231,11 +231,6 @@ def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str
         if columns:
             text += html_table(["", *columns], [["OneRec", *(number(onerec[column]) for column in columns)]])
     return text
-
-
-def _two_lines(values: Mapping[str, Any], name: str) -> str:
-    """A figure, and below it its interval."""
-    return with_interval(values, name).replace(" [", "\n[")
 
 
 def _figure_section(figure: Figure | None, description: str) -> str:
@@ -319,14 +314,13 @@ def _reward_model_section(
             if any(f"{head}_{key}" in report for head in heads for report in reports.values())
         ]
         rows = [
-            [HEAD_NAMES.get(head, head)]
-            + [number(report.get(f"{head}_{key}")) for report in reports.values() for key in columns]
+            [HEAD_NAMES.get(head, head) if index == 0 else "", judge_name(name)]
+            + [number(report.get(f"{head}_{key}")) for key in columns]
             for head in heads
+            for index, (name, report) in enumerate(reports.items())
         ]
         text += f"<h3>On later {'sessions' if what == 'sessions' else 'single exposures'}</h3>" + html_table(
-            ["", *(REWARD_METRICS[key] for _ in reports for key in columns)],
-            rows,
-            groups=[("", 1), *((judge_name(name), len(columns)) for name in reports)],
+            ["", "", *(REWARD_METRICS[key] for key in columns)], rows
         )
         for name, plots in reliability_plots.items():
             if what in plots:

@@ -37,8 +37,13 @@ def with_interval(values: Mapping[str, Any], name: str) -> str:
     return f"{number(values[name])} [{low:.3g}, {high:.3g}]"
 
 
+def stacked(values: Mapping[str, Any], name: str, change: Mapping[str, Any] | None = None) -> str:
+    """A cell of three lines: the value, its interval, and its relative change with the change's interval."""
+    return "\n".join([*with_interval(values, name).replace(" [", "\n[").split("\n"), relative_with_interval(change)])
+
+
 def signed_percent(value: float) -> str:
-    return f"{round(value, 3) + 0.0:+.1%}" if math.isfinite(value) else MISSING  # + 0.0: no "-0.0%"
+    return f"{value:+.1%}" if math.isfinite(value) else MISSING
 
 
 def relative_with_interval(change: Mapping[str, Any] | None) -> str:
