@@ -303,7 +303,9 @@ def _facts_table(facts: Mapping[str, Any]) -> str:
 def _config_table(config: PreTrainedConfig) -> str:
     """The fields that the model's own configuration adds to those of every transformers configuration."""
     inherited = PreTrainedConfig().to_dict()
-    return _facts_table({name: value for name, value in config.to_dict().items() if name not in inherited})
+    own = {name: value for name, value in config.to_dict().items() if name not in inherited}
+    # Tables of values are for the file alone.
+    return _facts_table({name: value for name, value in own.items() if name != "user_features"})
 
 
 def _ranking_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
