@@ -124,6 +124,27 @@ class TestConformance(ModelConformanceTests):
         for one, two in zip(generated[0].scores, generated[1].scores, strict=True):
             torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize("drafts", ["prompt lookup", "an equal model", "another model"])
+    def test_speculative_decoding_gives_the_greedy_session(self, drafts):
+        model = self.make_model()
+        inputs = {name: values[:1] for name, values in self.make_inputs(model.config).items() if name != "labels"}
+        options = {"num_beams": 1, "max_new_tokens": 7, "return_dict_in_generate": True, "output_scores": True}
+        greedy = model.generate(**inputs, **options)
+        if drafts == "prompt lookup":
+            options["prompt_lookup_num_tokens"] = 2
+        else:
+            assistant = self.make_model()
+            if drafts == "another model":
+                torch.nn.init.normal_(assistant.lm_head.weight)
+            # Without the mask, the library's assistants with an encoder read what they have in their cache once more.
+            session = torch.full((1, 1), BOS)
+            options |= {"decoder_input_ids": session, "decoder_attention_mask": torch.ones_like(session)}
+            options["assistant_model"] = assistant
+        speculative = model.generate(**inputs, **options)
+        assert torch.equal(speculative.sequences, greedy.sequences)
+        for one, two in zip(speculative.scores, greedy.scores, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
     def test_compiles_a_decoding_step_in_one_graph(self):
         model = self.make_model()
         inputs = self.make_inputs(model.config)
