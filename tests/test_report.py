@@ -147,7 +147,7 @@ class TestWriteReport:
         page = write_report(tmp_path / "r.html", metrics, **arguments, reliability_plots=plots)
         page = page.read_text(encoding="utf-8")
         assert page.count("<img ") == 9
-        row = "<td>Session watch time (swt)</td><td>Reward model</td><td>0.7301</td><td>0.6402</td>"
+        row = "<td>Watch time (swt)</td><td>Reward model</td><td>0.7301</td><td>0.6402</td>"
         assert row in page and "<td>click</td><td>Reward model</td><td>0.7503</td>" in page
 
     def test_the_same_run_writes_the_same_bytes(self, tmp_path, metrics, arguments):

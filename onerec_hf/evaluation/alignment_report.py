@@ -23,7 +23,7 @@ JUDGE_NAMES = {"reward_model": "Reward model", "independent_judge": "Independent
 JUDGE_COLOURS = {"reward_model": "#d9822b", "independent_judge": ACCENT, "truth": "#1f8f5f"}
 HEAD_NAMES = {
     "reward": "Reward",
-    "swt": "Session watch time (swt)",
+    "swt": "Watch time (swt)",
     "vtr": "View (vtr)",
     "wtr": "Follow (wtr)",
     "ltr": "Like (ltr)",
@@ -352,7 +352,7 @@ def _changes(alignment: Sequence[Entry], judge: str, figure: str) -> list[tuple[
 
 def _change_figure(alignment: Sequence[Entry], judges: Sequence[str], heads: Sequence[str]) -> Figure:
     """Change to round 0: a row for mean and for max, a column by head, a line by judge."""
-    figure = Figure(figsize=(11.4, 4.9), layout="constrained")
+    figure = Figure(figsize=(max(11.4, 2.2 * len(heads)), 4.9), layout="constrained")
     axes = styled_axes(figure, len(KINDS), len(heads))
     shift = 0.07  # so that the judges' bars do not lie upon each other
     for row, kind in zip(axes, KINDS, strict=True):
