@@ -6,7 +6,8 @@
 
 Two parts, `--parts` for one of them: `step` times optimizer steps of `OneRecDPOTrainer` beside a plain training loop
 that encodes the history for the chosen and the rejected session alike, in policy and reference, in turn and with the
-XX
+same weights, pairs and loss; and once more with the reference's log-probabilities known beforehand, as the stage
+`align` has them from the sampler. `sampling` times the candidates of 100 users, generated and scored. Models have the
 shapes of the KuaiRand recipe and random weights; the options of a recipe, `--output_dir` among them, let `sampling`
 take the run's model, users and reward model (of random weights and the recipe's width where none is trained yet).
 """
