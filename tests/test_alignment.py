@@ -159,16 +159,30 @@ class TestTrainer:
             torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=0, atol=1e-7)
 
     @pytest.mark.parametrize("loss_type", ["sigmoid", "sdpo"])
-    def test_precomputed_reference_gives_the_same_loss(self, tokenizer, tmp_path, loss_type):
+    def test_precomputed_or_given_reference_gives_the_same_loss(self, tokenizer, tmp_path, loss_type):
+        # As the sampler gives them: whole vocabulary, a list for the rejected ones.
+        model, pairs = tiny_generator().eval(), preference_pairs()
+        with torch.no_grad():
+            log_probs = [
+                [session_log_probability(model, tokenizer, pair["history"], session).item() for session in sessions]
+                for pair in pairs
+                for sessions in [[pair["chosen"], *pair["rejected"]]]
+            ]
+        given = pairs.add_column("ref_chosen_logps", [row[0] for row in log_probs])
+        given = given.add_column("ref_rejected_logps", [row[1:] for row in log_probs])
         batch_losses = []
-        for precompute in (False, True):
-            trainer = make_trainer(tokenizer, tmp_path, precompute_ref_log_probs=precompute, loss_type=loss_type)
+        for rows, precompute in ((pairs, False), (pairs, True), (given, False)):
+            trainer = make_trainer(
+                tokenizer, tmp_path, None, rows, precompute_ref_log_probs=precompute, loss_type=loss_type
+            )
+            assert rows is pairs or trainer.ref_model is None
             with torch.no_grad():
                 trainer.model.lm_head.weight.mul_(1.1)
             batch = batch_of(trainer)
-            assert ("ref_chosen_logps" in batch) == precompute
+            assert ("ref_chosen_logps" in batch) == (precompute or rows is given)
             batch_losses.append(trainer._compute_loss(trainer.model.train(), batch, False))
-        torch.testing.assert_close(*batch_losses)
+        torch.testing.assert_close(batch_losses[1], batch_losses[0])
+        torch.testing.assert_close(batch_losses[2], batch_losses[0])
 
     def test_shared_histories_of_a_causal_encoder_are_the_single_ones(self, tokenizer, tmp_path):
         model = tiny_generator(encoder_attention="causal", history_positions="item")

@@ -67,6 +67,13 @@ def test_best_and_worst_of_the_beams(tokenizer, judge, trie):
         assert (pair["chosen_reward"], pair["rejected_reward"]) == (max(rewards), min(rewards))
         assert pair["mean_reward"] == pytest.approx(np.mean(rewards))
         assert not set(pair["history"]) & {*pair["chosen"], *pair["rejected"][0]}
+        labels = tokenizer.encode_sessions([pair["chosen"], *pair["rejected"]], catalogue_indices=True)
+        with torch.no_grad():
+            log_probs = (
+                model(**encoded, labels=labels).logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+            )
+        expected = log_probs.masked_fill(labels == 2, 0).sum(1).tolist()
+        assert [pair["chosen_log_prob"], *pair["rejected_log_probs"]] == pytest.approx(expected, abs=1e-4)
 
 
 @settings(max_examples=60, deadline=None)

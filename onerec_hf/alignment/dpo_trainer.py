@@ -115,7 +115,8 @@ class PreferenceCollator:
         model (`OneRecForConditionalGeneration`): Gives n and m.
         ntp_dataset (`Dataset`, *optional*): Ordinary training rows with `history` and `session`, or those of
             `share_histories` for a causal encoder.
-        num_rejected (`int`): K; a pair's further ones are passed over.
+        num_rejected (`int`, *optional*): K; a pair's further ones are passed over. By default 1, whose log-probability
+            under the reference has the shape `(B,)` and not `(B, K)`.
         chosen_margin (`float`, *optional*): What stands for the reference's log-probability per code of the chosen
             sessions, 0 for the rejected ones, in `ref_chosen_logps` and `ref_rejected_logps`; by default these are the
             rows' own, if any.
@@ -126,13 +127,13 @@ class PreferenceCollator:
         tokenizer: OneRecTokenizer,
         model: OneRecForConditionalGeneration,
         ntp_dataset: Dataset | None = None,
-        num_rejected: int = 1,
+        num_rejected: int | None = None,
         chosen_margin: float | None = None,
     ):
         self.tokenizer = tokenizer
         self.config = model.config
         self.ntp_dataset = ntp_dataset
-        self.num_rejected = num_rejected
+        self.several, self.num_rejected = num_rejected is not None, num_rejected or 1
         self.chosen_margin = chosen_margin
         self.session_collator = SessionCollator(tokenizer, model)
 
@@ -159,8 +160,12 @@ class PreferenceCollator:
             batch["ref_chosen_logps"] = self.chosen_margin * is_code[: len(rows)].sum(1).float()
             batch["ref_rejected_logps"] = torch.zeros(len(rows))
         elif "ref_chosen_logps" in rows[0]:
-            for column in REFERENCE_COLUMNS:
-                batch[column] = torch.tensor([row[column] for row in rows])
+            batch["ref_chosen_logps"] = torch.tensor([row["ref_chosen_logps"] for row in rows])
+            rejected = [np.atleast_1d(row["ref_rejected_logps"])[: self.num_rejected] for row in rows]
+            padded = [np.pad(log_probs, (0, self.num_rejected - len(log_probs))) for log_probs in rejected]
+            batch["ref_rejected_logps"] = torch.from_numpy(np.stack(padded).astype(np.float32))
+            if not self.several:
+                batch["ref_rejected_logps"] = batch["ref_rejected_logps"].squeeze(1)
         ntp_rows = [index for row in rows for index in row.get("ntp_rows", [])]
         if ntp_rows:
             ordinary = self.ntp_dataset.select(ntp_rows).to_list()
@@ -206,7 +211,9 @@ class OneRecDPOTrainer(DPOTrainer):
     Args:
         model (`OneRecForConditionalGeneration`): M_t, trained in place.
         args (`OneRecDPOConfig`): Training arguments.
-        train_dataset (`Dataset`): Pairs from [`sample_preferences`].
+        train_dataset (`Dataset`): Pairs from [`sample_preferences`]. With the columns `ref_chosen_logps` (numbers) and
+            `ref_rejected_logps` (a list for each pair) these are the reference's log-probabilities, and there is no
+            reference model.
         processing_class (`OneRecTokenizer`): The model's tokenizer.
         ntp_dataset (`Dataset`, *optional*): Training rows with `history` and `session` (catalogue indices), of which
             `args.ntp_per_pair` go with each pair, every row once before any comes twice; with a causal encoder rows of
@@ -237,7 +244,9 @@ class OneRecDPOTrainer(DPOTrainer):
         if args.ntp_per_pair and not ntp_dataset:
             raise ValueError(f"ntp_per_pair is {args.ntp_per_pair}, but ntp_dataset has no rows: give them, or set 0.")
         self._ntp_rows = len(ntp_dataset) if ntp_dataset is not None else 0
-        if args.reference_free:
+        if REFERENCE_COLUMNS[0] in train_dataset.column_names:
+            args.precompute_ref_log_probs = True  # they are, so that no model need be there
+        if args.reference_free or REFERENCE_COLUMNS[0] in train_dataset.column_names:
             ref_model = None
         elif ref_model is None and kwargs.get("peft_config") is None:
             ref_model = copy.deepcopy(model)
@@ -254,7 +263,7 @@ class OneRecDPOTrainer(DPOTrainer):
                 processing_class,
                 model,
                 ntp_dataset,
-                num_rejected=max(map(len, train_dataset["rejected"][:])) if several else 1,
+                num_rejected=max(map(len, train_dataset["rejected"][:])) if several else None,
                 chosen_margin=margins.get(args.loss_type[0]),
             ),
             train_dataset=train_dataset,
@@ -287,7 +296,9 @@ class OneRecDPOTrainer(DPOTrainer):
         ]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        return dataset if self.args.reference_free else super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.args.reference_free or REFERENCE_COLUMNS[0] in dataset.column_names:
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model, inputs):
         """Reference log-probabilities of a batch's sessions: `(B,)` chosen and `(B,)` rejected, by S-DPO `(B, K)`."""

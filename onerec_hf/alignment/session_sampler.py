@@ -23,6 +23,7 @@ from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reward import SessionScorer
 from ..session_generation import SEARCHES, excluded_items, generate_sessions
+from ..session_likelihood import session_log_probs
 
 ROWS_PER_PART = 16
 PAIR_FEATURES = {
@@ -31,6 +32,8 @@ PAIR_FEATURES = {
     "chosen_reward": Value("float32"),
     "rejected_reward": Value("float32"),
     "mean_reward": Value("float32"),
+    "chosen_log_prob": Value("float32"),
+    "rejected_log_probs": List(Value("float32")),
     "candidates": List(List(Value("int64"))),
     "candidate_rewards": List(Value("float32")),
 }
@@ -206,10 +209,12 @@ def _pairs_of(
 ) -> list[dict[str, Any]]:
     """Rows generated and scored at once, as pairs with the rows' own columns."""
     histories = [np.asarray(row["history"], dtype=np.int64) for row in rows]
+    inputs = encode_history_rows(rows, scorer.tokenizer, model.config).to(model.device)
+    encoded = {"attention_mask": inputs["attention_mask"], "encoder_outputs": model.get_encoder()(**inputs)}
     found = generate_sessions(
         model,
         trie,
-        **encode_history_rows(rows, scorer.tokenizer, model.config).to(model.device),
+        **encoded,
         num_items=options.num_items,
         excluded=excluded_items(histories, model.device) if options.exclude_history else None,
         **options.search_options(torch.Generator(model.device).manual_seed(seed)),
@@ -217,11 +222,17 @@ def _pairs_of(
     sessions = found.items.cpu()
     rewards = scorer.score(rows, sessions, batch_size=len(rows)).reward.numpy()
     pairs = []
-    for row, candidates, candidate_rewards in zip(rows, sessions.numpy(), rewards, strict=True):
+    compared = torch.full((len(rows), 1 + options.num_rejected, sessions.shape[-1]), -1)
+    for row, candidates, candidate_rewards, places in zip(rows, sessions.numpy(), rewards, compared, strict=True):
         _, first = np.unique(candidates, axis=0, return_index=True)
         first = np.sort(first)
         first = first[(candidates[first] >= 0).all(-1) & ~np.isnan(candidate_rewards[first])]
         pair = options.pair(candidates[first], candidate_rewards[first])
+        pairs.append(pair and row | pair)
         if pair is not None:
-            pairs.append(row | pair)
-    return pairs
+            places[: 1 + len(pair["rejected"])] = torch.tensor([pair["chosen"], *pair["rejected"]])
+    log_probs = session_log_probs(model, trie, compared, **encoded, normalization="vocabulary").float().cpu()
+    for pair, (chosen, *rejected) in zip(pairs, log_probs.tolist(), strict=True):
+        if pair is not None:
+            pair |= {"chosen_log_prob": chosen, "rejected_log_probs": rejected[: len(pair["rejected"])]}
+    return [pair for pair in pairs if pair is not None]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from ..alignment import OneRecDPOConfig, OneRecDPOTrainer
+from ..alignment.dpo_trainer import REFERENCE_COLUMNS
 from ..evaluation import popular_items
 from ..evaluation.alignment_checks import RECALL, AlignmentChecks
 from ..item_trie import ItemTrie
@@ -175,6 +176,10 @@ class Alignment:
             # A pair's ordinary rows are one row of as many targets, whose histories are encoded once.
             ordinary = share_histories(ordinary, model.config.history_items, training_args.ntp_per_pair)
             training_args.ntp_per_pair = 1
+        if options.align_reference == "previous":
+            # The snapshot that drew the pairs is the reference: it has said already how likely they are.
+            drawn = ("chosen_log_prob", "rejected_log_probs")
+            pairs = pairs.rename_columns(dict(zip(drawn, REFERENCE_COLUMNS, strict=True)))
         set_seed(seed)  # of an adapter's weights
         if training_args.use_cpu:
             model.set_experts_implementation(CPU_EXPERTS)

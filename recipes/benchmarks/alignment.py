@@ -6,7 +6,8 @@
 
 Two parts, `--parts` for one of them: `step` times optimizer steps of `OneRecDPOTrainer` beside a plain training loop
 that encodes the history for the chosen and the rejected session alike, in policy and reference, in turn and with the
-same weights, pairs and loss; `sampling` times the candidates of 100 users, generated and scored. Models have the
+same weights, pairs and loss; and once more with the reference's log-probabilities known beforehand, as the stage
+`align` has them from the sampler. `sampling` times the candidates of 100 users, generated and scored. Models have the
 shapes of the KuaiRand recipe and random weights; the options of a recipe, `--output_dir` among them, let `sampling`
 take the run's model, users and reward model (of random weights and the recipe's width where none is trained yet).
 """
@@ -18,6 +19,7 @@ import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,9 @@ def random_rows(count: int) -> Dataset:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-def package_step(model, reference, pairs: Dataset, tokenizer: OneRecTokenizer) -> tuple[Callable, Callable]:
+def package_step(
+    model, reference, pairs: Dataset, tokenizer: OneRecTokenizer, precompute: bool = False
+) -> tuple[Callable, Callable]:
     """A batch's loss by the trainer, and a whole optimizer step, both from rows of pairs."""
     with tempfile.TemporaryDirectory() as folder:
         args = OneRecDPOConfig(
@@ -102,6 +106,7 @@ def package_step(model, reference, pairs: Dataset, tokenizer: OneRecTokenizer) -
             bf16=False,
             gradient_checkpointing=False,
             use_cpu=True,
+            precompute_ref_log_probs=precompute,
             report_to="none",
             disable_tqdm=True,
         )
@@ -166,8 +171,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def compare_steps(args: Namespace) -> list[dict]:
     tokenizer, pairs = random_tokenizer(), random_rows(args.pairs)
-    print("| encoder | one position per | loss | ours [ms] | plain [ms] | faster |")
-    print("|---|---|---|---|---|---|")
+    print("| encoder | one position per | loss | plain [ms] | ours [ms] | | reference precomputed [ms] | |")
+    print("|---|---|---|---|---|---|---|---|")
     results = []
     for attention in ("causal", "bidirectional"):
         for positions in ("item", "token"):
@@ -179,26 +184,28 @@ def compare_steps(args: Namespace) -> list[dict]:
                     parameter.mul_(1.5)
             sides = [
                 make(copy.deepcopy(policy), copy.deepcopy(reference), pairs, tokenizer)
-                for make in (package_step, plain_step)
+                for make in (plain_step, package_step, partial(package_step, precompute=True))
             ]
             losses = [loss().item() for loss, _ in sides]
-            difference = abs(losses[0] - losses[1])
+            difference = max(losses) - min(losses)
             assert difference <= 1e-4, f"the losses {losses} differ"
             times = [[seconds(step) for _, step in sides] for _ in range(args.repeats + 2)][2:]  # two warm up
-            ours, plain = (statistics.median(side) for side in zip(*times, strict=True))
+            plain, ours, precomputed = (statistics.median(side) for side in zip(*times, strict=True))
             row = {
                 "encoder_attention": attention,
                 "history_positions": positions,
                 "loss": losses[0],
                 "loss_difference": difference,
-                "step_s": ours,
                 "plain_step_s": plain,
+                "step_s": ours,
                 "ratio": plain / ours,
+                "precomputed_step_s": precomputed,
+                "precomputed_ratio": plain / precomputed,
             }
             results.append(row)
             print(
-                f"| {attention} | {positions} | {losses[0]:.4f} | {ours * 1e3:.1f} | {plain * 1e3:.1f} | "
-                f"{row['ratio']:.2f}x |",
+                f"| {attention} | {positions} | {losses[0]:.4f} | {plain * 1e3:.1f} | {ours * 1e3:.1f} | "
+                f"{row['ratio']:.2f}x | {precomputed * 1e3:.1f} | {row['precomputed_ratio']:.2f}x |",
                 flush=True,
             )
     return results
