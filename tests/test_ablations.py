@@ -20,7 +20,18 @@ from onerec_hf.stages import ablate, align, parse_recipe_arguments, pretrain, re
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes" / "quickstart" / "debug.yaml"
 STAGES = ("data", "tokenize", "pretrain", "reward")
-FLAGS = ("--align_rounds", "1", "--judged_users", "6", "--align_holdout", "8", "--max_recall_drop", "1")
+FLAGS = (
+    "--align_rounds",
+    "1",
+    "--judged_users",
+    "6",
+    "--align_holdout",
+    "8",
+    "--max_recall_drop",
+    "1",
+    "--threads",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from ..data.schema import SESSION_LABELS
 from .session_judges import REWARD
 
 MISSING = "–"
+JUDGES = ("reward_model", "independent_judge", "truth")  # in this order, then others
 
 
 def comparison_table(title: str, about: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -45,7 +46,8 @@ def comparison_table(title: str, about: str, rows: Sequence[Mapping[str, Any]]) 
             _number(row.get("kl_to_seed")),
             _number(row.get("illegal_rate")),
         ]
-        for judge, figures in row["judges"].items():
+        for judge in sorted(row["judges"], key=lambda judge: (judge not in JUDGES, [*JUDGES, judge].index(judge))):
+            figures = row["judges"][judge]
             changes = change.get("judges", {}).get(judge, {})
             rewards = [_with_change(figures, f"{REWARD}_{which}", changes) for which in ("mean", "max")]
             objectives = [f"{_number(figures.get(f'{h}_mean'))} / {_number(figures.get(f'{h}_max'))}" for h in heads]

@@ -137,7 +137,7 @@ ABLATIONS = {
     ),
     "rounds": Ablation(
         "Rounds of alignment",
-        "One alignment, evaluated after each of its rounds.",
+        "One alignment, evaluated after each of its rounds; it ends after one that max_recall_drop does not keep.",
         ("1", "2", "3", "4", "5"),
         _rounds,
         cells_are_rounds=True,
