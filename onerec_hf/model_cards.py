@@ -241,15 +241,24 @@ def ranking_table(metrics: Mapping[str, Any]) -> str:
 def alignment_table(rounds: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table with a row for each alignment round: the ranking at 10, then each judge's mean and best reward.
 
-    Empty for a run without alignment, whose only round is number 0.
+    Figures have their 95% intervals in brackets, and rewards their change to round 0 behind. Empty for a run without
+    alignment, whose only round is number 0.
     """
     if len(rounds) < 2:
         return ""
     rows: list[dict[str, Any]] = []
     for entry in rounds:
-        row = {name: entry[name] for name in ("round", "recall@10", "ndcg@10", "illegal_rate")}
+        row = {"round": entry["round"] if entry.get("kept", True) else f"{entry['round']} (dropped)"}
+        row |= {name: _cell_with_interval(entry, name) for name in ("recall@10", "ndcg@10", "illegal_rate")}
+        changes = entry.get("change", {}).get("judges", {})
         for judge, values in entry["judges"].items():
-            row |= {f"{judge} {name}": values[name] for name in ("reward_mean", "reward_max")}
+            for name in ("reward_mean", "reward_max"):
+                change = changes.get(judge, {}).get(name)
+                cell = _cell_with_interval(values, name)
+                if change is not None:
+                    low, high = change["interval"]
+                    cell += f", {change['relative']:+.1%} [{low:+.1%}, {high:+.1%}]"
+                row[f"{judge} {name}"] = cell
         rows.append(row)
     return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
@@ -272,6 +281,12 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
+def _cell_with_interval(values: Mapping[str, Any], name: str) -> str:
+    """A number and, where there is one, its interval."""
+    interval = values.get(f"{name}_interval")
+    return _cell(values[name]) + ("" if interval is None else f" [{_cell(interval)}]")
+
+
 def _facts_table(facts: Mapping[str, Any]) -> str:
     """Table of name and value; nested dicts are flattened, lists of dicts (per-level reports) left to their files."""
 
@@ -288,7 +303,9 @@ def _facts_table(facts: Mapping[str, Any]) -> str:
 def _config_table(config: PreTrainedConfig) -> str:
     """The fields that the model's own configuration adds to those of every transformers configuration."""
     inherited = PreTrainedConfig().to_dict()
-    return _facts_table({name: value for name, value in config.to_dict().items() if name not in inherited})
+    own = {name: value for name, value in config.to_dict().items() if name not in inherited}
+    # Tables of values are for the file alone.
+    return _facts_table({name: value for name, value in own.items() if name != "user_features"})
 
 
 def _ranking_results(metrics: Mapping[str, Any]) -> list[EvalResult]:

@@ -714,8 +714,8 @@ class OneRecModel(OneRecPreTrainedModel):
     ) -> Seq2SeqMoEModelOutput:
         """Runs encoder and decoder.
 
-        With k * batch decoder rows for `batch` histories, row i of the histories serves the decoder rows
-        i, batch + i, 2 * batch + i, ...: sessions of the same history are scored with one encoding of it.
+        With k * batch decoder rows for `batch` histories, k consecutive rows read the same history, which is encoded
+        and projected for the cross-attention once.
 
         A causal encoder may serve decoder rows that read different prefixes of the histories, as [`SessionCollator`]
         lays them out, with the result of encoding every prefix by itself:
@@ -756,15 +756,10 @@ class OneRecModel(OneRecPreTrainedModel):
             )
 
         decoder_rows = (decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds).shape[0]
-        copies, remainder = (1, 0) if shared else divmod(decoder_rows, encoder_hidden_states.shape[0])
-        if remainder:
+        if not shared and decoder_rows % encoder_hidden_states.shape[0]:
             raise ValueError(
                 f"{decoder_rows} decoder rows are not a multiple of the {encoder_hidden_states.shape[0]} histories."
             )
-        if copies > 1:
-            encoder_hidden_states = encoder_hidden_states.repeat(copies, 1, 1)
-            if encoder_attention_mask is not None:
-                encoder_attention_mask = encoder_attention_mask.repeat(copies, 1)
 
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,

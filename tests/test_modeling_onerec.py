@@ -124,6 +124,27 @@ class TestConformance(ModelConformanceTests):
         for one, two in zip(generated[0].scores, generated[1].scores, strict=True):
             torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
+    @pytest.mark.parametrize("drafts", ["prompt lookup", "an equal model", "another model"])
+    def test_speculative_decoding_gives_the_greedy_session(self, drafts):
+        model = self.make_model()
+        inputs = {name: values[:1] for name, values in self.make_inputs(model.config).items() if name != "labels"}
+        options = {"num_beams": 1, "max_new_tokens": 7, "return_dict_in_generate": True, "output_scores": True}
+        greedy = model.generate(**inputs, **options)
+        if drafts == "prompt lookup":
+            options["prompt_lookup_num_tokens"] = 2
+        else:
+            assistant = self.make_model()
+            if drafts == "another model":
+                torch.nn.init.normal_(assistant.lm_head.weight)
+            # Without the mask, the library's assistants with an encoder read what they have in their cache once more.
+            session = torch.full((1, 1), BOS)
+            options |= {"decoder_input_ids": session, "decoder_attention_mask": torch.ones_like(session)}
+            options["assistant_model"] = assistant
+        speculative = model.generate(**inputs, **options)
+        assert torch.equal(speculative.sequences, greedy.sequences)
+        for one, two in zip(speculative.scores, greedy.scores, strict=True):
+            torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
     def test_compiles_a_decoding_step_in_one_graph(self):
         model = self.make_model()
         inputs = self.make_inputs(model.config)
@@ -214,7 +235,7 @@ def test_sessions_of_one_history_can_share_its_encoding(model):
     tokens = torch.cat([history(model, (1, 2, 3)), history(model, (4, 5, 6))])
     sessions = torch.tensor([[BOS, 5, 13], [BOS, 6, 14], [BOS, 7, 15], [BOS, 8, 16]])
     shared = model(input_ids=tokens, decoder_input_ids=sessions).logits
-    apart = model(input_ids=tokens.repeat(2, 1), decoder_input_ids=sessions).logits
+    apart = model(input_ids=tokens.repeat_interleave(2, 0), decoder_input_ids=sessions).logits
     torch.testing.assert_close(shared, apart)
     with pytest.raises(ValueError, match="not a multiple of the 2 histories"):
         model(input_ids=tokens, decoder_input_ids=sessions[:3])

@@ -25,6 +25,7 @@ FEATURES = {
     "num_items": 40,
     "item_features": ["author", "tag", "tag"],
     "num_item_values": 9,
+    "numeric_features": ["length"],
     "user_features": {"country": ["de", "fr", "it"], "age": ["old", "young"]},
 }
 
@@ -93,7 +94,8 @@ def featured_model(**overrides) -> OneRecRewardModel:
     generator = torch.Generator().manual_seed(3)
     values = torch.stack([torch.randint(0, 4, (40,), generator=generator)] * 3, dim=1)
     values[:, 1:] = torch.randint(4, 9, (40, 2), generator=generator)
-    model.set_items(values, torch.rand(40, 4, generator=generator) * 20, torch.tensor([0.3, 0.6]))
+    ranks = torch.linspace(-1, 1, 40)[:, None]
+    model.set_items(values, ranks, torch.rand(40, 4, generator=generator) * 20, torch.tensor([0.3, 0.6]))
     return model
 
 
@@ -247,7 +249,11 @@ class TestForward:
         expected += rates([0, 0], [0, 0], 1)  # the same item
         expected += rates([0.5, 1.0], [1, 1], 1)  # the same author: item 0
         expected += rates([0, 0], [0, 0], 1)  # no tag in common; 0 is no tag
-        torch.testing.assert_close(seen["inputs"][:20], torch.tensor(expected))
+        assert seen["inputs"][0].item() == pytest.approx(2 / 39 - 1)  # the rank by length
+        assert seen["inputs"][[2, 8]].detach().tolist() == pytest.approx(
+            [math.sin(2 * math.pi * (2 / 39 - 1)), math.cos(2 * math.pi * (2 / 39 - 1))], abs=1e-5
+        )
+        torch.testing.assert_close(seen["inputs"][13:33], torch.tensor(expected))
 
     def test_unknown_items_and_users_are_judged(self, item_token_ids):
         model = featured_model()

@@ -8,14 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from transformers import TrainingArguments
 
 from onerec_hf.data import DataArguments, Feed, exposure_runs, user_exposures
 from onerec_hf.pretraining import index_sessions
 from onerec_hf.reward import (
     ExposureEncoder,
     ItemTotals,
-    OneRecRewardTrainer,
     RewardCollator,
     RewardPredictions,
     create_reward_model,
@@ -26,9 +24,11 @@ from onerec_hf.reward import (
     predict_rewards,
     reliability_plot,
     session_label,
+    train_reward_model,
     user_fold,
     user_half,
 )
+from onerec_hf.reward.exposure_encoding import ItemFeatures
 from onerec_hf.reward.reward_training import cut_sessions
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -61,7 +61,7 @@ def tiny_feed(users: int = 40, rows: int = 14) -> Feed:
         )
     items = pd.DataFrame({"item_id": 100 + np.arange(NUM_ITEMS)})
     items["parity"] = [str(item % 2) for item in range(NUM_ITEMS)]
-    items["length"] = np.linspace(1, 90, NUM_ITEMS)
+    items["length"] = np.linspace(90, 1, NUM_ITEMS)
     profile = pd.DataFrame({"user_id": range(users), "group": [str(user % 2) for user in range(users)]})
     return Feed.from_frames(
         "tiny",
@@ -118,6 +118,15 @@ class TestExposures:
         timed = many.interactions.dropna(subset="timestamp")
         assert judged == list(zip(timed["user_id"], timed["timestamp"], strict=True))
 
+    def test_exposures_without_a_time_are_judged_apart(self, feed):
+        args = DataArguments(history_items=6)
+        rows = exposure_runs(feed.interactions, feed, args, timed=False).to_list()
+        assert [row["exposed_sessions"] for row in rows] == [[user] * 3 for user in range(40)]
+        blank = replace(feed, interactions=feed.interactions.assign(timestamp=math.nan))
+        assert len(exposure_runs(blank.interactions, blank, args, timed=False)) == 0
+        every = exposure_runs(blank.interactions, blank, args)["exposed_sessions"][:]
+        assert sum(group >= 0 for groups in every for group in groups) == len(feed.interactions)
+
     def test_nothing_before_since_is_judged(self, feed):
         since = feed.interactions["timestamp"].quantile(0.8)
         rows = exposure_runs(feed.interactions, feed, DataArguments(history_items=6), since).to_pandas()
@@ -146,6 +155,21 @@ class TestExposures:
         everything = np.stack([np.nansum(signals[items == item], 0) for item in range(NUM_ITEMS)])
         np.testing.assert_allclose(totals.all()[:, :2], everything, rtol=1e-5)
         assert not totals.before(np.arange(NUM_ITEMS), np.full(NUM_ITEMS, np.nan)).any()
+
+
+def test_item_features(feed):
+    frame = feed.items.assign(tag=[["a", "b"], ["b"], ["c"]] * 10, length=np.arange(30.0))
+    frame.loc[[3, 4], "parity"] = ["only here", None]
+    frame.loc[5, "length"] = math.nan
+    features = ItemFeatures.of_feed(replace(feed, items=frame, multi_categorical_columns=["tag"]))
+    assert features.columns == ["parity", "tag", "tag", "length"] and features.numeric_columns == ["length"]
+    assert features.values[:6, 0].tolist() == [1, 2, 1, 0, 0, 2]
+    assert features.values[:3, 1:3].tolist() == [[3, 4], [4, 0], [5, 0]]
+    bins = features.values[:, 3]
+    assert bins[5] == 0 and np.delete(bins, 5).min() == 6 and bins.max() == features.num_values - 1
+    assert features.ranks[5] == 0 and features.ranks[29] == 1 and features.ranks[0] == pytest.approx(2 / 29 - 1)
+    turned = features.take(np.arange(30)[::-1])
+    assert np.array_equal(turned.values[::-1], features.values)
 
 
 class TestLabels:
@@ -191,7 +215,8 @@ class TestTraining:
     def test_configuration_says_what_is_read(self, feed, totals, tokenizer):
         config = self.model(feed, totals, tokenizer).config
         assert config.feedback == ["watch_time", "duration", "view"] and config.signals == ["watched", "view"]
-        assert config.item_features == ["parity", "length"] and config.user_features == {"group": ["0", "1"]}
+        assert config.item_features == ["parity", "length"] and config.numeric_features == ["length"]
+        assert config.user_features == {"group": ["0", "1"]}
         watched = config.objectives[2]
         assert len(watched["quantiles"]) == 99 and watched["quantiles"][0] == 2.0
 
@@ -218,18 +243,17 @@ class TestTraining:
 
     def test_learns_whom_an_item_suits(self, feed, totals, tokenizer, runs, tmp_path):
         model = self.model(feed, totals, tokenizer, dropout=0.0)
-        arguments = TrainingArguments(
-            tmp_path,
-            max_steps=60,
-            per_device_train_batch_size=40,
-            learning_rate=1e-2,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = OneRecRewardTrainer(model, tokenizer, totals, args=arguments, train_dataset=runs)
+        arguments = {
+            "output_dir": tmp_path,
+            "max_steps": 60,
+            "per_device_train_batch_size": 40,
+            "learning_rate": 1e-2,
+            "save_strategy": "no",
+            "logging_steps": 30,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
         collator = RewardCollator(ExposureEncoder(model.config, tokenizer.item_token_ids), totals, session_items=1)
         rates = label_means(runs, collator)
         timed = feed.interactions.dropna(subset="timestamp")
@@ -237,7 +261,8 @@ class TestTraining:
         assert rates["swt"] == pytest.approx((timed["watch_time"] / 10).mean(), rel=1e-4)
         model.set_base_rates(rates)
         assert model.towers["vtr"].output.bias.item() == pytest.approx(math.log(rates["vtr"] / (1 - rates["vtr"])))
-        trainer.train()
+        log = train_reward_model(model, tokenizer, totals, [runs.select([]), runs], arguments)
+        assert [row["step"] for row in log] == [30, 60, 60]
         predictions = predict_rewards(model, runs, collator, batch_size=7)
         assert len(predictions.users) == len(timed)
         metrics = predictions.metrics(model.config)

@@ -169,16 +169,29 @@ class PreferenceCollator:
 
 
 class _SessionModel:
-    """Lets TRL's loss call an encoder-decoder, wrapped or not, as if it were a decoder of `input_ids`."""
+    """Lets TRL's loss call an encoder-decoder, wrapped or not, as if it were a decoder of `input_ids`, whose rows are
+    all chosen sessions, then all rejected ones. The model reads the sessions of a history in consecutive rows."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
 
-    def __call__(self, input_ids, attention_mask, encoder_input_ids, encoder_attention_mask, **kwargs):
+    def __call__(self, input_ids, attention_mask, encoder_input_ids, encoder_attention_mask, labels=None, **kwargs):
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        by_history = rows.view(-1, len(encoder_input_ids)).T.flatten()
+        if labels is not None:
+            kwargs["labels"] = labels[by_history]
         # The decoder is causal and its padding stands on the right, so it needs no mask of its own.
-        return self.model(
-            input_ids=encoder_input_ids, attention_mask=encoder_attention_mask, decoder_input_ids=input_ids, **kwargs
+        outputs = self.model(
+            input_ids=encoder_input_ids,
+            attention_mask=encoder_attention_mask,
+            decoder_input_ids=input_ids[by_history],
+            **kwargs,
         )
+        given = by_history.argsort()
+        for name, value in outputs.items():
+            if torch.is_tensor(value) and value.shape[:1] == rows.shape:
+                outputs[name] = value[given]
+        return outputs
 
 
 class OneRecDPOTrainer(DPOTrainer):

@@ -53,6 +53,15 @@ Features of histories, beside history_item_ids where they are asked for
 | timestamp | float64 [s] | of the session or evaluated behaviour, or the end of the data |
 | user_features | struct of string | the user's categories by column, null where missing |
 
+What the reward model reads of a user (a run has the same columns, see exposures.py)
+
+| column | type | meaning |
+|---|---|---|
+| exposed_item_ids | list of item ids | latest items that the user was exposed to, negatives included, oldest first |
+| exposed_feedback | list of float32 | all feedback columns of each, one exposure behind the other, NaN where unknown |
+| feedback_totals | list of float32 | of all exposures before these: the signals' sums, then how many are known |
+| user_profile | struct of string | all categories of the user by column, null where missing |
+
 swt (session watch time) is sum(min(watch_time, duration)) / sum(duration); vtr (view), wtr (follow) and ltr (like)
 are means over the session's items.
 """

@@ -1,5 +1,6 @@
 """Offline evaluation (Table 1, and what it leaves out): item-level metrics, judges, baselines and the report."""
 
+from .alignment_report import last_kept
 from .baselines import EASE, Baseline, ItemKNN, Popularity
 from .bootstrap import bootstrap_interval, coverage_change, percentile_interval, relative_change, resampled_means
 from .comparison_table import comparison_table
@@ -39,6 +40,7 @@ __all__ = [
     "intra_session_diversity",
     "judge_by_model",
     "judge_by_truth",
+    "last_kept",
     "mean_and_max",
     "percentile_interval",
     "popular_item_share",

@@ -20,16 +20,20 @@ from matplotlib.ticker import MaxNLocator
 
 from ..figure_style import ACCENT, GRID, INK, MUTED, OTHERS, SECOND, png_image, set_title, styled_axes, svg_image
 from ..semantic_ids.semantic_id_report import code_use_figure
+from .alignment_report import (
+    HEAD_NAMES,
+    judge_change,
+    judge_name,
+    judges_of,
+    last_kept,
+    log_section,
+    reward_section,
+    rounds_section,
+    text_tables,
+)
+from .report_tables import html_table, number, signed_percent, stacked, text_table
 
 METHOD_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE", "sasrec": "SASRec"}
-JUDGE_NAMES = {"reward_model": "Reward model", "independent_judge": "Independent judge", "truth": "Simulated truth"}
-HEAD_NAMES = {
-    "reward": "Reward",
-    "swt": "Session watch time (swt)",
-    "vtr": "View (vtr)",
-    "wtr": "Follow (wtr)",
-    "ltr": "Like (ltr)",
-}
 RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
 SESSION_COLUMNS = ("intra_session_diversity", "illegal_rate", "duplicate_rate")
 
@@ -54,6 +58,8 @@ table { border-collapse: collapse; font-size: 13.5px; margin: 8px 0 14px; font-v
 th, td { padding: 4px 12px 4px 0; text-align: right; border-bottom: 1px solid #e4e8ed; white-space: nowrap; }
 th { color: #66717f; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 table.plain td, table.plain th { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+tr.groups th { text-align: center; border-bottom: 0; padding-top: 8px; color: #1d2733; }
+td small { color: #66717f; } tr.dropped td { opacity: .6; }
 tr.ours td { font-weight: 650; background: #f2f6fe; }
 .user { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px; margin-bottom: 10px; }
 .user h3 { grid-column: 1 / -1; } .user > div { min-width: 0; } .user table { width: 100%; }
@@ -74,6 +80,7 @@ def write_report(
     settings: Mapping[str, Any],
     item_map: bytes | None = None,
     code_samples: Sequence[Mapping[str, Any]] = (),
+    reliability_plots: Mapping[str, Mapping[str, bytes]] | None = None,
 ) -> Path:
     """Write the report, atomically.
 
@@ -81,7 +88,7 @@ def write_report(
         path: the HTML file; its folder is created.
         metrics: what the evaluate stage writes as metrics.json. "onerec" and "baselines" hold recall@c, ndcg@c and
             coverage (and optionally "<metric>_interval", [low, high]); "alignment" is a list by round from 0, each
-            with judges -> {"reward_mean", "reward_max", "swt_mean", ...}.
+            what [`PolicyResults.summary`] returns, with "kept" (whether the align stage kept the round) and "on_log".
         training_curves: title of a curve -> (step, value) pairs.
         code_use: for each level an int array [K_l], the number of items that have each code.
         examples: one mapping a user: "user"; "history", rows {"item", "label"}, oldest first; "recommendations", rows
@@ -90,6 +97,7 @@ def write_report(
         settings: the run's configuration, nested as it likes.
         item_map: a PNG, the items in two dimensions.
         code_samples: items of some first codes, see `sample_items` of the semantic IDs' report.
+        reliability_plots: reward model -> what was judged ("sessions", "exposures") -> a PNG.
 
     Returns:
         The path written.
@@ -97,11 +105,12 @@ def write_report(
     alignment = list(metrics.get("alignment") or [])
     sections = [
         ("Recommendation quality", _quality_section(metrics, alignment)),
-        ("Rewards by alignment round", _reward_section(alignment)),
+        ("Rewards by alignment round", reward_section(alignment)),
+        ("On the logged exposures", log_section(alignment)),
+        ("Reward models", _reward_model_section(metrics.get("reward_models") or {}, reliability_plots or {})),
         ("Losses", _figure_section(_curves_figure(training_curves), "Training and validation curves")),
         ("Semantic IDs", _code_section(code_use, metrics.get("tokenizer") or {}, item_map, code_samples)),
         ("Histories and recommendations", _examples_section(examples)),
-        ("Reward models", _reward_model_section(metrics.get("reward_models") or {})),
         ("All numbers and settings", _details_section(metrics, settings)),
     ]
     sections = [(title, body) for title, body in sections if body]
@@ -134,26 +143,15 @@ def write_report(
 
 
 def print_table(metrics: Mapping[str, Any]) -> str:
-    """The run's figures as plain text for a terminal: methods, then rewards by round and judge."""
+    """The run's figures as plain text for a terminal: methods, then rounds, judges and the log."""
     columns = ("recall@10", "recall@50", "ndcg@10", "coverage")
-    rows = [[name, *(_number(row.get(column)) for column in columns)] for name, row in _methods(metrics)]
-    blocks = [_text_table(["", *columns], rows)]
+    rows = [[name, *(number(row.get(column)) for column in columns)] for name, row in _methods(metrics)]
+    blocks = [text_table(["", *columns], rows)]
     onerec = metrics.get("onerec") or {}
-    rates = [f"{name.replace('_', ' ')} {_number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
+    rates = [f"{name.replace('_', ' ')} {number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
     if rates:
         blocks.append("Sessions: " + ", ".join(rates))
-    alignment = list(metrics.get("alignment") or [])
-    judges = _judges(alignment)
-    if judges:
-        heads = _heads(alignment)
-        rows = []
-        for judge in judges:
-            for entry in alignment:
-                scores = entry.get("judges", {}).get(judge, {})
-                cells = [f"{_number(scores.get(f'{h}_mean'))}/{_number(scores.get(f'{h}_max'))}" for h in heads]
-                rows.append([JUDGE_NAMES.get(judge, judge), str(entry.get("round", "")), *cells])
-        blocks.append("Rewards of generated sessions, mean/max:\n" + _text_table(["judge", "round", *heads], rows))
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, *text_tables(list(metrics.get("alignment") or []))])
 
 
 def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -161,50 +159,17 @@ def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     alignment = list(metrics.get("alignment") or [])
     rows = []
     if metrics.get("onerec"):
-        rows.append(("OneRec, aligned" if len(alignment) > 1 else "OneRec", metrics["onerec"]))
-    if len(alignment) > 1:
+        rows.append(("OneRec, aligned" if _is_aligned(alignment) else "OneRec", metrics["onerec"]))
+    if _is_aligned(alignment):
         rows.append(("OneRec, pre-trained", alignment[0]))
     for name, values in (metrics.get("baselines") or {}).items():
         rows.append((METHOD_NAMES.get(name, name), values))
     return rows
 
 
-def _judges(alignment: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = {judge: None for entry in alignment for judge in entry.get("judges", {})}
-    return [judge for judge in JUDGE_NAMES if judge in found] + [judge for judge in found if judge not in JUDGE_NAMES]
-
-
-def _heads(alignment: Sequence[Mapping[str, Any]]) -> list[str]:
-    keys = {key for entry in alignment for scores in entry.get("judges", {}).values() for key in scores}
-    return [head for head in HEAD_NAMES if f"{head}_mean" in keys]
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, (bool, np.bool_)):
-        return "yes" if value else "no"
-    if isinstance(value, (float, np.floating)):
-        if not math.isfinite(value):
-            return "–"
-        if value == 0:
-            return "0"
-        # Rates such as follow are small: keep three significant digits of them.
-        return f"{value:.4f}" if 0.01 <= abs(value) < 10 else f"{value:.4g}" if abs(value) >= 10 else f"{value:.3g}"
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, (int, np.integer)) else str(value)
-
-
-def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    table = [list(header), *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def _is_aligned(alignment: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the run ends in a round of alignment: one that was kept."""
+    return len(alignment) > 1 and last_kept(alignment) is not alignment[0]
 
 
 # HTML
@@ -214,38 +179,26 @@ def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _html_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "", classes: Sequence[str] | None = None
-) -> str:
-    classes = classes or [""] * len(rows)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f'<tr class="{escape(name)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row, name in zip(rows, classes, strict=True)
-    )
-    head = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    return f'<div class="wide"><table class="{escape(kind)}">{head}<tbody>{body}</tbody></table></div>'
-
-
 def _cards(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str, Any]]) -> str:
     onerec = metrics.get("onerec") or {}
     cards = []
     if "recall@10" in onerec:
-        before = alignment[0].get("recall@10") if len(alignment) > 1 else None
-        note = f"Recall@10, {_number(before)} before alignment" if before is not None else "Recall@10"
-        cards.append((_number(onerec["recall@10"]), note))
+        before = alignment[0].get("recall@10") if _is_aligned(alignment) else None
+        note = f"Recall@10, {number(before)} before alignment" if before is not None else "Recall@10"
+        cards.append((number(onerec["recall@10"]), note))
     baselines = {n: v["recall@10"] for n, v in (metrics.get("baselines") or {}).items() if "recall@10" in v}
     if baselines:
         best = max(baselines, key=baselines.__getitem__)
-        cards.append((_number(baselines[best]), f"Recall@10 of the best baseline, {METHOD_NAMES.get(best, best)}"))
-    if len(alignment) > 1:
-        for judge in _judges(alignment):
-            values = [entry.get("judges", {}).get(judge, {}).get("reward_mean") for entry in alignment]
-            if judge != "reward_model" and values[0] and values[-1] is not None:
-                change = values[-1] / values[0] - 1
-                cards.append((f"{change:+.1%}", f"mean reward by alignment, {JUDGE_NAMES.get(judge, judge).lower()}"))
+        cards.append((number(baselines[best]), f"Recall@10 of the best baseline, {METHOD_NAMES.get(best, best)}"))
+    if _is_aligned(alignment):
+        for judge in judges_of(alignment)[1:]:
+            change = judge_change(last_kept(alignment), judge, "reward_mean")
+            if change is not None:
+                low, high = map(signed_percent, change["interval"])
+                note = f"mean reward by alignment, {judge_name(judge).lower()}; 95%: {low} to {high}"
+                cards.append((signed_percent(change["relative"]), note))
     if "illegal_rate" in onerec:
-        cards.append((_number(onerec["illegal_rate"]), "illegal items generated"))
+        cards.append((number(onerec["illegal_rate"]), "illegal items generated"))
     if not cards:
         return ""
     return (
@@ -261,50 +214,22 @@ def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str
     methods = _methods(metrics)
     if not methods:
         return ""
-    rows = [[name, *(_number(values.get(column)) for column in RANKING_COLUMNS)] for name, values in methods]
+    rows = [[name, *(stacked(values, column) for column in RANKING_COLUMNS)] for name, values in methods]
     classes = ["ours" if name.startswith("OneRec") else "" for name, _ in methods]
     text = (
         '<p class="note">Each user\'s next item, ranked among the full catalogue, all methods on the same split and '
-        "users. Coverage: share of the catalogue in the top 10 of at least one user.</p>"
+        "users. Coverage: share of the catalogue in the top 10 of at least one user. In brackets 95% bootstrap "
+        "intervals over users.</p>"
     )
     text += svg_image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
-    text += _html_table(["", *RANKING_COLUMNS], rows, classes=classes)
+    text += html_table(["", *RANKING_COLUMNS], rows, classes=classes)
     if len(alignment) > 1:
-        columns = [c for c in (*RANKING_COLUMNS, *SESSION_COLUMNS) if any(c in entry for entry in alignment)]
-        text += "<h3>By alignment round</h3>"
-        text += svg_image(_rounds_figure(alignment), "Recall@10 and NDCG@10 by alignment round")
-        rows = [
-            [str(entry.get("round", i)), *(_number(entry.get(c)) for c in columns)]
-            for i, entry in enumerate(alignment)
-        ]
-        text += _html_table(["round", *columns], rows)
+        text += rounds_section(alignment)
     else:
         onerec = metrics.get("onerec") or {}
         columns = [column for column in SESSION_COLUMNS if column in onerec]
         if columns:
-            text += _html_table(["", *columns], [["OneRec", *(_number(onerec[column]) for column in columns)]])
-    return text
-
-
-def _reward_section(alignment: Sequence[Mapping[str, Any]]) -> str:
-    judges, heads = _judges(alignment), _heads(alignment)
-    if not judges or not heads:
-        return ""
-    text = (
-        '<p class="note">Mean and maximum over the sessions generated for a user, averaged over users. Alignment '
-        "optimises the reward model; the independent judge was trained on other users"
-        + (", and the truth is the simulated world's own expectation" if "truth" in judges else "")
-        + ".</p>"
-    )
-    text += svg_image(_reward_figure(alignment, judges, heads), "Rewards by round and judge")
-    for judge in judges:
-        header = ["round", *(f"{head} {kind}" for head in heads for kind in ("mean", "max"))]
-        rows = []
-        for index, entry in enumerate(alignment):
-            scores = entry.get("judges", {}).get(judge, {})
-            cells = [_number(scores.get(f"{head}_{kind}")) for head in heads for kind in ("mean", "max")]
-            rows.append([str(entry.get("round", index)), *cells])
-        text += f"<h3>{escape(JUDGE_NAMES.get(judge, judge))}</h3>" + _html_table(header, rows)
+            text += html_table(["", *columns], [["OneRec", *(number(onerec[column]) for column in columns)]])
     return text
 
 
@@ -327,13 +252,13 @@ def _code_section(
     if item_map is not None:
         text += "<h3>Items by first code</h3>" + png_image(item_map, "Items in two dimensions by first code")
     if code_samples:
-        text += "<h3>Some items of some first codes</h3>" + _html_table(
+        text += "<h3>Some items of some first codes</h3>" + html_table(
             ["first code", "items", "of them"],
-            [[str(row["code"]), _number(row["num_items"]), "; ".join(map(str, row["items"]))] for row in code_samples],
+            [[str(row["code"]), number(row["num_items"]), "; ".join(map(str, row["items"]))] for row in code_samples],
             kind="plain",
         )
     if report:
-        text += _html_table(["", ""], _flatten(report), kind="plain")
+        text += html_table(["", ""], _flatten(report), kind="plain")
     return text
 
 
@@ -345,38 +270,79 @@ def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
         title = f"User {example['user']}"
         if next_item is not None:
             title += f", who took {next_item} next"
-        left = _html_table(
+        left = html_table(
             ["history, oldest first", ""], [[str(row["item"]), str(row.get("label", ""))] for row in history]
         )
         recommendations = list(example["recommendations"])
-        right = _html_table(
+        right = html_table(
             ["recommended", "", "score"],
-            [[str(row["item"]), str(row.get("label", "")), _number(float(row["score"]))] for row in recommendations],
+            [[str(row["item"]), str(row.get("label", "")), number(float(row["score"]))] for row in recommendations],
             classes=["hit" if next_item is not None and row["item"] == next_item else "" for row in recommendations],
         )
         text += f'<div class="user"><h3>{escape(title)}</h3><div>{left}</div><div>{right}</div></div>'
     return text
 
 
-def _reward_model_section(reward_models: Mapping[str, Any]) -> str:
+REWARD_METRICS = {
+    "auc": "AUC",
+    "gauc": "AUC by user",
+    "log_loss": "log-loss",
+    "base_log_loss": "of the mean",
+    "calibration_error": "calibration error",
+    "labels": "labels",
+}
+
+
+def _reward_model_section(
+    reward_models: Mapping[str, Any], reliability_plots: Mapping[str, Mapping[str, bytes]]
+) -> str:
+    """The models' metrics side by side, on sessions and on single exposures, and their reliability plots."""
     text = ""
-    for name, report in reward_models.items():
-        if isinstance(report, Mapping) and report:
-            text += f"<h3>{escape(JUDGE_NAMES.get(name, name))}</h3>" + _html_table(
-                ["", ""], _flatten(report), "plain"
-            )
+    for what in ("sessions", "exposures"):
+        reports = {
+            name: report if what == "sessions" else report.get("exposures") or {}
+            for name, report in reward_models.items()
+        }
+        heads = {
+            key.removesuffix("_auc"): None for report in reports.values() for key in report if key.endswith("_auc")
+        }
+        if not heads:
+            continue
+        columns = [
+            key
+            for key in REWARD_METRICS
+            if any(f"{head}_{key}" in report for head in heads for report in reports.values())
+        ]
+        rows = [
+            [HEAD_NAMES.get(head, head) if index == 0 else "", judge_name(name)]
+            + [number(report.get(f"{head}_{key}")) for key in columns]
+            for head in heads
+            for index, (name, report) in enumerate(reports.items())
+        ]
+        text += f"<h3>On later {'sessions' if what == 'sessions' else 'single exposures'}</h3>" + html_table(
+            ["", "", *(REWARD_METRICS[key] for key in columns)], rows
+        )
+        for name, plots in reliability_plots.items():
+            if what in plots:
+                title = f"{judge_name(name)}, {what}: estimate against label in bins of equal size"
+                text += f'<p class="note">{escape(title)}</p>' + png_image(plots[what], title)
+    if text:
+        text = (
+            '<p class="note">Both on the later behaviour of users that the model was not trained on. "Of the mean" is '
+            "the log-loss of always answering the mean label.</p>"
+        ) + text
     return text
 
 
 def _details_section(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    shown = ("onerec", "baselines", "alignment", "tokenizer", "reward_models")
+    shown = ("onerec", "baselines", "tokenizer")
     parts = [("Settings", settings)]
     parts += [(key.replace("_", " ").capitalize(), value) for key, value in metrics.items() if key not in shown]
     text = ""
     for title, value in parts:
         rows = _flatten(value if isinstance(value, Mapping) else {title.lower(): value})
         if rows:
-            table = _html_table(["", ""], rows, kind="plain")
+            table = html_table(["", ""], rows, kind="plain")
             text += f"<details><summary>{escape(title)}</summary>{table}</details>"
     return text
 
@@ -391,10 +357,10 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
             for index, element in enumerate(value):
                 rows += _flatten(element if isinstance(element, Mapping) else {"": element}, f"{name}.{index}.")
         elif isinstance(value, (list, tuple, np.ndarray)):
-            shown = ", ".join(_number(element) for element in list(value)[:_LONGEST_LIST])
+            shown = ", ".join(number(element) for element in list(value)[:_LONGEST_LIST])
             rows.append([name, shown if len(value) <= _LONGEST_LIST else f"{shown}, … ({len(value)} values)"])
         else:
-            rows.append([name, _number(value)])
+            rows.append([name, number(value)])
     return rows
 
 
@@ -417,7 +383,7 @@ def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figu
                 reach[index] = max(reach[index], interval[1])
         for place, value, end in zip(places, values, reach, strict=True):
             axis.annotate(
-                _number(float(value)),
+                number(float(value)),
                 (end, place),
                 (5, 0),
                 textcoords="offset points",
@@ -430,44 +396,6 @@ def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figu
         axis.grid(axis="y", visible=False)
         axis.grid(axis="x", color=GRID, linewidth=0.7)
         set_title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
-    return figure
-
-
-def _rounds_figure(alignment: Sequence[Mapping[str, Any]]) -> Figure:
-    figure = Figure(figsize=(10.6, 2.6), layout="constrained")
-    rounds = [entry.get("round", index) for index, entry in enumerate(alignment)]
-    for axis, metric in zip(styled_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
-        values = np.array([entry.get(metric, math.nan) for entry in alignment], dtype=float)
-        axis.plot(rounds, values, color=ACCENT, marker="o", markersize=4.5, linewidth=1.8)
-        finite = values[np.isfinite(values)]
-        if len(finite):
-            axis.set_ylim(0, float(finite.max()) * 1.2 or 1.0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("round", fontsize=9, color=MUTED)
-        set_title(axis, metric.replace("recall", "Recall").replace("ndcg", "NDCG"))
-    return figure
-
-
-def _reward_figure(alignment: Sequence[Mapping[str, Any]], judges: Sequence[str], heads: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(11.4, 2.15 * len(judges) + 0.25), layout="constrained")
-    rounds = [entry.get("round", index) for index, entry in enumerate(alignment)]
-    axes = styled_axes(figure, len(judges), len(heads))
-    for row, judge in zip(axes, judges, strict=True):
-        for axis, head in zip(row, heads, strict=True):
-            for kind, colour in (("max", SECOND), ("mean", ACCENT)):
-                values = [entry.get("judges", {}).get(judge, {}).get(f"{head}_{kind}") for entry in alignment]
-                values = [math.nan if value is None else float(value) for value in values]
-                axis.plot(rounds, values, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=kind)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.yaxis.set_major_locator(MaxNLocator(4))
-            axis.margins(y=0.15)
-            if judge == judges[0]:
-                set_title(axis, HEAD_NAMES[head])
-            if judge == judges[-1]:
-                axis.set_xlabel("round", fontsize=9, color=MUTED)
-        row[0].set_ylabel(JUDGE_NAMES.get(judge, judge), fontsize=9.5, color=INK)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 

@@ -13,6 +13,7 @@ from .reward_training import (
     fit_calibration,
     label_means,
     predict_rewards,
+    train_reward_model,
     user_fold,
     user_half,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "predict_rewards",
     "reliability_plot",
     "session_label",
+    "train_reward_model",
     "user_fold",
     "user_half",
 ]

@@ -40,9 +40,9 @@ class OneRecRewardConfig(PreTrainedConfig):
             Self-attention layers over the session's items (eq 5 has one).
         tower_hidden_size (`int`, *optional*, defaults to 128):
             Width of the hidden layer of each objective's tower.
-        feature_size (`int`, *optional*, defaults to 16):
+        feature_size (`int`, *optional*, defaults to 4):
             Width of the embedding of a feature's value, of items and of users.
-        dropout (`float`, *optional*, defaults to 0.1):
+        dropout (`float`, *optional*, defaults to 0.2):
             Dropout of the item vectors and towers.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention probabilities.
@@ -76,6 +76,8 @@ class OneRecRewardConfig(PreTrainedConfig):
             Items whose features are saved; later items of the catalogue count as unknown.
         item_features (`list[str]`, *optional*, defaults to `[]`):
             Column of each of the K feature places of an item; a column of lists has several.
+        numeric_features (`list[str]`, *optional*, defaults to `[]`):
+            Numeric columns of the items, read as ranks beside their bins among `item_features`.
         num_item_values (`int`, *optional*, defaults to 1):
             Values of all item features, 0 for unknown among them.
         user_features (`dict[str, list[str]]`, *optional*, defaults to `{}`):
@@ -97,8 +99,8 @@ class OneRecRewardConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     num_hidden_layers: int = 1
     tower_hidden_size: int = 128
-    feature_size: int = 16
-    dropout: float = 0.1
+    feature_size: int = 4
+    dropout: float = 0.2
     attention_dropout: float = 0.0
     history_items: int = 256
     session_items: int = 5
@@ -113,6 +115,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     match_prior: float = 5.0
     num_items: int = 0
     item_features: list[str] | tuple[str, ...] = ()
+    numeric_features: list[str] | tuple[str, ...] = ()
     num_item_values: int = 1
     user_features: dict[str, list[str]] | None = None
     initializer_range: float = 0.02
@@ -131,7 +134,7 @@ class OneRecRewardConfig(PreTrainedConfig):
             for entry in self.objectives
         ]
         self.feedback, self.signals = list(self.feedback), list(self.signals)
-        self.item_features = list(self.item_features)
+        self.item_features, self.numeric_features = list(self.item_features), list(self.numeric_features)
         self.user_features = dict(self.user_features or {})
         super().__post_init__(**kwargs)
 

@@ -1,6 +1,7 @@
 """The reward model's inputs: a user's exposures with his feedback, his profile, features and totals of items."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,45 +20,75 @@ MULTI_CATEGORICAL_PLACES = 3
 MIN_USERS_PER_VALUE = 20
 
 
-def item_feature_values(feed: Feed) -> tuple[np.ndarray, list[str], int]:
+@dataclass
+class ItemFeatures:
     """
-    Features of a feed's items as values counted from 1 over all columns, 0 where unknown.
+    Features of N items.
 
-    Categories that only one item has are unknown. Of lists the first three entries are taken. Numbers become the
-    number of one of 32 equally frequent bins.
-
-    Returns:
-        The values `(N, K)`, int64; the column of each of the K places; and the number of values, 0 among them.
+    Args:
+        values (`np.ndarray` of shape `(N, K)`): Values counted from 1 over all columns, 0 where unknown.
+        columns: Column of each of the K places.
+        num_values: Number of values, 0 among them.
+        ranks (`np.ndarray` of shape `(N, P)`): Ranks by the numeric columns, from -1 to 1, 0 where unknown.
+        numeric_columns: The P numeric columns.
     """
-    places, columns, offset = [], [], 1
-    items = feed.items
 
-    def add(name: str, lists: list[list], offset: int) -> int:
-        flat = pd.Series([entry for values in lists for entry in values], dtype=object)
-        counts = flat.value_counts()
-        known = pd.Index(sorted(counts.index[counts > 1]))
-        width = min(MULTI_CATEGORICAL_PLACES, max((len(values) for values in lists), default=0))
-        for place in range(width):
-            entries = [values[place] if len(values) > place else None for values in lists]
-            found = known.get_indexer(pd.Index(entries, dtype=object))
-            places.append(np.where(found >= 0, found + offset, 0))
-            columns.append(name)
-        return offset + len(known)
+    values: np.ndarray
+    columns: list[str]
+    num_values: int
+    ranks: np.ndarray
+    numeric_columns: list[str]
 
-    for name in feed.categorical_columns:
-        offset = add(name, [[] if pd.isna(value) else [value] for value in items[name]], offset)
-    for name in feed.multi_categorical_columns:
-        offset = add(name, [list(values) for values in items[name]], offset)
-    for name in feed.numeric_columns:
-        values = items[name].to_numpy(dtype=np.float64)
-        known = ~np.isnan(values)
-        if known.any():
-            bounds = np.unique(np.quantile(values[known], np.arange(1, NUMERIC_BINS) / NUMERIC_BINS))
-            places.append(np.where(known, np.searchsorted(bounds, values, side="right") + offset, 0))
-            columns.append(name)
-            offset += len(bounds) + 1
-    stacked = np.stack(places, 1).astype(np.int64) if places else np.zeros((len(items), 0), dtype=np.int64)
-    return stacked, columns, offset
+    @classmethod
+    def of_feed(cls, feed: Feed) -> "ItemFeatures":
+        """
+        In the order of the feed's items. Categories that only one item has are unknown. Of lists the first three
+        entries are taken. Numbers become the number of one of 32 equally frequent bins, and a rank.
+        """
+        items = feed.items
+        lists = {
+            name: [[] if pd.isna(value) else [value] for value in items[name]] for name in feed.categorical_columns
+        }
+        lists |= {name: [list(values) for values in items[name]] for name in feed.multi_categorical_columns}
+        places, columns, num_values = [], [], 1
+        for name, entries in lists.items():
+            counts = pd.Series([entry for values in entries for entry in values], dtype=object).value_counts()
+            known = pd.Index(sorted(counts.index[counts > 1]), dtype=object)
+            width = min(MULTI_CATEGORICAL_PLACES, max((len(values) for values in entries), default=0))
+            for place in range(width):
+                at_place = [values[place] if len(values) > place else None for values in entries]
+                found = known.get_indexer(pd.Index(at_place, dtype=object))
+                places.append(np.where(found >= 0, found + num_values, 0))
+                columns.append(name)
+            num_values += len(known)
+        ranks, numeric_columns = [], []
+        for name in feed.numeric_columns:
+            values = items[name].to_numpy(dtype=np.float64)
+            known = ~np.isnan(values)
+            if known.any():
+                bounds = np.unique(np.quantile(values[known], np.arange(1, NUMERIC_BINS) / NUMERIC_BINS))
+                places.append(np.where(known, np.searchsorted(bounds, values, side="right") + num_values, 0))
+                columns.append(name)
+                num_values += len(bounds) + 1
+                rank = np.searchsorted(np.sort(values[known]), values, side="right") / known.sum()
+                ranks.append(np.where(known, 2 * rank - 1, 0))
+                numeric_columns.append(name)
+        return cls(
+            _columns(places, len(items), np.int64),
+            columns,
+            num_values,
+            _columns(ranks, len(items), np.float32),
+            numeric_columns,
+        )
+
+    def take(self, rows: np.ndarray) -> "ItemFeatures":
+        """The same with row i moved to `rows[i]`."""
+        order = np.argsort(rows)
+        return replace(self, values=self.values[order], ranks=self.ranks[order])
+
+
+def _columns(columns: list[np.ndarray], length: int, dtype: type) -> np.ndarray:
+    return (np.stack(columns, 1) if columns else np.zeros((length, 0))).astype(dtype)
 
 
 def known_user_values(users: pd.DataFrame | None) -> dict[str, list[str]]:

@@ -33,6 +33,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec_reward import OneRecRewardConfig
 
+RANK_WAVES = 6
+
 
 @dataclass
 class OneRecRewardOutput(ModelOutput):
@@ -214,7 +216,8 @@ class OneRecRewardTower(nn.Module):
 
 
 class OneRecRewardItemTable(nn.Module):
-    """What is known of N items: features' values, totals of the signals, and the signals' means over all exposures.
+    """What is known of N items: features' values, ranks by numeric features, totals of the signals; and the signals'
+    means over all exposures.
 
     The last row stands for items that are not known.
     """
@@ -223,6 +226,7 @@ class OneRecRewardItemTable(nn.Module):
         super().__init__()
         rows, num_signals = config.num_items + 1, len(config.signals)
         self.register_buffer("values", torch.zeros(rows, len(config.item_features), dtype=torch.long))
+        self.register_buffer("ranks", torch.zeros(rows, len(config.numeric_features)))
         self.register_buffer("totals", torch.zeros(rows, 2 * num_signals))
         self.register_buffer("signal_means", torch.full((num_signals,), 0.5))
 
@@ -245,6 +249,14 @@ class OneRecRewardCalibration(nn.Module):
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(logits * self.scale + self.bias)
+
+
+def _waves(ranks: torch.Tensor) -> torch.Tensor:
+    """Ranks `(..., P)` in [-1, 1] and their sines and cosines of octaves `(..., 13 P)`: fine differences of an item's
+    duration change how much of it is watched."""
+    octaves = 2.0 ** torch.arange(RANK_WAVES, device=ranks.device, dtype=ranks.dtype)
+    angles = (math.pi * ranks[..., None] * octaves).flatten(-2)
+    return torch.cat([ranks, angles.sin(), angles.cos()], dim=-1)
 
 
 class OneRecRewardPreTrainedModel(PreTrainedModel):
@@ -273,6 +285,7 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
             init.normal_(module.no_behaviour, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, OneRecRewardItemTable):
             init.zeros_(module.values)
+            init.zeros_(module.ranks)
             init.zeros_(module.totals)
             init.constant_(module.signal_means, 0.5)
         elif isinstance(module, OneRecRewardCalibration):
@@ -293,7 +306,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             [place for place, column in enumerate(config.item_features) if column == name]
             for name in dict.fromkeys(config.item_features)
         ]
-        width = 3 * hidden
+        width = 3 * hidden + (1 + 2 * RANK_WAVES) * len(config.numeric_features)
         if num_signals:
             self.signal_proj = nn.Linear(2 * num_signals, hidden)
             # Of the user, of the item, and of the user with the same item and with the same value of each feature.
@@ -337,18 +350,22 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 tower.output.bias.fill_(math.log(rate / (1 - rate)))
 
     @torch.no_grad()
-    def set_items(self, values: torch.LongTensor, totals: torch.Tensor, signal_means: torch.Tensor):
+    def set_items(
+        self, values: torch.LongTensor, ranks: torch.Tensor, totals: torch.Tensor, signal_means: torch.Tensor
+    ):
         """
         What is known of the items.
 
         Args:
             values (`torch.LongTensor` of shape `(N, K)`): Features' values, counted from 1; 0 for unknown.
+            ranks (`torch.Tensor` of shape `(N, P)`): Ranks by the numeric features, in [-1, 1]; 0 for unknown.
             totals (`torch.Tensor` of shape `(N, 2 S)`): Of each item's exposures so far, the sums of the signals and
                 how many of each are known.
             signal_means (`torch.Tensor` of shape `(S,)`): Means of the signals over all exposures.
         """
-        self.item_table.values[:-1], self.item_table.totals[:-1] = values, totals
-        self.item_table.signal_means.copy_(signal_means)
+        table = self.item_table
+        table.values[:-1], table.ranks[:-1], table.totals[:-1] = values, ranks, totals
+        table.signal_means.copy_(signal_means)
 
     @torch.no_grad()
     def set_calibration(self, scale: torch.Tensor, bias: torch.Tensor):
@@ -493,7 +510,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             ]
             inputs = [torch.cat(rates, dim=-1)]
         gathered = self.target_attention(items, history, recency, **kwargs)
-        inputs = [items, gathered, items * gathered, *inputs]
+        inputs = [items, gathered, items * gathered, _waves(table.ranks[item_rows].to(items.dtype)), *inputs]
         if self.config.user_features:
             if user_values is None:
                 user_values = history_ids.new_zeros(batch, len(self.config.user_features))

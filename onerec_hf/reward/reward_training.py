@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,13 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..data import Feed, signal_names
+from ..pretraining import CheckpointCompleteCallback, latest_complete_checkpoint
 from ..tokenization_onerec import OneRecTokenizer
 from .configuration_onerec_reward import OneRecRewardConfig
-from .exposure_encoding import ExposureEncoder, ItemTotals, item_feature_values, known_user_values
+from .exposure_encoding import ExposureEncoder, ItemFeatures, ItemTotals, known_user_values
 from .modeling_onerec_reward import OneRecRewardModel
 from .reward_metrics import objective_metrics
 from .reward_objectives import fitted_quantiles, session_label
@@ -68,7 +70,7 @@ def create_reward_model(
         tokenizer: Gives the codes.
     """
     columns = list(totals.feedback)
-    values, item_features, num_values = item_feature_values(feed)
+    features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
     known = OneRecRewardConfig(
         **config,
         codebook_sizes=list(tokenizer.codebook_sizes),
@@ -76,18 +78,18 @@ def create_reward_model(
         feedback=columns,
         signals=signal_names(columns),
         num_items=len(tokenizer.item_ids),
-        item_features=item_features,
-        num_item_values=num_values,
+        item_features=features.columns,
+        numeric_features=features.numeric_columns,
+        num_item_values=features.num_values,
         user_features=known_user_values(feed.users),
     )
     for objective in known.objectives:
         if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
             objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
     model = OneRecRewardModel(known)
-    ordered = np.zeros_like(values)
-    ordered[tokenizer.item_index(feed.items["item_id"])] = values
     model.set_items(
-        torch.from_numpy(ordered),
+        torch.from_numpy(features.values),
+        torch.from_numpy(features.ranks),
         torch.from_numpy(totals.all()),
         torch.from_numpy(totals.signal_means.astype(np.float32)),
     )
@@ -301,6 +303,49 @@ def _platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return (float(parameters[0]), float(parameters[1])) if parameters[0] > 0 else (1.0, 0.0)
 
 
+def train_reward_model(
+    model: OneRecRewardModel,
+    tokenizer: OneRecTokenizer,
+    totals: ItemTotals,
+    phases: Sequence[Dataset],
+    arguments: dict[str, Any],
+    **kwargs,
+) -> list[dict[str, Any]]:
+    """
+    Trains in phases: one epoch on each of the first ones, such as the runs of exposures without a time, of which
+    little is known, and the last as the arguments say. Towers start at the last phase's base rates.
+
+    Args:
+        model, tokenizer, totals: As for [`OneRecRewardTrainer`].
+        phases: Runs; those of a phase may be empty, but for the last.
+        arguments: `TrainingArguments` fields. Every phase has a folder of its own in `output_dir`, and is resumed from
+            the checkpoints in it.
+        kwargs: `OneRecRewardTrainer`'s other arguments.
+
+    Returns:
+        The trainers' log rows.
+    """
+    encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
+    model.set_base_rates(label_means(phases[-1], RewardCollator(encoder, totals, session_items=1)))
+    log: list[dict[str, Any]] = []
+    for number, runs in enumerate(phases):
+        if not len(runs):
+            continue
+        folder = Path(arguments["output_dir"]) / f"phase_{number}"
+        once = {"num_train_epochs": 1} if number < len(phases) - 1 else {}
+        trainer = OneRecRewardTrainer(
+            model,
+            tokenizer,
+            totals,
+            args=TrainingArguments(**arguments | once | {"output_dir": str(folder)}),
+            train_dataset=runs,
+            **kwargs,
+        )
+        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
+        log += trainer.state.log_history
+    return log
+
+
 class OneRecRewardTrainer(Trainer):
     """
     `Trainer` of [`OneRecRewardModel`] on runs of exposures.
@@ -314,7 +359,8 @@ class OneRecRewardTrainer(Trainer):
 
     def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer, totals: ItemTotals, **kwargs):
         encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-        super().__init__(model=model, data_collator=RewardCollator(encoder, totals), **kwargs)
+        callbacks = [CheckpointCompleteCallback(), *kwargs.pop("callbacks", [])]
+        super().__init__(model=model, data_collator=RewardCollator(encoder, totals), callbacks=callbacks, **kwargs)
 
     def _set_signature_columns_if_needed(self):
         # The columns that the collator reads, not the arguments of the model's forward.

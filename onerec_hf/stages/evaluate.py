@@ -21,7 +21,7 @@ from accelerate import PartialState
 from safetensors.numpy import save_file
 
 from .. import __version__
-from ..evaluation import PolicyResults, print_table, ranking_metrics, write_report
+from ..evaluation import PolicyResults, last_kept, print_table, ranking_metrics, write_report
 from ..model_cards import onerec_card, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..semantic_ids.semantic_id_report import code_use
@@ -163,12 +163,13 @@ def round_results(number: int, source: Path, folder: Path, evaluation: PolicyEva
 def run_results(args: RecipeArguments, folder: Path, evaluation: PolicyEvaluation) -> dict[str, Any]:
     """The report's arguments."""
     run = args.output_dir
-    rounds = [entry["round"] for entry in completed_stage(run, "align")["rounds"]] if evaluation.judged_run else []
+    rounds = completed_stage(run, "align")["rounds"] if evaluation.judged_run else []
     seed = PolicyResults.load(run / SEED_STAGE / ROUND.format(0))
-    entries = [{"round": 0, **seed.summary()}]
-    for number in rounds:
+    entries = [{"round": 0, "kept": True, **seed.summary()}]
+    for done in rounds:
+        number = done["round"]
         results = round_results(number, run / "align" / f"round_{number}", folder, evaluation)
-        entries.append({"round": number, **results.summary(seed)})
+        entries.append({"round": number, "kept": done["kept"], **results.summary(seed)})
     if evaluation.log is not None:
         seed_on_log = load_on_log(run / SEED_STAGE / ROUND_ON_LOG.format(0))
         feedback = evaluation.log.feedback
@@ -194,7 +195,9 @@ def run_results(args: RecipeArguments, folder: Path, evaluation: PolicyEvaluatio
             "config": model.config.to_diff_dict(),
         },
         "onerec": {
-            name: value for name, value in entries[-1].items() if name not in ("round", "judges", "change", "on_log")
+            name: value
+            for name, value in last_kept(entries).items()
+            if name not in ("round", "kept", "judges", "change", "on_log")
         },
         "baselines": {
             name: read_json(run / BASELINE_STAGE / f"{name}.json")
@@ -218,6 +221,11 @@ def run_results(args: RecipeArguments, folder: Path, evaluation: PolicyEvaluatio
         "training_curves": training_curves(stages),
         "code_use": code_use(evaluation.tokenizer.codes, evaluation.tokenizer.codebook_sizes),
         **semantic_id_pictures(run / "tokenize"),
+        "reliability_plots": {
+            name: {path.stem.removeprefix("reliability_"): path.read_bytes() for path in plots}
+            for name in metrics.get("reward_models", {})
+            if (plots := sorted((run / "reward" / name).glob("reliability_*.png")))
+        },
         "examples": recommendation_examples(model, evaluation),
         "settings": {name: asdict(getattr(args, name)) for name in ("run", "data", "tokenize", "training")}
         | {"evaluation": asdict(args.evaluation)},

@@ -6,27 +6,26 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
-from ..data import Feed, exposure_runs
-from ..pretraining import CheckpointCompleteCallback, index_sessions, latest_complete_checkpoint
+from ..data import DataArguments, Feed, exposure_runs
+from ..pretraining import index_sessions
 from ..reward import (
     ExposureEncoder,
     ItemTotals,
-    OneRecRewardTrainer,
     RewardCollator,
     RewardPredictions,
     create_reward_model,
     fit_calibration,
-    label_means,
     predict_rewards,
     reliability_plot,
+    train_reward_model,
     user_fold,
     user_half,
 )
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import prepared_data
-from .pretrain import TRAINING_DEFAULTS, save_trained_model, training_log
+from .pretrain import TRAINING_DEFAULTS, training_log
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
 
@@ -70,23 +69,32 @@ class _Exposures:
         prepared = prepared_data(args, "reward")
         self.tokenizer = tokenizer
         self.feed: Feed = replace(prepared.feed(), interactions=prepared.split.fit)
-        self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), tokenizer)
+        self.phases = training_phases(self.feed, args.data, tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
-        self.half, self.run_half, self.later_half = (
-            user_half(users, args.run.seed)
-            for users in (self.feed.interactions["user_id"], self.runs["user_id"][:], self.later["user_id"][:])
-        )
+        self.seed = args.run.seed
 
-    def of_half(self, index: int) -> tuple[Feed, ItemTotals, Dataset, Dataset]:
+    def of_half(self, index: int) -> tuple[Feed, ItemTotals, list[Dataset], Dataset]:
         """What one half of the users did, totals of the items among them, their runs, and the others' later runs."""
-        interactions = self.feed.interactions[self.half == index].reset_index(drop=True)
+        interactions = self.feed.interactions
+        interactions = interactions[user_half(interactions["user_id"], self.seed) == index].reset_index(drop=True)
         items = self.tokenizer.item_index(interactions["item_id"])
         return (
             replace(self.feed, interactions=interactions),
             ItemTotals(interactions, items, len(self.tokenizer.item_ids)),
-            self.runs.select(np.flatnonzero(self.run_half == index)),
-            self.later.select(np.flatnonzero(self.later_half != index)),
+            [_of_users(runs, user_half(runs["user_id"][:], self.seed) == index) for runs in self.phases],
+            _of_users(self.later, user_half(self.later["user_id"][:], self.seed) != index),
         )
+
+
+def training_phases(feed: Feed, args: DataArguments, tokenizer: OneRecTokenizer) -> list[Dataset]:
+    """Runs of a feed's exposures to train on, one after the other: those without a time, if there are others too, and
+    those with a time, as of which it is known what was before them."""
+    runs = [exposure_runs(feed.interactions, feed, args, timed=timed) for timed in (False, True)]
+    return [index_sessions(table, tokenizer) for table in runs]
+
+
+def _of_users(runs: Dataset, chosen: np.ndarray) -> Dataset:
+    return runs.select(np.flatnonzero(chosen))
 
 
 def _train(
@@ -95,41 +103,31 @@ def _train(
     """One of the two models, into its folder."""
     target, seed = folder / name, args.run.seed + index
     set_seed(seed)
-    feed, totals, runs, unseen = exposures.of_half(index)
-    held_out = user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0
-    train, calibration = runs.select(np.flatnonzero(~held_out)), runs.select(np.flatnonzero(held_out))
+    feed, totals, phases, unseen = exposures.of_half(index)
+    held_out = [user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0 for runs in phases]
+    train = [_of_users(runs, ~rows) for runs, rows in zip(phases, held_out, strict=True)]
+    calibration = _of_users(phases[-1], held_out[-1])
     overrides = args.training.reward_model if name == REWARD_MODEL else args.training.judge_model
     sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
     model = create_reward_model({**sizes, **DEFAULTS[name], **overrides}, feed, totals, tokenizer)
-    trainer = OneRecRewardTrainer(
-        model=model,
-        tokenizer=tokenizer,
-        totals=totals,
-        args=TrainingArguments(
-            **{
-                **TRAINING_DEFAULTS,
-                "seed": seed,
-                **args.training.reward,
-                "output_dir": str(folder / CHECKPOINTS / name),
-            }
-        ),
-        train_dataset=train,
-        callbacks=[CheckpointCompleteCallback()],
-    )
+    arguments = {
+        **TRAINING_DEFAULTS,
+        "seed": seed,
+        **args.training.reward,
+        "output_dir": str(folder / CHECKPOINTS / name),
+    }
+    log = training_log(train_reward_model(model, tokenizer, totals, train, arguments))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-    model.set_base_rates(label_means(train, RewardCollator(encoder, totals, session_items=1)))
-    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS / name))
     # Single exposures and whole sessions alike.
     held_out_predictions = [
         predict_rewards(model, calibration, RewardCollator(encoder, totals, length))
         for length in {1, model.config.session_items}
     ]
     fit_calibration(model, RewardPredictions.joined(held_out_predictions))
-    save_trained_model(trainer, target)
     if PartialState().is_main_process:
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        log = training_log(trainer.state.log_history)
-        results = {"num_runs": len(train), "log": log}
+        results = {"num_runs": sum(len(runs) for runs in train), "log": log}
         for what, length in (("sessions", model.config.session_items), ("exposures", 1)):
             # With the items' totals as of the end of the fitted period, as when sessions are scored.
             predictions = predict_rewards(model, unseen, RewardCollator(encoder, session_items=length))
