@@ -49,7 +49,7 @@ def written(folder: Path) -> dict[str, int]:
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
-    assert "| reward model" in (folder / "table.md").read_text()
+    assert "| Reward model" in (folder / "table.md").read_text()
     rows = json.loads((folder / "table.json").read_text())["rows"]
     for row in rows:
         assert set(row["judges"]) == {"reward_model", "independent_judge", "truth"}
@@ -175,7 +175,7 @@ def test_a_table_has_a_row_by_policy_and_judge():
         "reward_mean_interval": [0.4, 0.6],
         "reward_max": 0.9,
         "vtr_mean": 0.1,
-        "vtr_max": 1,
+        "vtr_max": 0.7,
     }
     seed = {"name": "seed", "rounds": None, "recall@10": 0.25, "coverage": 0.5, "judges": {"a": figures, "b": figures}}
     change = {"coverage": {"relative": -0.1, "interval": [-0.2, 0.0]}, "judges": {"b": {}}}
@@ -183,7 +183,8 @@ def test_a_table_has_a_row_by_policy_and_judge():
     lines = comparison_table("Title", "About.", [seed, {**seed, "name": "cell", "rounds": 2, "change": change}])
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()[4:]]
     assert lines[0][6:] == ["judge", "mean reward", "max reward", "vtr"]
-    assert lines[2] == ["seed", "–", "0.25", "0.5", "–", "–", "a", "0.5 [0.4, 0.6]", "0.9", "0.1 / 1"]
-    assert lines[4][:4] == ["cell", "2", "0.25", "0.5 -10.0% [-20.0%, +0.0%]"]
-    assert lines[4][6:8] == ["a", "0.5 [0.4, 0.6] +25.0% [+10.0%, +37.5%]"]
-    assert lines[5][:7] == [""] * 6 + ["b"] and lines[5][7] == "0.5 [0.4, 0.6]"
+    row = ["0.2500", "0.5000", "–", "–", "a", "0.5000 [0.4, 0.6]", "0.9000", "0.1000 / 0.7000"]
+    assert lines[2] == ["seed", "–", *row]
+    assert lines[4][:4] == ["cell", "2", "0.2500", "0.5000 -10.0% [-20.0%, +0.0%]"]
+    assert lines[4][6:8] == ["a", "0.5000 [0.4, 0.6] +25.0% [+10.0%, +37.5%]"]
+    assert lines[5][:7] == [""] * 6 + ["b"] and lines[5][7] == "0.5000 [0.4, 0.6]"

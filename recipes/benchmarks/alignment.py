@@ -258,7 +258,9 @@ def measure_sampling(args: Namespace, recipe: list[str]) -> dict:
             started = time.perf_counter()
             pairs = draw()
             times.append(time.perf_counter() - started)
-        sessions = torch.tensor([(drawn * args.num_candidates)[: args.num_candidates] for drawn in pairs["candidates"]])
+        sessions = torch.tensor(
+            [(drawn * args.num_candidates)[: args.num_candidates] for drawn in pairs["candidates"]]
+        )
         scored = rows.to_list()[: len(sessions)]
         results[search] = {
             "seconds": statistics.median(times),
