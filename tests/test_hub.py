@@ -88,6 +88,14 @@ def test_cards_carry_the_metadata_and_the_figures_of_the_run(run_directory):
     assert "| swt_auc | 0.625 |" in reward_card.text and "swt, vtr, wtr, ltr" in reward_card.text
 
 
+def test_rounds_in_the_card_have_intervals_and_changes_and_dropped_ones_are_marked():
+    change = {"judges": {"truth": {"reward_mean": {"relative": 0.25, "interval": [0.125, 0.5]}}}}
+    judges = {"truth": JUDGE | {"reward_mean": 1.25, "reward_mean_interval": [1.125, 1.375]}}
+    dropped = METRICS["alignment"][0] | {"round": 1, "kept": False, "judges": judges, "change": change}
+    row = alignment_table([METRICS["alignment"][0] | {"judges": {"truth": JUDGE}}, dropped]).splitlines()[-1]
+    assert row == "| 1 (dropped) | 0.5 | 0.3 | 0 | 1.25 [1.125, 1.375], +25.0% [+12.5%, +50.0%] | 1.5 |"
+
+
 def test_alignment_is_left_out_of_the_card_of_a_run_without_it(run_directory):
     metrics = {name: value for name, value in METRICS.items() if name != "tokenizer"}
     metrics["alignment"] = [METRICS["alignment"][0] | {"judges": {}}]

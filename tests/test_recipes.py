@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,31 @@ def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed)
     recommendations = pq.read_table(output_dir / "recommend" / "recommendations.parquet")
     assert recommendations.column_names == ["user_id", "session", "items", "scores"]
     assert recommendations.num_rows == 40
+
+
+def test_a_run_ends_in_the_last_round_that_was_kept(killed_and_resumed, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(killed_and_resumed[0], output_dir)
+    # As a kill would leave it behind round 2, had its checks failed, and behind the judging of its sessions.
+    for stage, left in (("align", "model"), ("evaluate", "metrics.json")):
+        (output_dir / stage).rename(output_dir / f"{stage}.partial")
+        (output_dir / f"{stage}.partial" / "stage.json").unlink()
+        path = output_dir / f"{stage}.partial" / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    aligned = output_dir / "align.partial" / "round_2" / "aligned.json"
+    aligned.write_text(json.dumps(json.loads(aligned.read_text()) | {"kept": False}))
+    result = run("pipeline", "quickstart", output_dir)
+    weights = [output_dir / "align" / name / "model.safetensors" for name in ("model", "round_1", "round_2")]
+    final, first, second = (path.read_bytes() for path in weights)
+    assert final == first != second
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    assert [entry["kept"] for entry in metrics["alignment"]] == [True, True, False]
+    kept, dropped = metrics["alignment"][1:]
+    assert {name: kept[name] for name in metrics["onerec"]} == metrics["onerec"]
+    assert metrics["onerec"]["kl_to_seed"] != dropped["kl_to_seed"]
+    card = (output_dir / "align" / "model" / "README.md").read_text()
+    assert "| 2 (dropped) |" in card and f"| kl_to_seed | {kept['kl_to_seed']:.4g} |" in card
+    assert "2 (dropped)" in result.stdout and "The run ends in round 1." in (output_dir / "report.html").read_text()
 
 
 def test_a_complete_run_is_left_alone_and_changed_settings_redo_a_stage(killed_and_resumed):

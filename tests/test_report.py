@@ -11,9 +11,38 @@ def ranking(value):
     return {f"{m}@{c}": value * c / 10 for m in ("recall", "ndcg") for c in (5, 10, 50)} | {"coverage": 0.25}
 
 
+HEADS = ("reward", "swt", "vtr", "wtr", "ltr", "click")
+JUDGES = ("reward_model", "independent_judge", "truth")
+
+
 def judged(value):
-    heads = ("reward", "swt", "vtr", "wtr", "ltr")
-    return {f"{head}_{kind}": value * scale for head in heads for kind, scale in (("mean", 1.0), ("max", 1.5))}
+    figures = {f"{head}_{kind}": value * scale for head in HEADS for kind, scale in (("mean", 1.0), ("max", 1.5))}
+    return figures | {f"{name}_interval": [0.9 * figure, 1.1 * figure] for name, figure in figures.items()}
+
+
+def changes(gains):
+    """Of the judges, by their gains: +-0.01 around each."""
+    return {
+        "recall@10": {"relative": -0.015, "interval": [-0.0333, 0.004]},
+        "judges": {
+            judge: {
+                f"{head}_{kind}": {"relative": gain, "interval": [gain - 0.01, gain + 0.01]}
+                for head in HEADS
+                for kind in ("mean", "max")
+            }
+            for judge, gain in zip(JUDGES, gains, strict=True)
+        },
+    }
+
+
+def on_log(effective, difference):
+    head = {"logged": 0.31, "snips": 0.321, "snips_interval": [0.3, 0.35]}
+    head |= {"doubly_robust": 0.322, "doubly_robust_interval": [0.29, 0.36]}
+    if difference:
+        for name in ("snips", "doubly_robust"):
+            head |= {f"{name}_difference": 0.0123, f"{name}_difference_interval": [0.0012, 0.0234]}
+    facts = {"exposures": 4321, "effective_sample_size": effective, "mean_weight": 0.9, "clipped_share": 0.01}
+    return facts | {"conclusive": effective >= 100, "heads": {"vtr": head}}
 
 
 @pytest.fixture
@@ -25,10 +54,16 @@ def metrics():
         "model": {"parameters": 1_234_567},
         "onerec": ranking(0.0812) | rates,
         "baselines": {name: ranking(0.07) for name in ("popularity", "item_knn", "ease", "sasrec")},
-        "reward_models": {"independent_judge": {"swt_auc": 0.7301}},
+        "reward_models": {
+            name: {"swt_auc": 0.7301, "swt_gauc": 0.6402, "exposures": {"click_auc": 0.7503}}
+            for name in ("reward_model", "independent_judge")
+        },
         "alignment": [
             {"round": r, **ranking(0.0799 + r / 1000), **rates}
-            | {"judges": {judge: judged(0.3 + r / 10) for judge in ("reward_model", "independent_judge", "truth")}}
+            | {"judges": {judge: judged(0.3 + r / 10) for judge in JUDGES}, "popular_item_share": 0.4}
+            | {"kl_to_seed": r / 10, "kl_to_seed_interval": [r / 11, r / 9], "kept": True}
+            | ({"change": changes((0.08 * r, 0.04 * r, 0.015 * r - 0.01))} if r else {})
+            | {"on_log": on_log(250 - 100 * r, r)}
             for r in range(3)
         ],
         "timings": {"pretrain": 61.5},
@@ -57,7 +92,7 @@ class TestWriteReport:
     def test_is_complete_self_contained_and_escaped(self, tmp_path, metrics, arguments):
         page = write_report(tmp_path / "deep" / "report.html", metrics, **arguments).read_text(encoding="utf-8")
         assert os.listdir(tmp_path / "deep") == ["report.html"]
-        assert page.count("<img ") == 5 and "first code" not in page
+        assert page.count("<img ") == 6 and "first code" not in page
         assert not re.search(r'(src|href)="(?!data:|#)', page) and "url(" not in page and "@import" not in page
         assert "<script>" not in page and "&lt;script&gt;" in page and "cats &amp; dogs" in page
         for text in ("0.0812", "0.7301", "1,234,567", "(40 values)", "Simulated truth", 'class="hit"', "61.5"):
@@ -67,8 +102,53 @@ class TestWriteReport:
         samples = [{"code": "<a_7>", "num_items": 21, "items": ["cats & dogs", "mice"]}]
         page = write_report(tmp_path / "r.html", metrics, **arguments, item_map=b"png", code_samples=samples)
         page = page.read_text(encoding="utf-8")
-        assert page.count("<img ") == 6 and 'src="data:image/png;base64,cG5n"' in page
+        assert page.count("<img ") == 7 and 'src="data:image/png;base64,cG5n"' in page
         assert "<td>&lt;a_7&gt;</td><td>21</td><td>cats &amp; dogs; mice</td>" in page
+
+    def test_judges_are_side_by_side_with_intervals_and_changes(self, tmp_path, metrics, arguments):
+        page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
+        groups = "".join(f'<th colspan="2">{name}</th>' for name in ("Reward model", "Independent judge"))
+        groups += '<th colspan="2">Simulated truth</th>'
+        assert page.count(groups) == len(HEADS)
+        cells = "".join(
+            f"<td>{value}<br><small>[{interval}]</small><br><small>{change}</small></td>"
+            for change in ("+16.0% [+15.0%, +17.0%]", "+8.0% [+7.0%, +9.0%]", "+2.0% [+1.0%, +3.0%]")
+            for value, interval in (("0.5000", "0.45, 0.55"), ("0.7500", "0.675, 0.825"))
+        )
+        assert page.count(f'<tr class=""><td>2</td>{cells}</tr>') == len(HEADS)
+        assert "-1.5% [-3.3%, +0.4%]" in page and "<h3>click</h3>" in page
+        assert "Round 2, mean reward: the reward model, which trains, says +16.0%" in page
+        assert "not confirm" not in page
+
+    def test_a_dropped_round_is_shown_and_is_not_what_the_run_ends_in(self, tmp_path, metrics, arguments):
+        metrics["alignment"][2]["kept"] = False
+        page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
+        # In the tables of rounds, of each head, of the sample and of the log.
+        assert page.count('<tr class="dropped"><td>2 (dropped)</td>') == 1 + len(HEADS) + 2
+        assert "Round 2 was dropped" in page and "The run ends in round 1." in page
+        # Round 1's: the truth has gained half a percent, less than its interval.
+        assert '<div class="card"><b>+4.0%</b>' in page and '<div class="card"><b>+0.5%</b>' in page
+        assert "Round 1, max reward" in page and "The simulated truth does not confirm a gain." in page
+
+    def test_a_run_that_kept_no_round_is_not_called_aligned(self, tmp_path, metrics, arguments):
+        metrics["alignment"] = [metrics["alignment"][0], metrics["alignment"][1] | {"kept": False}]
+        page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
+        assert "The run ends in round 0." in page and "OneRec, aligned" not in page
+        assert "OneRec, aligned" not in print_table(metrics)
+
+    def test_the_log_says_when_it_is_too_small(self, tmp_path, metrics, arguments):
+        page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
+        assert "<td>0.0123 [0.0012, 0.0234]</td>" in page and page.count("sample too small") == 1
+        sentence = "Round 2: 4,321 logged exposures count as 50, fewer than 100. That is too small to conclude"
+        assert sentence in page and sentence in print_table(metrics)
+
+    def test_reward_models_have_their_metrics_and_reliability_plots(self, tmp_path, metrics, arguments):
+        plots = {"reward_model": {"sessions": b"a", "exposures": b"b"}, "independent_judge": {"sessions": b"c"}}
+        page = write_report(tmp_path / "r.html", metrics, **arguments, reliability_plots=plots)
+        page = page.read_text(encoding="utf-8")
+        assert page.count("<img ") == 9
+        row = "<td>Session watch time (swt)</td><td>Reward model</td><td>0.7301</td><td>0.6402</td>"
+        assert row in page and "<td>click</td><td>Reward model</td><td>0.7503</td>" in page
 
     def test_the_same_run_writes_the_same_bytes(self, tmp_path, metrics, arguments):
         first = write_report(tmp_path / "a.html", metrics, **arguments).read_bytes()
@@ -94,7 +174,11 @@ class TestPrintTable:
         methods = ["OneRec, aligned", "OneRec, pre-trained", "Popularity", "Item-KNN", "EASE", "SASRec"]
         assert [line for line in lines if line in methods] == methods
         assert re.search(r"OneRec, aligned +0\.0812 +0\.4060 +0\.0812 +0\.2500", text)
-        assert re.search(r"Simulated truth +2 +0\.5000/0\.7500", text)
+        value = r"0\.5000 \[0\.45, 0\.55\]"
+        assert re.search(rf"reward mean +2 +{value} +{value} +{value}", text)
+        changed = [r"\+16\.0% \[\+15\.0%, \+17\.0%\]", r"\+8\.0% \[.*\]", r"\+2\.0% \[\+1\.0%, \+3\.0%\]"]
+        assert re.search(" +".join(["change", *changed]), text)
+        assert re.search(r"2 +0\.0819 +0\.2500 +0\.4000 +0\.2000 \[0\.182, 0\.222\]", text)
         assert "illegal rate 0," in text
 
     def test_without_alignment(self):

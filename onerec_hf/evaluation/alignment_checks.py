@@ -15,12 +15,12 @@ from ..history_features import encode_history_rows
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..session_generation import excluded_items, generate_sessions
-from ..session_likelihood import session_log_probs
+from ..session_likelihood import sampled_divergence, session_log_probs
 from ..tokenization_onerec import OneRecTokenizer
+from .policy_results import popular_item_share
 from .ranking_metrics import illegal_rate, intra_session_diversity
 
 RECALL = "recall@10"
-POPULAR_SHARE = 0.01  # of the catalogue
 RANKING_BEAMS = 64
 SAMPLED_ROWS, SAMPLED_SESSIONS = 128, 16
 ROWS_PER_BATCH = 32
@@ -31,7 +31,7 @@ class AlignmentChecks:
     Args:
         held_out (`Dataset`): Sessions that no trainer has seen: `history` and `session` (catalogue indices) and the
             columns that [`encode_history_rows`] reads.
-        trained (`Dataset`): The sessions that are trained on; their items' counts make popularity.
+        popular (`np.ndarray` of shape `(items,)`): Which items are popular, bool: [`popular_items`].
         tokenizer (`OneRecTokenizer`), trie (`ItemTrie`): The catalogue, the trie on the models' device.
         item_embeddings (`torch.Tensor` of shape `(items, D)`): For the diversity of sessions.
         exclude_history (`bool`): Whether items of the history are kept out of what is generated.
@@ -41,7 +41,7 @@ class AlignmentChecks:
     def __init__(
         self,
         held_out: Dataset,
-        trained: Dataset,
+        popular: np.ndarray,
         tokenizer: OneRecTokenizer,
         trie: ItemTrie,
         item_embeddings: torch.Tensor,
@@ -50,11 +50,7 @@ class AlignmentChecks:
     ):
         self.rows = held_out.to_list()
         self.tokenizer, self.trie, self.item_embeddings = tokenizer, trie, item_embeddings
-        self.exclude_history, self.seed = exclude_history, seed
-        items = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row) for row in trained["session"][:])])
-        counts = np.bincount(items, minlength=trie.num_items)
-        popular = np.argsort(-counts, kind="stable")[: max(1, round(POPULAR_SHARE * trie.num_items))]
-        self.popular = np.isin(np.arange(trie.num_items), popular)
+        self.popular, self.exclude_history, self.seed = popular, exclude_history, seed
 
     @torch.no_grad()
     def measure(
@@ -71,8 +67,8 @@ class AlignmentChecks:
         Returns:
             `dict[str, float]`: `recall@10`, share of a held-out session's items (at most 10) among the first ten
             ranked items; of sessions drawn from the policy `illegal_rate`, `diversity` (intra-session distance),
-            `popular_share` (items among the most popular percent of the catalogue) and, for every reference,
-            `kl_to_<name>`, the mean over sessions of log pi - log pi_ref under the item constraint [nats per session].
+            `popular_share` ([`popular_item_share`]) and, for every reference, `kl_to_<name>` ([`sampled_divergence`]
+            under the item constraint) [nats per session].
         """
         if not self.rows:
             return {}
@@ -101,19 +97,19 @@ class AlignmentChecks:
                 generator=generator,
             )
             made = (found.items >= 0).all(-1)
-            sessions.append(found.items[made].cpu())
+            sessions.append(found.items.cpu())
             codes.append((found.token_ids - offsets)[made].cpu())
             for name, reference in references.items():
                 reference_scores = session_log_probs(reference, self.trie, found.items, **inputs)
-                divergences[name].append((found.scores - reference_scores)[made].cpu())
+                divergences[name].append(sampled_divergence(found.scores, reference_scores).cpu())
         model.train(was_training)
         items = torch.cat(sessions)
         return {
             RECALL: float(np.mean(recalls)),
             "illegal_rate": illegal_rate(torch.cat(codes), self.tokenizer.codes),
             "diversity": intra_session_diversity(items, self.item_embeddings),
-            "popular_share": float(self.popular[items.numpy()].mean()),
-            **{f"kl_to_{name}": float(torch.cat(values).mean()) for name, values in divergences.items()},
+            "popular_share": float(np.nanmean(popular_item_share(items.numpy(), self.popular))),
+            **{f"kl_to_{name}": float(torch.cat(values).nanmean()) for name, values in divergences.items()},
         }
 
     @torch.no_grad()

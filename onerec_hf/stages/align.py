@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from ..alignment import OneRecDPOConfig, OneRecDPOTrainer
+from ..evaluation import popular_items
 from ..evaluation.alignment_checks import RECALL, AlignmentChecks
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
@@ -123,9 +124,10 @@ class Alignment:
     @cached_property
     def checks(self) -> AlignmentChecks:
         held_out = self.sessions["test"]
+        consumed = np.concatenate([np.zeros(0, np.int64), *map(np.asarray, self.users["history"][:])])
         return AlignmentChecks(
             held_out.select(range(min(self.args.training.align_holdout, len(held_out)))),
-            self.sessions["train"],
+            popular_items(consumed, self.trie.num_items),
             self.tokenizer,
             self.trie,
             load_file(self.args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"],

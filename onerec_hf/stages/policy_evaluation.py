@@ -39,7 +39,7 @@ from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
 from ..reward import SessionScorer
 from ..session_generation import excluded_items, generate_sessions
-from ..session_likelihood import session_log_probs
+from ..session_likelihood import sampled_divergence, session_log_probs
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
 from .pretrain import MODEL
@@ -184,10 +184,9 @@ class PolicyEvaluation:
         draws: int,
         noise: torch.Generator,
     ) -> np.ndarray:
-        """KL of a user's session distribution from the seed model's [nats a session], by Monte Carlo over sessions
-        drawn from the model: the mean of d + exp(-d) - 1 with d = log pi - log pi_0. That is the mean of d with a term
-        whose expectation is 0, which takes out most of its variance. Both policies are normalised over the items that
-        the user may be given, which is what is drawn from."""
+        """KL of a user's session distribution from the seed model's [nats a session], estimated from sessions drawn
+        from the model. Both policies are normalised over the items that the user may be given, which is what is drawn
+        from."""
         found = generate_sessions(
             model,
             self.trie,
@@ -199,9 +198,7 @@ class PolicyEvaluation:
         )
         seed_inputs = self.inputs(self.seed_model, [self.judged_rows[row] for row in rows])
         seed = session_log_probs(self.seed_model, self.trie, found.items, **seed_inputs)
-        real = found.scores.isfinite()
-        distance = (found.scores - seed).masked_fill(~real, 0.0).double()
-        return ((distance + torch.expm1(-distance)).sum(1) / real.sum(1).clamp(min=1)).cpu().numpy()
+        return sampled_divergence(found.scores, seed).cpu().numpy()
 
     def inputs(self, model: OneRecForConditionalGeneration, rows: list[dict]) -> dict[str, torch.Tensor]:
         """What generation needs of rows of the cases or of the fitted histories."""

@@ -258,10 +258,8 @@ def measure_sampling(args: Namespace, recipe: list[str]) -> dict:
             started = time.perf_counter()
             pairs = draw()
             times.append(time.perf_counter() - started)
-        sessions = torch.tensor(
-            [(drawn * args.num_candidates)[: args.num_candidates] for drawn in pairs["candidates"]]
-        )
-        scored = rows.to_list()[: len(sessions)]
+        drawn = [(row["candidates"] * args.num_candidates)[: args.num_candidates] for row in pairs]
+        sessions, scored = torch.tensor(drawn), rows.to_list()[: len(drawn)]
         results[search] = {
             "seconds": statistics.median(times),
             "scoring_s": seconds(lambda: scorer.score(scored, sessions)),  # noqa: B023

@@ -6,7 +6,7 @@
     python recipes/benchmarks/headline.py runs/kuairand_0 runs/kuairand_1 runs/kuairand_2 --json headline.json
 
 Reads each run's metrics.json. Every figure compares the round that the run ends in, the last one that was kept, with
-the seed model on the same users; by run, in brackets its 95% bootstrap interval over users, then the mean over the runs
+the seed model on the same users: by run, with its 95% bootstrap interval over users, then the mean over the runs
 and its spread (standard deviation, n - 1). A bar on a figure holds if the mean over the runs meets it; that of the
 truth if every run's interval lies above 0, and that of the illegal rate if every run meets it. A run that kept no
 round has gained and lost nothing, and so misses the bars on the gains.
