@@ -1,5 +1,6 @@
 """Ablations and Table 1 in debug size, on one run of the quickstart as far as its reward model."""
 
+import functools
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from onerec_hf.evaluation import comparison_table
 from onerec_hf.stages import ablate, align, parse_recipe_arguments, pretrain, reward, tokenize
+from onerec_hf.stages.evaluate import evaluate_seed
+from onerec_hf.stages.policy_evaluation import PolicyEvaluation
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes" / "quickstart" / "debug.yaml"
-STAGES = ("data", "tokenize", "pretrain", "reward")
+STAGES = ("data", "tokenize", "pretrain", "reward", "evaluate_seed")
 FLAGS = (
     "--align_rounds",
     "1",
@@ -41,6 +44,7 @@ def args(tmp_path_factory):
     )
     for stage in (tokenize, pretrain, reward):
         stage(args)
+    evaluate_seed(args, True, functools.cache(lambda: PolicyEvaluation(args, "evaluate", True)))
     return args
 
 
@@ -90,6 +94,7 @@ def test_a_killed_command_goes_on_where_it_was_and_a_complete_one_does_nothing(a
     assert written(cells / "0.05") == before
     assert (cells / "0.2" / "align" / "round_1" / "pairs.parquet").stat().st_mtime_ns == drawn
     assert {name: written(output_dir / name) for name in STAGES} == stages
+    assert not (output_dir / "ablations" / "seed").exists()  # the run's evaluation has it
 
     assert list(rows) == ["seed model", "0.05", "0.2"]
     assert rows["seed model"]["kl_to_seed"] == 0 and "change" not in rows["seed model"]
@@ -151,9 +156,13 @@ def test_the_runs_own_alignment_is_the_cell_of_its_settings_and_rounds_are_one_a
 
 
 @pytest.mark.parametrize("name, cells", [("num_candidates", ("4", "6")), ("ntp", ("with", "without"))])
-def test_other_ablations(args, name, cells):
-    rows = rows_of(ablate(args, name, *cells))
+def test_other_ablations_and_users(args, name, cells):
+    evaluated = (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns
+    rows = rows_of(ablate(replace(args, evaluation=replace(args.evaluation, evaluation_users=20)), name, *cells))
     assert list(rows) == ["seed model", *cells]
+    # The seed model is evaluated on these users too, beside the run's evaluation.
+    assert (args.output_dir / "ablations" / "seed" / "results.safetensors").exists()
+    assert (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns == evaluated
     first = args.output_dir / "ablations" / name / cells[0] / "align" / "model"
     assert not same_weights(first, args.output_dir / "ablations" / name / cells[1] / "align" / "model")
 
