@@ -23,7 +23,9 @@ SHARED = ROOT.parent / "shared" / "data"
 def command(recipe: str, data_set: str, output_dir: Path, *flags: str) -> list[str]:
     config = ROOT / "recipes" / data_set / "debug.yaml"
     script = ROOT / "recipes" / f"{recipe}.py"
-    return [sys.executable, str(script), "--config", str(config), "--output_dir", str(output_dir), *flags]
+    # Tiny models gain nothing from threads, and lose much where others run beside them.
+    threads = ("--threads", "1")
+    return [sys.executable, str(script), "--config", str(config), "--output_dir", str(output_dir), *threads, *flags]
 
 
 def run(*args, check=True) -> subprocess.CompletedProcess:
