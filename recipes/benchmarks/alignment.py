@@ -174,7 +174,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def compare_steps(args: Namespace) -> list[dict]:
     tokenizer, pairs = random_tokenizer(), random_rows(args.pairs)
-    print("| encoder | one position per | loss | plain [ms] | ours [ms] | | reference precomputed [ms] | |")
+    print("| encoder | one position per | loss | plain [ms] | reference live [ms] | | known [ms] | |")
     print("|---|---|---|---|---|---|---|---|")
     results = []
     for attention in ("causal", "bidirectional"):
