@@ -1,5 +1,6 @@
 """The recipes' stages, from raw logs to the report. Each is one function of [`RecipeArguments`]."""
 
+from .ablations import ablate
 from .align import align
 from .evaluate import evaluate
 from .pretrain import pretrain
@@ -23,6 +24,7 @@ def run_pipeline(args: RecipeArguments) -> None:
 
 __all__ = [
     "RecipeArguments",
+    "ablate",
     "align",
     "evaluate",
     "parse_recipe_arguments",

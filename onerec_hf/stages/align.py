@@ -44,15 +44,22 @@ from .tokenize import ITEM_EMBEDDINGS
 
 ALIGNED = "aligned.json"
 SEED_CHECKS = "seed_checks.json"
+ALIGN_READS = ["data", "tokenize", "pretrain", "reward"]
 
 logger = get_logger(__name__)
 
 
-def align(args: RecipeArguments) -> Path:
-    """Runs the rounds; returns the stage's folder: `round_1` to `round_T` and `model`, the last kept one's model."""
+def align(args: RecipeArguments, stage: str = "align", first_pairs: str | None = None) -> Path:
+    """Runs the rounds; returns the stage's folder: `round_1` to `round_T` and `model`, the last kept one's model.
+
+    Args:
+        stage: The stage's name, another one to align the run's seed model once more.
+        first_pairs: The stage that has drawn the first round's pairs ([`sample_preference_pairs`] of the seed model
+            with the same settings), for alignments that share them. By default the round draws them.
+    """
 
     def work(folder: Path) -> dict | None:
-        alignment = Alignment(args, folder)
+        alignment = Alignment(args, folder, args.output_dir / first_pairs / PAIRS if first_pairs else None)
         last_kept, rounds = alignment.seed_model, []
         for number in range(1, args.training.align_rounds + 1):
             rounds.append(alignment.round(number, last_kept))
@@ -65,7 +72,13 @@ def align(args: RecipeArguments) -> Path:
             )
         return {"rounds": rounds, "seed_checks": alignment.seed_checks()}
 
-    settings = args.settings(
+    reads = [*ALIGN_READS, *([first_pairs] if first_pairs else [])]
+    return run_stage(stage, args.output_dir, align_settings(args), reads, work)
+
+
+def align_settings(args: RecipeArguments) -> dict[str, Any]:
+    """What the rounds depend on beside the stages that are read."""
+    return args.settings(
         *PAIR_SETTINGS,
         "training.align_rounds",
         "training.align",
@@ -75,7 +88,6 @@ def align(args: RecipeArguments) -> Path:
         "training.max_recall_drop",
         "training.holdout_sessions",
     )
-    return run_stage("align", args.output_dir, settings, ["data", "tokenize", "pretrain", "reward"], work)
 
 
 @dataclass
@@ -84,6 +96,7 @@ class Alignment:
 
     args: RecipeArguments
     folder: Path
+    first_pairs: Path | None = None
 
     def __post_init__(self):
         self.device = PartialState().device
@@ -144,6 +157,10 @@ class Alignment:
             seed = self.args.run.seed + number
             target.mkdir(parents=True, exist_ok=True)
             model = self.model(previous)
+            if number == 1 and self.first_pairs and state.is_main_process and not (target / PAIRS).exists():
+                shutil.copyfile(self.first_pairs, target / f"{PAIRS}.partial")
+                (target / f"{PAIRS}.partial").rename(target / PAIRS)
+            state.wait_for_everyone()
             pairs = draw_pairs(self.args, target, model, self.trie, self.scorer, self.users, seed)
             log = self._train(number, model, pairs, target, seed)
             before = self.seed_checks()

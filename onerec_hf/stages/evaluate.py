@@ -35,6 +35,7 @@ from .tokenize import semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
 BASELINE_STAGE, SEED_STAGE = "baselines", "evaluate_seed"
+BASELINE_READS = ["data", "tokenize"]
 NUM_EXAMPLES = 6
 ROUND, ROUND_ON_LOG = "round_{}.safetensors", "round_{}_on_log.safetensors"
 
@@ -91,7 +92,9 @@ def policy_settings(args: RecipeArguments) -> dict[str, Any]:
     return settings
 
 
-def evaluate_baselines(args: RecipeArguments, evaluation: Callable[[], PolicyEvaluation]) -> Path:
+def evaluate_baselines(
+    args: RecipeArguments, evaluation: Callable[[], PolicyEvaluation], stage: str = BASELINE_STAGE
+) -> Path:
     """Stage `baselines`: fits and evaluates each of them; writes `<name>.json`, the metrics, and `<name>.safetensors`,
     the rankings with their scores."""
 
@@ -107,7 +110,12 @@ def evaluate_baselines(args: RecipeArguments, evaluation: Callable[[], PolicyEva
                 write_json(folder / f"{name}.json", metrics)
         return None
 
-    settings = args.settings(
+    return run_stage(stage, args.output_dir, baseline_settings(args), BASELINE_READS, work)
+
+
+def baseline_settings(args: RecipeArguments) -> dict[str, Any]:
+    """What the baselines' results depend on beside the stages that are read."""
+    return args.settings(
         "evaluation.baselines",
         "evaluation.exclude_consumed",
         "evaluation.evaluation_users",
@@ -115,7 +123,6 @@ def evaluate_baselines(args: RecipeArguments, evaluation: Callable[[], PolicyEva
         "data.session_items",
         "run.seed",
     )
-    return run_stage(BASELINE_STAGE, args.output_dir, settings, ["data", "tokenize"], work)
 
 
 def rank_baseline(name: str, args: RecipeArguments, evaluation: PolicyEvaluation) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +132,8 @@ def rank_baseline(name: str, args: RecipeArguments, evaluation: PolicyEvaluation
         options = {"seed": args.run.seed, **options}
     fitted = [np.asarray(history) for history in evaluation.fitted_histories["history"][:]]
     model = BASELINES[name](**options).fit(fitted, evaluation.trie.num_items)
-    length = max(*CUTOFFS, args.evaluation.judged_sessions + args.data.session_items - 1)
-    return model.rank_with_scores(evaluation.histories, length, exclude_consumed=args.evaluation.exclude_consumed)
+    width = evaluation.judged_width
+    return model.rank_with_scores(evaluation.histories, width, exclude_consumed=args.evaluation.exclude_consumed)
 
 
 def evaluate_seed(args: RecipeArguments, judged: bool, evaluation: Callable[[], PolicyEvaluation]) -> Path:

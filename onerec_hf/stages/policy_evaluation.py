@@ -150,9 +150,15 @@ class PolicyEvaluation:
         results.facts["illegal_rate"] = illegal_rate(codes[made], self.tokenizer.codes)
         return results
 
-    def rank(self, model: OneRecForConditionalGeneration, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The evaluated users' ranked items int [B, 50] and their log-probabilities."""
-        width = max(CUTOFFS)
+    @property
+    def judged_width(self) -> int:
+        """Ranked items that a method's figures and its judged sessions need."""
+        return max(*CUTOFFS, self.options.judged_sessions + self.args.data.session_items - 1)
+
+    def rank(
+        self, model: OneRecForConditionalGeneration, name: str, width: int = max(CUTOFFS)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The evaluated users' ranked items int [B, width] and their log-probabilities."""
         beams = max(self.options.ranking_beams, width)
         ranked, scores = np.full((len(self.cases), width), -1), np.full((len(self.cases), width), -np.inf)
         with tqdm(total=len(self.cases), desc=f"ranking, {name}") as bar:

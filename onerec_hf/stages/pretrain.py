@@ -1,5 +1,6 @@
 """Stage `pretrain`: session-wise next-token prediction to the seed model M_0 (section 3.2, eq 4)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..pretraining import (
     user_feature_values,
 )
 from ..tokenization_onerec import OneRecTokenizer
-from .data_stage import PRETRAINING_SESSIONS, prepared_data
+from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, run_stage, stage_dir
 
@@ -61,13 +62,22 @@ def save_trained_model(trainer: Trainer, folder: Path) -> None:
     (folder / "training_args.bin").unlink(missing_ok=True)
 
 
-def pretrain(args: RecipeArguments) -> Path:
-    """Trains M_0; returns the stage's folder, whose `model` has the tokenizer with it."""
+def pretrain(
+    args: RecipeArguments, stage: str = "pretrain", sessions_of: Callable[[PreparedData], Dataset] | None = None
+) -> Path:
+    """Trains M_0; returns the stage's folder, whose `model` has the tokenizer with it.
+
+    Args:
+        stage: The stage's name, another one to train another model of the run's data.
+        sessions_of: Cuts other sessions than those of the `data` stage.
+    """
 
     def work(folder: Path) -> dict | None:
         set_seed(args.run.seed)
-        tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "pretrain"))
-        sessions = index_sessions(prepared_data(args, "pretrain").read(PRETRAINING_SESSIONS), tokenizer)
+        tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", stage))
+        prepared = prepared_data(args, stage)
+        cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
+        sessions = index_sessions(cut, tokenizer)
         parts = parted_sessions(sessions, args)
         holdout = len(parts["test"])
         config = OneRecConfig.from_preset(
@@ -121,4 +131,4 @@ def pretrain(args: RecipeArguments) -> Path:
         "training.holdout_sessions",
         "run.seed",
     )
-    return run_stage("pretrain", args.output_dir, settings, ["data", "tokenize"], work)
+    return run_stage(stage, args.output_dir, settings, ["data", "tokenize"], work)

@@ -83,7 +83,7 @@ def draw_pairs(
     return Dataset(pq.read_table(folder / PAIRS))
 
 
-def sample_preference_pairs(args: RecipeArguments) -> Path:
+def sample_preference_pairs(args: RecipeArguments, stage: str = "preferences") -> Path:
     """Draws the pairs of `sample_model`, by default the seed model; returns the stage's folder with `pairs.parquet`.
 
     With `hub_preferences_id` they are pushed there as a data set.
@@ -108,7 +108,7 @@ def sample_preference_pairs(args: RecipeArguments) -> Path:
 
     settings = args.settings(*PAIR_SETTINGS, "training.sample_model")
     reads = ["data", "tokenize", "reward", *([] if source else ["pretrain"])]
-    folder = run_stage("preferences", args.output_dir, settings, reads, work)
+    folder = run_stage(stage, args.output_dir, settings, reads, work)
     if args.run.hub_preferences_id is not None and state.is_main_process:
         pairs = Dataset(pq.read_table(folder / PAIRS))
         logger.info(f"Pushed: {pairs.push_to_hub(args.run.hub_preferences_id).repo_url}")

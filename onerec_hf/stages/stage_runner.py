@@ -50,6 +50,26 @@ def stage_dir(output_dir: Path, name: str, needed_by: str) -> Path:
     return output_dir / name
 
 
+def is_complete(name: str, output_dir: Path, settings: dict[str, Any], reads: list[str]) -> bool:
+    """Whether [`run_stage`] with the same arguments would have nothing to do."""
+    done = completed_stage(output_dir, name)
+    return done is not None and done["fingerprint"] == _fingerprint(_description(name, output_dir, settings, reads))
+
+
+def _description(name: str, output_dir: Path, settings: dict[str, Any], reads: list[str]) -> dict[str, Any]:
+    """What decides a stage's output."""
+    inputs = {
+        stage: completed_stage(output_dir, stage)["fingerprint"]
+        for stage in reads
+        if stage_dir(output_dir, stage, name)
+    }
+    return json.loads(json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True, default=str))
+
+
+def _fingerprint(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def run_stage(
     name: str, output_dir: Path, settings: dict[str, Any], reads: list[str], work: Callable[[Path], dict | None]
 ) -> Path:
@@ -60,19 +80,15 @@ def run_stage(
     changed is done anew, and its former output replaced at the end.
 
     Args:
+        name (`str`): The stage's folder below `output_dir`.
         settings (`dict`): Everything that decides the stage's output, JSON-able.
         reads (`list[str]`): The stages whose output it reads.
     """
     state = PartialState()
     target, partial = output_dir / name, output_dir / f"{name}.partial"
     former = output_dir / f"{name}.former"
-    inputs = {
-        stage: completed_stage(output_dir, stage)["fingerprint"]
-        for stage in reads
-        if stage_dir(output_dir, stage, name)
-    }
-    described = json.loads(json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True, default=str))
-    fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    described = _description(name, output_dir, settings, reads)
+    fingerprint = _fingerprint(described)
     done = completed_stage(output_dir, name)
     if done is not None and done["fingerprint"] == fingerprint:
         logger.info(f"[{name}] complete: {target}")

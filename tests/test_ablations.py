@@ -1,0 +1,199 @@
+"""Ablations and Table 1 in debug size, on one run of the quickstart as far as its reward model."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from onerec_hf.evaluation import comparison_table
+from onerec_hf.stages import ablate, align, parse_recipe_arguments, pretrain, reward, tokenize
+from onerec_hf.stages.evaluate import evaluate_seed
+from onerec_hf.stages.policy_evaluation import PolicyEvaluation
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "recipes" / "quickstart" / "debug.yaml"
+STAGES = ("data", "tokenize", "pretrain", "reward", "evaluate_seed")
+FLAGS = (
+    "--align_rounds",
+    "1",
+    "--judged_users",
+    "6",
+    "--align_holdout",
+    "8",
+    "--max_recall_drop",
+    "1",
+    "--threads",
+    "1",
+)
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    args = parse_recipe_arguments(
+        ["--config", str(CONFIG), "--output_dir", str(tmp_path_factory.mktemp("runs") / "run"), *FLAGS]
+    )
+    for stage in (tokenize, pretrain, reward):
+        stage(args)
+    evaluate_seed(args, True, functools.cache(lambda: PolicyEvaluation(args, "evaluate", True)))
+    return args
+
+
+def written(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    assert "| Reward model" in (folder / "table.md").read_text()
+    rows = json.loads((folder / "table.json").read_text())["rows"]
+    for row in rows:
+        assert set(row["judges"]) == {"reward_model", "independent_judge", "truth"}
+        for judge in row["judges"].values():
+            assert {f"{head}_{which}" for head in ("reward", "swt", "ltr") for which in ("mean", "max")} <= set(judge)
+    return {row["name"]: row for row in rows}
+
+
+def weights(folder: Path):
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = weights(one), weights(other)
+    return all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_killed_command_goes_on_where_it_was_and_a_complete_one_does_nothing(args):
+    output_dir = args.output_dir
+    script = [sys.executable, str(ROOT / "recipes" / "ablations.py"), "r_dpo", "0.05", "0.2"]
+    command = [*script, "--config", str(CONFIG), "--output_dir", str(output_dir), *FLAGS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    stages = {name: written(output_dir / name) for name in STAGES}
+    pairs = output_dir / "ablations" / "r_dpo" / "0.2" / "align.partial" / "round_1" / "pairs.parquet"
+    with open(output_dir.with_suffix(".log"), "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        deadline = time.monotonic() + 120
+        while not pairs.exists():
+            assert process.poll() is None and time.monotonic() < deadline, output_dir.with_suffix(".log").read_text()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    cells = output_dir / "ablations" / "r_dpo"
+    before, drawn = written(cells / "0.05"), pairs.stat().st_mtime_ns
+    assert (cells / "0.05" / "evaluate" / "results.safetensors").exists() and not (cells / "table.md").exists()
+
+    rows = rows_of(ablate(args, "r_dpo", "0.05", "0.2"))
+    assert written(cells / "0.05") == before
+    assert (cells / "0.2" / "align" / "round_1" / "pairs.parquet").stat().st_mtime_ns == drawn
+    assert {name: written(output_dir / name) for name in STAGES} == stages
+    assert not (output_dir / "ablations" / "seed").exists()  # the run's evaluation has it
+
+    assert list(rows) == ["seed model", "0.05", "0.2"]
+    assert rows["seed model"]["kl_to_seed"] == 0 and "change" not in rows["seed model"]
+    for name in ("0.05", "0.2"):
+        assert rows[name]["rounds"] == 1 and rows[name]["illegal_rate"] == 0 and rows[name]["kl_to_seed"] > 0
+        change = rows[name]["change"]["judges"]["truth"]["reward_mean"]
+        ratio = rows[name]["judges"]["truth"]["reward_mean"] / rows["seed model"]["judges"]["truth"]["reward_mean"]
+        assert change["relative"] == pytest.approx(ratio - 1) and change["interval"][0] <= change["interval"][1]
+    counts = [
+        pq.read_metadata(cells / cell / "align" / "round_1" / "pairs.parquet").num_rows for cell in ("0.05", "0.2")
+    ]
+    assert counts[0] < counts[1]
+
+    everything = written(output_dir / "ablations" / "r_dpo" / "0.2")
+    ablate(args, "r_dpo", "0.05", "0.2")
+    assert written(output_dir / "ablations" / "r_dpo" / "0.2") == everything
+
+
+def test_losses_share_their_pairs_and_table_1_has_their_cells(args):
+    rows = rows_of(ablate(args, "losses", "dpo", "sdpo"))
+    assert list(rows) == ["seed model", "dpo", "sdpo"]
+    cells = args.output_dir / "ablations" / "losses"
+    drawn = pq.read_table(cells / "pairs" / "pairs.parquet")
+    assert max(map(len, drawn["rejected"].to_pylist())) == 4
+    for cell in ("dpo", "sdpo"):
+        assert pq.read_table(cells / cell / "align" / "round_1" / "pairs.parquet").equals(drawn)
+    assert not same_weights(cells / "dpo" / "align" / "model", cells / "sdpo" / "align" / "model")
+
+    before = written(cells)
+    table = rows_of(ablate(args, "table1", "popularity", "tiger", "dpo", "ipa"))
+    assert list(table) == ["Popularity", "TIGER-like", "OneRec", "OneRec + DPO", "OneRec + IPA"]
+    assert written(cells) == before
+    assert table["OneRec + DPO"]["judges"] == rows["dpo"]["judges"]
+    for name in ("Popularity", "TIGER-like"):
+        assert table[name]["recall@10"] > 0 and "reward_max" in table[name]["change"]["judges"]["independent_judge"]
+
+    tiger = AutoModelForSeq2SeqLM.from_pretrained(
+        args.output_dir / "ablations" / "table1" / "tiger" / "pretrain" / "model"
+    )
+    onerec = AutoModelForSeq2SeqLM.from_pretrained(args.output_dir / "pretrain" / "model")
+    assert tiger.config.num_experts == 1 and tiger.config.session_items == 1
+    assert tiger.num_parameters() == pytest.approx(onerec.num_parameters(), rel=0.02)
+
+
+def test_the_runs_own_alignment_is_the_cell_of_its_settings_and_rounds_are_one_alignment(args):
+    own = replace(args, training=replace(args.training, align_rounds=2))
+    align(own)
+    rows = rows_of(ablate(own, "reference"))
+    cells = args.output_dir / "ablations" / "reference"
+    assert not (cells / "previous" / "align").exists()
+    # The first round's reference is the seed model either way; its pairs were drawn by the round and beforehand.
+    run, sft = args.output_dir / "align", cells / "sft" / "align"
+    assert same_weights(run / "round_1", sft / "round_1") and not same_weights(run / "round_2", sft / "round_2")
+
+    by_round = rows_of(ablate(args, "rounds", "1", "2"))
+    assert list(by_round) == ["seed model", "1", "2"]
+    assert [by_round[number]["rounds"] for number in ("1", "2")] == [1, 2]
+    assert by_round["2"]["judges"] == rows["previous"]["judges"] != by_round["1"]["judges"]
+
+
+@pytest.mark.parametrize("name, cells", [("num_candidates", ("4", "6")), ("ntp", ("with", "without"))])
+def test_other_ablations_and_users(args, name, cells):
+    evaluated = (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns
+    rows = rows_of(ablate(replace(args, evaluation=replace(args.evaluation, evaluation_users=20)), name, *cells))
+    assert list(rows) == ["seed model", *cells]
+    # The seed model is evaluated on these users too, beside the run's evaluation.
+    assert (args.output_dir / "ablations" / "seed" / "results.safetensors").exists()
+    assert (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns == evaluated
+    first = args.output_dir / "ablations" / name / cells[0] / "align" / "model"
+    assert not same_weights(first, args.output_dir / "ablations" / name / cells[1] / "align" / "model")
+
+
+def test_what_there_is_not_is_said(args, tmp_path):
+    with pytest.raises(ValueError, match="no ablation 'loss'; choose one of r_dpo"):
+        ablate(args, "loss")
+    with pytest.raises(ValueError, match="losses has not all of the cells dpo, kto"):
+        ablate(args, "losses", "dpo", "kto")
+    with pytest.raises(ValueError, match="align_rounds is 0"):
+        ablate(replace(args, training=replace(args.training, align_rounds=0)), "ntp")
+    with pytest.raises(FileNotFoundError, match="run recipes/pretrain.py|run recipes/tokenize.py"):
+        ablate(replace(args, run=replace(args.run, output_dir=str(tmp_path))), "ntp")
+
+
+def test_a_table_has_a_row_by_policy_and_judge():
+    figures = {
+        "reward_mean": 0.5,
+        "reward_mean_interval": [0.4, 0.6],
+        "reward_max": 0.9,
+        "vtr_mean": 0.1,
+        "vtr_max": 0.7,
+    }
+    seed = {"name": "seed", "rounds": None, "recall@10": 0.25, "coverage": 0.5, "judges": {"a": figures, "b": figures}}
+    change = {"coverage": {"relative": -0.1, "interval": [-0.2, 0.0]}, "judges": {"b": {}}}
+    change["judges"]["a"] = {"reward_mean": {"relative": 0.25, "interval": [0.1, 0.375]}}
+    lines = comparison_table("Title", "About.", [seed, {**seed, "name": "cell", "rounds": 2, "change": change}])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()[4:]]
+    assert lines[0][6:] == ["judge", "mean reward", "max reward", "vtr"]
+    row = ["0.2500", "0.5000", "–", "–", "a", "0.5000 [0.4, 0.6]", "0.9000", "0.1000 / 0.7000"]
+    assert lines[2] == ["seed", "–", *row]
+    assert lines[4][:4] == ["cell", "2", "0.2500", "0.5000 -10.0% [-20.0%, +0.0%]"]
+    assert lines[4][6:8] == ["a", "0.5000 [0.4, 0.6] +25.0% [+10.0%, +37.5%]"]
+    assert lines[5][:7] == [""] * 6 + ["b"] and lines[5][7] == "0.5000 [0.4, 0.6]"
