@@ -53,6 +53,8 @@ def test_true_propensities_give_the_true_value_and_difference(world):
         low, high = head[f"{name}_difference_interval"]
         assert low < value - seed_value < high
     assert result["mean_weight"] == pytest.approx(1, abs=0.03) and result["conclusive"]
+    off = feedback(world, wrong, logging / 3).estimates(on_log(world, 1, wrong))
+    assert off["mean_weight"] > 2 and off["effective_sample_size"] > 100 and not off["conclusive"]
     assert result["exposures"] == (shown >= 0).sum() and result["clipped_share"] == 0
 
 

@@ -142,6 +142,13 @@ class TestWriteReport:
         sentence = "Round 2: 4,321 logged exposures count as 50, fewer than 100. That is too small to conclude"
         assert sentence in page and sentence in print_table(metrics)
 
+    def test_propensities_that_are_off_conclude_nothing(self, tmp_path, metrics, arguments):
+        off = on_log(500, True) | {"mean_weight": 2.85, "conclusive": False}
+        metrics["alignment"][1]["on_log"] = off
+        page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
+        assert "Round 1: the mean weight is 2.85, where true propensities give 1." in page
+        assert page.count("no: propensities off") == 1
+
     def test_reward_models_have_their_metrics_and_reliability_plots(self, tmp_path, metrics, arguments):
         plots = {"reward_model": {"sessions": b"a", "exposures": b"b"}, "independent_judge": {"sessions": b"c"}}
         page = write_report(tmp_path / "r.html", metrics, **arguments, reliability_plots=plots)

@@ -145,7 +145,7 @@ def log_section(alignment: Sequence[Entry]) -> str:
         '<p class="note">What the next exposures would have earned had the policy chosen them, estimated from the '
         "evaluated period's logged exposures: by self-normalised inverse propensity scores (SNIPS), and doubly robust "
         "(DR) with the independent judge as the model of feedback. Propensities are the items' smoothed shares of "
-        "the fitted period's exposures, the same for all users: a mean weight far from 1 says that they miss what the "
+        "the week of exposures before, the same for all users: a mean weight far from 1 says that they miss what the "
         "logging policy did. In brackets 95% bootstrap intervals over users; differences are to round 0, paired by "
         "user.</p>"
     )
@@ -183,22 +183,36 @@ def _estimates(values: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(on_log: Mapping[str, Any]) -> str:
-    return "yes" if on_log["conclusive"] else "no: sample too small"
+    if on_log["conclusive"]:
+        return "yes"
+    return "no: sample too small" if _too_small(on_log) else "no: propensities off"
+
+
+def _too_small(on_log: Mapping[str, Any]) -> bool:
+    return on_log["effective_sample_size"] < MIN_EFFECTIVE_SAMPLES
 
 
 # ------------------------------------------------------------------------------------------------------------ in words
 
 
 def log_sentences(alignment: Sequence[Entry]) -> list[str]:
-    """Which rounds the log bears on too little to conclude anything."""
+    """The rounds of which the log tells nothing sure, and why."""
     sentences = []
     for index, entry in enumerate(alignment):
         on_log = entry.get("on_log")
-        if on_log and not on_log["conclusive"]:
+        if not on_log or on_log["conclusive"]:
+            continue
+        if _too_small(on_log):
             sentences.append(
                 f"Round {round_name(entry, index)}: {on_log['exposures']:,} logged exposures count as "
                 f"{on_log['effective_sample_size']:.0f}, fewer than {MIN_EFFECTIVE_SAMPLES}. That is too small to "
                 "conclude anything from the log about this round."
+            )
+        else:
+            sentences.append(
+                f"Round {round_name(entry, index)}: the mean weight is {on_log['mean_weight']:.2f}, where true "
+                "propensities give 1. The logging policy was another than estimated: nothing is to be concluded from "
+                "the log about this round."
             )
     return sentences
 

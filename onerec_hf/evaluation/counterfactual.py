@@ -8,9 +8,10 @@ pi would have earned E_mu[w r] with w = pi(a | x) / mu(a | x).
   sum w (r - q(x, a)) / sum w, with a model q of the feedback: right where the propensities or the model are.
 
 Weights are cut at a limit, which trades variance for a bias towards the logging policy. A production log seldom tells
-its propensities. They are estimated here by the items' smoothed shares of earlier exposures, the same for all users:
-where the logging policy was personal, the weights miss that. A mean weight far from 1, its value under the true
-propensities, says so, and the effective sample size, (sum w)^2 / sum w^2, how much of the log bears on the policy.
+its propensities. They are estimated here by the items' smoothed shares of the week of exposures before, the same for
+all users: where the logging policy was personal, the weights miss that. A mean weight far from 1, its value under
+the true propensities, says so, and the effective sample size, (sum w)^2 / sum w^2, how much of the log bears on the
+policy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .bootstrap import percentile_interval, resampled_means
 
 SMOOTHING = 1.0
 MIN_EFFECTIVE_SAMPLES = 100
+MEAN_WEIGHTS = (0.5, 2.0)  # outside of them the propensities are too wrong to weigh by
 
 
 def exposure_shares(items: np.ndarray, num_items: int, smoothing: float = SMOOTHING) -> np.ndarray:
@@ -76,9 +78,9 @@ class LoggedFeedback:
 
         Returns:
             `exposures`, `effective_sample_size`, `mean_weight`, `clipped_share` and `conclusive` (whether the
-            effective sample reaches 100), and `heads`: by head `logged` (mean label), `snips` and `doubly_robust`,
-            each with `<estimate>_interval`; with `seed` also `<estimate>_difference` to it and
-            `<estimate>_difference_interval`, paired by user.
+            effective sample reaches 100 and the mean weight lies in [0.5, 2]), and `heads`: by head `logged` (mean
+            label), `snips` and `doubly_robust`, each with `<estimate>_interval`; with `seed` also
+            `<estimate>_difference` to it and `<estimate>_difference_interval`, paired by user.
 
         Raises:
             ValueError: if no logged item has a probability under the policy.
@@ -88,13 +90,13 @@ class LoggedFeedback:
         total, squares = np.nansum(weights), np.nansum(weights**2)
         if not total:
             raise ValueError("The policy gives no logged exposure any probability: there is nothing to estimate from.")
-        effective = float(total**2 / squares)
+        effective, mean_weight = float(total**2 / squares), float(total / shown.sum())
         result: dict[str, Any] = {
             "exposures": int(shown.sum()),
             "effective_sample_size": effective,
-            "mean_weight": float(total / shown.sum()),
+            "mean_weight": mean_weight,
             "clipped_share": float((weights[shown] >= self.clip).mean()),
-            "conclusive": effective >= MIN_EFFECTIVE_SAMPLES,
+            "conclusive": effective >= MIN_EFFECTIVE_SAMPLES and MEAN_WEIGHTS[0] <= mean_weight <= MEAN_WEIGHTS[1],
             "heads": {},
         }
         for head, labels in self.labels.items():

@@ -51,6 +51,7 @@ from .tokenize import ITEM_EMBEDDINGS
 CUTOFFS = (5, 10, 50)
 TRUTH = "truth"
 LOG_EXPOSURES = 8  # of a user, the first ones: the model's view of him is as old as the period's beginning
+PROPENSITY_DAYS = 7  # of exposures; on KuaiRand shares of a week foretell the next day's best
 DIRECT_DRAWS = 16  # items drawn for the expectation of the feedback's model under a policy
 
 
@@ -322,7 +323,8 @@ class LoggedExposures:
         shape = (len(chosen), LOG_EXPOSURES)
         self.items = np.full(shape, -1)
         self.items[spot] = tokenizer.item_index(shown["item_id"])
-        shares = exposure_shares(tokenizer.item_index(split.fit["item_id"]), evaluation.trie.num_items)
+        before = split.fit[split.fit["timestamp"] >= split.fit["timestamp"].max() - PROPENSITY_DAYS * 86400]
+        shares = exposure_shares(tokenizer.item_index(before["item_id"]), evaluation.trie.num_items)
         self.propensities = np.where(self.items >= 0, shares[self.items], np.nan)
         labels = session_labels(shown.reset_index(drop=True), np.arange(len(shown))[:, None])
         scorer = evaluation.scorers[INDEPENDENT_JUDGE]
