@@ -25,7 +25,8 @@ INSTALL_REQUIRES = [
     "trl>=1.15,<2",  # DPOTrainer's internals, which alignment/ overrides, move between major versions
 ]
 EXTRAS_REQUIRE = {
-    "test": ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.17", "torchao>=0.15"]
+    "lora": ["peft>=0.18"],
+    "test": ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.17", "torchao>=0.15"],
 }
 
 # The templates live in model_cards/ at the repository's root; an installed wheel carries them inside the package.

@@ -69,3 +69,13 @@ def test_constraints_pin_every_requirement_within_its_range():
         version = pins[canonicalize_name(requirement.name)]
         assert version in requirement.specifier, f"{requirement} against {version} of constraints.txt"
     assert "+" not in "".join(pins.values()), "a local version fits one build only"
+
+
+def test_what_the_plain_installation_lacks_is_not_imported():
+    hidden = "".join(f"sys.modules[{name!r}] = None; " for name in ("hypothesis", "peft", "pytest", "torchao"))
+    code = f"import sys; {hidden}import onerec_hf.stages, onerec_hf.model_export"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    code = f"import sys; {hidden}from onerec_hf.stages.align import lora_config; lora_config({{'r': 2}})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "pip install -c constraints.txt 'onerec_hf[lora]'" in result.stderr

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import set_seed
 
@@ -90,6 +89,21 @@ def align_settings(args: RecipeArguments) -> dict[str, Any]:
     )
 
 
+def lora_config(fields: dict[str, Any]):
+    """peft's `LoraConfig` of these fields, None where there are none.
+
+    Raises:
+        ImportError: peft is not installed, which only adapters need.
+    """
+    if not fields:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("align_lora needs peft: pip install -c constraints.txt 'onerec_hf[lora]'.") from error
+    return LoraConfig(**fields)
+
+
 @dataclass
 class Alignment:
     """What all rounds share, loaded when a round needs it, and one round."""
@@ -102,6 +116,7 @@ class Alignment:
         self.device = PartialState().device
         self.seed_model = stage_dir(self.args.output_dir, "pretrain", "align") / MODEL
         self.tokenizer = OneRecTokenizer.from_pretrained(self.seed_model)
+        self.lora = lora_config(self.args.training.align_lora)
 
     @cached_property
     def trie(self) -> ItemTrie:
@@ -207,7 +222,7 @@ class Alignment:
             processing_class=self.tokenizer,
             ntp_dataset=ordinary,
             ref_model=self.model(self.seed_model) if options.align_reference == "sft" else None,
-            peft_config=LoraConfig(**options.align_lora) if options.align_lora else None,
+            peft_config=self.lora,
             callbacks=[CheckpointCompleteCallback()],
         )
         trainer.train(resume_from_checkpoint=latest_complete_checkpoint(checkpoints))
