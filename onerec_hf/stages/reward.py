@@ -13,6 +13,7 @@ from ..pretraining import index_sessions
 from ..reward import (
     ExposureEncoder,
     ItemTotals,
+    OneRecRewardModel,
     RewardCollator,
     RewardPredictions,
     create_reward_model,
@@ -97,6 +98,22 @@ def _of_users(runs: Dataset, chosen: np.ndarray) -> Dataset:
     return runs.select(np.flatnonzero(chosen))
 
 
+def without_calibration_users(phases: list[Dataset], seed: int) -> tuple[list[Dataset], Dataset]:
+    """The phases without a tenth of the users, drawn by seed, and the last phase's runs of that tenth."""
+    held_out = [user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0 for runs in phases]
+    train = [_of_users(runs, ~rows) for runs, rows in zip(phases, held_out, strict=True)]
+    return train, _of_users(phases[-1], held_out[-1])
+
+
+def calibrate(model: OneRecRewardModel, encoder: ExposureEncoder, totals: ItemTotals, runs: Dataset) -> None:
+    """Fits the calibration on runs that were not trained on, single exposures and whole sessions alike."""
+    predictions = [
+        predict_rewards(model, runs, RewardCollator(encoder, totals, length))
+        for length in {1, model.config.session_items}
+    ]
+    fit_calibration(model, RewardPredictions.joined(predictions))
+
+
 def _train(
     args: RecipeArguments, folder: Path, name: str, index: int, tokenizer: OneRecTokenizer, exposures: _Exposures
 ) -> None:
@@ -104,9 +121,7 @@ def _train(
     target, seed = folder / name, args.run.seed + index
     set_seed(seed)
     feed, totals, phases, unseen = exposures.of_half(index)
-    held_out = [user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0 for runs in phases]
-    train = [_of_users(runs, ~rows) for runs, rows in zip(phases, held_out, strict=True)]
-    calibration = _of_users(phases[-1], held_out[-1])
+    train, calibration = without_calibration_users(phases, seed)
     overrides = args.training.reward_model if name == REWARD_MODEL else args.training.judge_model
     sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
     model = create_reward_model({**sizes, **DEFAULTS[name], **overrides}, feed, totals, tokenizer)
@@ -118,12 +133,7 @@ def _train(
     }
     log = training_log(train_reward_model(model, tokenizer, totals, train, arguments))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-    # Single exposures and whole sessions alike.
-    held_out_predictions = [
-        predict_rewards(model, calibration, RewardCollator(encoder, totals, length))
-        for length in {1, model.config.session_items}
-    ]
-    fit_calibration(model, RewardPredictions.joined(held_out_predictions))
+    calibrate(model, encoder, totals, calibration)
     if PartialState().is_main_process:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -114,11 +114,17 @@ def package_step(
         )
         trainer = OneRecDPOTrainer(model, args, pairs, tokenizer, ref_model=reference)
     rows = list(trainer.train_dataset)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     model.train()
 
     def loss() -> torch.Tensor:
         return trainer.compute_loss(model, trainer.data_collator(rows))
+
+    return loss, optimizer_step(model, loss)
+
+
+def optimizer_step(model, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """A whole step on what `loss` gives."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step() -> None:
         loss().backward()
@@ -126,13 +132,12 @@ def package_step(
         optimizer.step()
         optimizer.zero_grad()
 
-    return loss, step
+    return step
 
 
 def plain_step(model, reference, pairs: Dataset, tokenizer: OneRecTokenizer) -> tuple[Callable, Callable]:
     """The same by a plain loop: a pair is two rows, each with its history."""
     rows = list(pairs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -156,13 +161,7 @@ def plain_step(model, reference, pairs: Dataset, tokenizer: OneRecTokenizer) -> 
         chosen, rejected = (policy - frozen).chunk(2)
         return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
-    def step() -> None:
-        loss().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return loss, step
+    return loss, optimizer_step(model, loss)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -28,18 +28,15 @@ from onerec_hf.reward import (
     ExposureEncoder,
     ItemTotals,
     RewardCollator,
-    RewardPredictions,
     create_reward_model,
-    fit_calibration,
     objective_metrics,
     predict_rewards,
     train_reward_model,
-    user_fold,
 )
 from onerec_hf.stages.data_stage import prepared_data
 from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward import CALIBRATION_FOLDS, training_phases
+from onerec_hf.stages.reward import calibrate, training_phases, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -66,9 +63,7 @@ class Cases:
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed(), interactions=prepared.split.fit)
         phases = training_phases(self.feed, args.data, self.tokenizer)
-        held_out = [user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0 for runs in phases]
-        self.train = [runs.select(np.flatnonzero(~rows)) for runs, rows in zip(phases, held_out, strict=True)]
-        self.held_out = phases[-1].select(np.flatnonzero(held_out[-1]))
+        self.train, self.held_out = without_calibration_users(phases, seed)
         self.later = index_sessions(prepared.later_runs(), self.tokenizer)
         items = self.tokenizer.item_index(self.feed.interactions["item_id"])
         self.totals = ItemTotals(self.feed.interactions, items, len(self.tokenizer.item_ids))
@@ -87,11 +82,7 @@ def reward_model_cells(args, cases: Cases, seed: int) -> dict[str, dict[str, flo
     with tempfile.TemporaryDirectory() as folder:
         arguments = {**TRAINING_DEFAULTS, "seed": seed, **args.training.reward, "save_strategy": "no"}
         train_reward_model(model, cases.tokenizer, cases.totals, cases.train, arguments | {"output_dir": folder})
-    held_out = [
-        predict_rewards(model, cases.held_out, RewardCollator(encoder, cases.totals, length))
-        for length in lengths.values()
-    ]
-    fit_calibration(model, RewardPredictions.joined(held_out))
+    calibrate(model, encoder, cases.totals, cases.held_out)
     return {
         name: predict_rewards(model, cases.later, RewardCollator(encoder, None, length)).metrics(model.config)
         for name, length in lengths.items()
