@@ -380,7 +380,7 @@ def train_tiger(args: RecipeArguments, stage: str) -> Path:
     )
 
     def next_items(prepared: PreparedData) -> Dataset:
-        return pretraining_sessions(prepared.split.fit, prepared.feed(), single)
+        return pretraining_sessions(prepared.split.fit, prepared.feed, single)
 
     changed = replace(args, data=single, training=replace(options, model={**options.model, **dense}))
     return pretrain(changed, stage, next_items)

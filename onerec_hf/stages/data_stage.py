@@ -44,6 +44,7 @@ class PreparedData:
     folder: Path
     args: DataArguments
 
+    @cached_property
     def feed(self) -> Feed:
         return load_saved_feed(self.folder / "feed")
 
@@ -63,11 +64,11 @@ class PreparedData:
 
     @cached_property
     def split(self) -> FeedSplit:
-        return split_feed(self.feed(), self.args)
+        return split_feed(self.feed, self.args)
 
     @cached_property
     def _user_exposures(self) -> pa.Table:
-        exposures = user_exposures(self.split.fit, self.feed(), self.args.history_items)
+        exposures = user_exposures(self.split.fit, self.feed, self.args.history_items)
         return exposures.with_format("arrow")[:].combine_chunks()
 
     def later_runs(self) -> Dataset:
@@ -75,7 +76,7 @@ class PreparedData:
 
         There are none where the split leaves one out, as no period separates what is fitted from what is evaluated.
         """
-        split, feed = self.split, self.feed()
+        split, feed = self.split, self.feed
         if self.args.split_method == "leave_one_out":
             return exposure_runs(split.fit, feed, self.args).select([])
         joined = pd.concat([split.fit, split.evaluation]).sort_values(["user_id", "position"], ignore_index=True)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..data import Feed, session_labels, split_feed
+from ..data import Feed, session_labels
 from ..evaluation import (
     COVERAGE_CUTOFF,
     REWARD,
@@ -68,7 +68,7 @@ class PolicyEvaluation:
         self.args, self.options, self.judged_run = args, args.evaluation, judged
         self.device = PartialState().device
         self.prepared = prepared_data(args, needed_by)
-        self.feed: Feed = self.prepared.feed()
+        self.feed: Feed = self.prepared.feed
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", needed_by))
         self.trie = ItemTrie.from_tokenizer(self.tokenizer).to(self.device)
         cases = self.prepared.read(EVALUATION_CASES)
@@ -301,7 +301,7 @@ class LoggedExposures:
 
     def __init__(self, evaluation: PolicyEvaluation):
         args, tokenizer = evaluation.args, evaluation.tokenizer
-        split = split_feed(evaluation.feed, args.data)
+        split = evaluation.prepared.split
         users = evaluation.fitted_histories
         enough = np.asarray(users["length"][:]) >= args.data.min_history_items
         known = {user: row for row, user in enumerate(users["user_id"][:]) if enough[row]}

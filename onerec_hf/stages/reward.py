@@ -69,7 +69,7 @@ class _Exposures:
     def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
         prepared = prepared_data(args, "reward")
         self.tokenizer = tokenizer
-        self.feed: Feed = replace(prepared.feed(), interactions=prepared.split.fit)
+        self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
         self.phases = training_phases(self.feed, args.data, tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
         self.seed = args.run.seed

@@ -32,7 +32,7 @@ def tokenize(args: RecipeArguments) -> Path:
     def work(folder: Path) -> dict | None:
         state = PartialState()
         prepared = prepared_data(args, "tokenize")
-        feed = prepared.feed()
+        feed = prepared.feed
         fitting = {"seed": args.run.seed, "device": state.device, "show_progress": state.is_main_process}
         if state.is_main_process:
             embeddings = embed_items(feed, prepared, args)

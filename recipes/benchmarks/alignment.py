@@ -238,7 +238,7 @@ def trained_run(args, users: int) -> tuple[OneRecForConditionalGeneration, Sessi
         totals = ItemTotals(fitted, tokenizer.item_index(fitted["item_id"]), tokenizer.num_items)
         lengths = {"history_items": args.data.history_items, "session_items": args.data.session_items}
         config = lengths | args.training.reward_model
-        scorer = SessionScorer(create_reward_model(config, prepared.feed(), totals, tokenizer), tokenizer)
+        scorer = SessionScorer(create_reward_model(config, prepared.feed, totals, tokenizer), tokenizer)
     rows = index_sessions(prepared.read(USER_HISTORIES), tokenizer).shuffle(seed=0).select(range(users))
     return OneRecForConditionalGeneration.from_pretrained(source), scorer, rows
 

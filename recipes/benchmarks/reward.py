@@ -61,7 +61,7 @@ class Cases:
     def __init__(self, args, seed: int):
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
         prepared = prepared_data(args, "reward benchmark")
-        self.feed = replace(prepared.feed(), interactions=prepared.split.fit)
+        self.feed = replace(prepared.feed, interactions=prepared.split.fit)
         phases = training_phases(self.feed, args.data, self.tokenizer)
         self.train, self.held_out = without_calibration_users(phases, seed)
         self.later = index_sessions(prepared.later_runs(), self.tokenizer)
