@@ -93,16 +93,35 @@ class TestSASRec:
     def test_an_epoch_predicts_every_item_but_the_first_once(self):
         histories = [np.arange(start, start + length) for start, length in [(0, 1), (1, 2), (3, 5), (8, 4), (12, 23)]]
         lengths = np.array([len(history) for history in histories])
-        flat = torch.from_numpy(np.concatenate(histories))
+        flat = np.concatenate(histories)
         model = SASRec(max_length=4, batch_tokens=10)
         for seed in range(5):
             predicted = []
-            for items, targets, present in model._batches(flat, lengths, np.random.default_rng(seed)):
+            every = np.ones(len(flat), dtype=bool)
+            for items, targets, present in model._batches(flat, lengths, every, np.random.default_rng(seed)):
                 assert items.shape[1] <= 4 and items.numel() <= 10
                 assert (targets[present] == items[present] + 1).all()
                 assert (present == (present.cumsum(1) == torch.arange(1, items.shape[1] + 1))).all()
                 predicted += targets[present].tolist()
             assert sorted(predicted) == sorted(set(flat.tolist()) - {0, 1, 3, 8, 12})
+            some, predicted = np.isin(flat, [2, 12, 20, 34]), []
+            for _, targets, counted in model._batches(flat, lengths, some, np.random.default_rng(seed)):
+                assert counted.any()
+                predicted += targets[counted].tolist()
+            assert sorted(predicted) == [2, 20, 34]
+
+    def test_the_last_epochs_are_on_recent_items_alone(self):
+        # 0 was followed by 1 as a rule, and is by 2 of late.
+        histories = [np.array([0, 1, 3, 0, 1, 3, 0, 1, 3, 0, 2])] * 40
+        settings = {"hidden_size": 16, "dropout": 0.0, "epochs": 10, "batch_tokens": 64, "learning_rate": 3e-3}
+        before = SASRec(**settings).fit(histories, 5)
+        after = SASRec(**settings, recent_epochs=10).fit(histories, 5, recent=[2] * 40)
+        odds = [model.score([np.array([0, 1, 3, 0])])[0] for model in (before, after)]
+        assert odds[0][1] - odds[0][2] > 0 > odds[1][1] - odds[1][2]
+        steps = [step for step, _ in after.training_curve]
+        assert steps == sorted(set(steps)) and steps[-1] > before.training_curve[-1][0]
+        none = SASRec(**settings).fit(histories, 5, recent=[0] * 40)
+        torch.testing.assert_close(none.score(histories[:1]), before.score(histories[:1]), rtol=0, atol=0)
 
     def test_learns_order_and_is_seeded(self):
         histories = walks()

@@ -14,6 +14,7 @@ from onerec_hf.pretraining import (
     index_sessions,
     latest_complete_checkpoint,
 )
+from onerec_hf.stages.pretrain import recent_sessions
 
 
 @pytest.fixture
@@ -40,6 +41,15 @@ def test_sessions_by_catalogue_index(tokenizer):
     unknown = Dataset.from_dict({"history_item_ids": [["w", "nobody"]]})
     with pytest.raises(ValueError, match="nobody"):
         index_sessions(unknown, tokenizer)
+
+
+def test_recent_sessions_are_those_of_the_latest_days():
+    day = 86400.0
+    sessions = Dataset.from_dict({"timestamp": [float("nan"), 0.0, 9 * day, 7 * day, 10 * day], "place": range(5)})
+    assert recent_sessions(sessions, 3)["place"][:] == [2, 3, 4]
+    assert recent_sessions(sessions, 0.5)["place"][:] == [4]
+    with pytest.raises(ValueError, match="recent_days"):
+        recent_sessions(sessions.select([0]), 3)
 
 
 def test_collator_lays_out_both_sequences(tokenizer, model):

@@ -140,6 +140,8 @@ class SASRec(Baseline):
         weight_decay: AdamW's.
         batch_tokens: items of a batch, pads included.
         epochs: passes over all histories.
+        recent_epochs: passes after these, with a schedule of their own, over the recent items of the histories that
+            `fit` was told of.
         max_minutes: end sooner, with the schedule compressed to end there too; the result then depends on the
             machine's speed. None: no limit.
         validation_share: share of users whose last item is held out; the epoch with the best NDCG@10 on them is kept.
@@ -161,6 +163,7 @@ class SASRec(Baseline):
         weight_decay: float = 0.01,
         batch_tokens: int = 1024,
         epochs: int = 20,
+        recent_epochs: int = 2,
         max_minutes: float | None = None,
         validation_share: float = 0.0,
         seed: int = 0,
@@ -181,12 +184,18 @@ class SASRec(Baseline):
         self.weight_decay = weight_decay
         self.batch_tokens = batch_tokens
         self.epochs = epochs
+        self.recent_epochs = recent_epochs
         self.max_minutes = max_minutes
         self.validation_share = validation_share
         self.seed = seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def fit(self, histories: Sequence[np.ndarray], num_items: int) -> SASRec:
+    def fit(self, histories: Sequence[np.ndarray], num_items: int, recent: Sequence[int] | None = None) -> SASRec:
+        """As `Baseline.fit`.
+
+        Args:
+            recent: how many of each history's latest items are recent, for `recent_epochs`.
+        """
         self.num_items = num_items
         random = np.random.default_rng(self.seed)
         held_out = np.zeros(len(histories), dtype=bool)
@@ -206,13 +215,29 @@ class SASRec(Baseline):
             self.model = SASRecModel(
                 num_items, self.hidden_size, self.num_layers, self.num_heads, self.dropout, self.max_length
             ).to(self.device)
-            self._train(torch.from_numpy(flat), lengths, validation, random)
+            self.training_curve: list[tuple[int, float]] = []
+            self.validation_curve: list[tuple[int, float]] = []
+            places = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            self._train(flat, lengths, np.ones(len(flat), dtype=bool), self.epochs, validation, random)
+            if recent is not None and self.recent_epochs:
+                # A held-out item is the latest of its history.
+                latest = np.maximum(np.asarray(recent) - held_out, 0)
+                counted = places >= np.repeat(lengths - latest, lengths)
+                if counted[places > 0].any():
+                    self._train(flat, lengths, counted, self.recent_epochs, validation, random)
         self.model.eval()
         return self
 
     def _train(
-        self, flat: torch.Tensor, lengths: np.ndarray, validation: list[np.ndarray], random: np.random.Generator
+        self,
+        flat: np.ndarray,
+        lengths: np.ndarray,
+        counted: np.ndarray,
+        epochs: int,
+        validation: list[np.ndarray],
+        random: np.random.Generator,
     ) -> None:
+        """`epochs` passes over histories one behind the other, with the loss on the items that are `counted`."""
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
         optimizer = torch.optim.AdamW(
@@ -220,18 +245,17 @@ class SASRec(Baseline):
             lr=self.learning_rate,
             betas=(0.9, 0.98),
         )
-        steps_per_epoch = sum(1 for _ in self._batches(flat, lengths, np.random.default_rng(self.seed)))
-        total_steps = steps_per_epoch * self.epochs
+        steps_per_epoch = sum(1 for _ in self._batches(flat, lengths, counted, np.random.default_rng(self.seed)))
+        total_steps = steps_per_epoch * epochs
         log_every = max(1, min(steps_per_epoch, total_steps // 200))
-        self.training_curve: list[tuple[int, float]] = []
-        self.validation_curve: list[tuple[int, float]] = []
+        before = self.training_curve[-1][0] if self.training_curve else 0
         best_value, best_state = -math.inf, None
         started = time.monotonic()
         step, recent, progress = 0, [], 0.0
         with tqdm(total=total_steps, desc="SASRec") as bar:
-            for _ in range(self.epochs):
+            for _ in range(epochs):
                 self.model.train()
-                for items, targets, present in self._batches(flat, lengths, random):
+                for items, targets, present in self._batches(flat, lengths, counted, random):
                     for group in optimizer.param_groups:
                         group["lr"] = self.learning_rate * _warmup_cosine(progress)
                     states = self.model(items.to(self.device))[present.to(self.device)]
@@ -247,7 +271,7 @@ class SASRec(Baseline):
                     bar.update()
                     if step % log_every == 0:
                         mean_loss = float(torch.stack(recent).mean())
-                        self.training_curve.append((step, mean_loss))
+                        self.training_curve.append((before + step, mean_loss))
                         recent = []
                         bar.set_postfix(loss=f"{mean_loss:.3f}")
                     progress = step / total_steps
@@ -257,21 +281,21 @@ class SASRec(Baseline):
                             break
                 if validation:
                     value = self._validate(validation)
-                    self.validation_curve.append((step, value))
+                    self.validation_curve.append((before + step, value))
                     bar.set_postfix(ndcg=f"{value:.4f}")
                     if value > best_value:
                         best_value, best_state = value, copy.deepcopy(self.model.state_dict())
                 if progress >= 1:
                     break
         if recent:
-            self.training_curve.append((step, float(torch.stack(recent).mean())))
+            self.training_curve.append((before + step, float(torch.stack(recent).mean())))
         if best_state is not None:
             self.model.load_state_dict(best_state)
 
     def _batches(
-        self, flat: torch.Tensor, lengths: np.ndarray, random: np.random.Generator
+        self, flat: np.ndarray, lengths: np.ndarray, counted: np.ndarray, random: np.random.Generator
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """One epoch of (items, targets, presence), each [B, T], batched by length and right padded.
+        """One epoch of (items, targets, whether a target counts), each [B, T], batched by length and right padded.
 
         A history of more than `max_length` transitions is cut into windows from a random first cut, so that over the
         epochs every item is predicted from every length of context.
@@ -287,6 +311,9 @@ class SASRec(Baseline):
         offset = np.where(number > 0, first[history] + (number - 1) * self.max_length, 0)
         size = np.where(number > 0, np.minimum(transitions[history] - offset, self.max_length), first[history])
         start = history_starts[history] + offset
+        before = np.concatenate([[0], np.cumsum(counted)])
+        some = before[start + size + 1] > before[start + 1]
+        start, size = start[some], size[some]
 
         order = random.permutation(len(start))
         mean_rows = max(1, self.batch_tokens // max(1, round(size.mean())))
@@ -303,9 +330,10 @@ class SASRec(Baseline):
             windows = batches[index]
             columns = np.arange(size[windows].max())
             present = columns < size[windows, None]
-            places = torch.from_numpy(np.where(present, start[windows, None] + columns, 0))
-            present = torch.from_numpy(present)
-            yield flat[places], flat[(places + 1).clamp_max(len(flat) - 1)], present
+            places = np.where(present, start[windows, None] + columns, 0)
+            following = (places + 1).clip(max=len(flat) - 1)
+            parts = flat[places], flat[following], present & counted[following]
+            yield tuple(torch.from_numpy(part) for part in parts)
 
     def _validate(self, validation: list[np.ndarray]) -> float:
         self.model.eval()

@@ -34,7 +34,7 @@ from ..pretraining import (
 from ..reward import SessionScorer
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
-from .pretrain import MODEL, TRAINING_DEFAULTS, parted_sessions, save_trained_model, training_log
+from .pretrain import MODEL, TRAINING_DEFAULTS, parted_sessions, recent_sessions, save_trained_model, training_log
 from .recipe_arguments import RecipeArguments
 from .reward import REWARD_MODEL
 from .sample_preferences import PAIR_SETTINGS, PAIRS, draw_pairs
@@ -86,6 +86,7 @@ def align_settings(args: RecipeArguments) -> dict[str, Any]:
         "training.align_holdout",
         "training.max_recall_drop",
         "training.holdout_sessions",
+        "training.recent_days",
     )
 
 
@@ -204,6 +205,8 @@ class Alignment:
             }
         )
         ordinary = self.sessions["train"]
+        if options.recent_days is not None:
+            ordinary = recent_sessions(ordinary, options.recent_days)
         if model.config.encoder_attention == "causal" and training_args.ntp_per_pair:
             # A pair's ordinary rows are one row of as many targets, whose histories are encoded once.
             ordinary = share_histories(ordinary, model.config.history_items, training_args.ntp_per_pair)

@@ -21,7 +21,8 @@ from accelerate import PartialState
 from safetensors.numpy import save_file
 
 from .. import __version__
-from ..evaluation import PolicyResults, last_kept, print_table, ranking_metrics, write_report
+from ..data import positive_mask
+from ..evaluation import PolicyResults, SASRec, last_kept, print_table, ranking_metrics, write_report
 from ..model_cards import onerec_card, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..semantic_ids.semantic_id_report import code_use
@@ -121,6 +122,7 @@ def baseline_settings(args: RecipeArguments) -> dict[str, Any]:
         "evaluation.evaluation_users",
         "evaluation.judged_sessions",
         "data.session_items",
+        "training.recent_days",
         "run.seed",
     )
 
@@ -128,12 +130,26 @@ def baseline_settings(args: RecipeArguments) -> dict[str, Any]:
 def rank_baseline(name: str, args: RecipeArguments, evaluation: PolicyEvaluation) -> tuple[np.ndarray, np.ndarray]:
     """A baseline's ranking of the evaluated users, long enough for its judged sessions, and its scores."""
     options = args.evaluation.baselines.get(name) or {}
-    if name == "sasrec":
-        options = {"seed": args.run.seed, **options}
     fitted = [np.asarray(history) for history in evaluation.fitted_histories["history"][:]]
-    model = BASELINES[name](**options).fit(fitted, evaluation.trie.num_items)
+    num_items = evaluation.trie.num_items
+    if name == "sasrec":
+        recent = recent_behaviours(args, evaluation)
+        model = SASRec(**{"seed": args.run.seed, **options}).fit(fitted, num_items, recent)
+    else:
+        model = BASELINES[name](**options).fit(fitted, num_items)
     width = evaluation.judged_width
     return model.rank_with_scores(evaluation.histories, width, exclude_consumed=args.evaluation.exclude_consumed)
+
+
+def recent_behaviours(args: RecipeArguments, evaluation: PolicyEvaluation) -> np.ndarray | None:
+    """How many of each fitted history's latest behaviours lie in the latest `recent_days`; None without these."""
+    if args.training.recent_days is None:
+        return None
+    fit = evaluation.prepared.split.fit
+    positive = fit[positive_mask(fit, evaluation.feed.positive_feedback)]
+    since = positive["timestamp"].max() - args.training.recent_days * 86400
+    counts = positive.loc[positive["timestamp"] >= since, "user_id"].value_counts()
+    return counts.reindex(evaluation.fitted_histories["user_id"][:], fill_value=0).to_numpy()
 
 
 def evaluate_seed(args: RecipeArguments, judged: bool, evaluation: Callable[[], PolicyEvaluation]) -> Path:
@@ -263,6 +279,8 @@ def recommendation_examples(
 def training_curves(stages: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
     """Losses by step of every training stage."""
     logs = {"pretraining": stages["pretrain"]["log"]}
+    if "recent_log" in stages["pretrain"]:
+        logs["pretraining, recent sessions"] = stages["pretrain"]["recent_log"]
     for name, entry in stages.get("reward", {}).get("models", {}).items():
         logs[name] = entry["log"]
     for entry in stages.get("align", {}).get("rounds", []):

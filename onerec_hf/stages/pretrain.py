@@ -56,6 +56,18 @@ def parted_sessions(sessions: Dataset, args: RecipeArguments) -> dict[str, Datas
     return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
 
 
+def recent_sessions(sessions: Dataset, days: float) -> Dataset:
+    """The sessions of the latest `days` days, in their order; those without a time are not among them.
+
+    Raises:
+        ValueError: If no session has a time.
+    """
+    times = np.asarray(sessions["timestamp"][:], dtype=np.float64)
+    if np.isnan(times).all():
+        raise ValueError(f"recent_days is {days}, but no session has a timestamp: leave recent_days out.")
+    return sessions.select(np.flatnonzero(times >= np.nanmax(times) - days * 86400))
+
+
 def save_trained_model(trainer: Trainer, folder: Path) -> None:
     """Model and tokenizer, without the trainer's arguments, which are a pickle that nothing reads."""
     trainer.save_model(str(folder))
@@ -95,32 +107,44 @@ def pretrain(
             },
         )
         model = OneRecForConditionalGeneration(config)
-        training_args = Seq2SeqTrainingArguments(
-            **{
-                **TRAINING_DEFAULTS,
-                "train_sampling_strategy": "group_by_length",
-                "eval_strategy": "epoch" if holdout else "no",
-                "seed": args.run.seed,
-                **args.training.pretrain,
-                "output_dir": str(folder / CHECKPOINTS),
-            }
-        )
-        rows = parts["train"]
-        if config.encoder_attention == "causal":
-            # The batch size counts targets, however many of them a history serves.
-            targets_per_row = min(TARGETS_PER_ROW, training_args.per_device_train_batch_size)
-            training_args.per_device_train_batch_size //= targets_per_row
-            rows = share_histories(rows, config.history_items, targets_per_row)
-        trainer = OneRecPretrainer(
-            model=model,
-            tokenizer=tokenizer,
-            args=training_args,
-            train_dataset=rows,
-            eval_dataset=parts["test"] if holdout else None,
-        )
-        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder / CHECKPOINTS))
+        options = args.training
+
+        def phase(rows: Dataset, folder: Path, **changes: Any) -> OneRecPretrainer:
+            """Trains on rows, behind the latest checkpoint in `folder`."""
+            training_args = Seq2SeqTrainingArguments(
+                **{
+                    **TRAINING_DEFAULTS,
+                    "train_sampling_strategy": "group_by_length",
+                    "eval_strategy": "epoch" if holdout else "no",
+                    "seed": args.run.seed,
+                    **options.pretrain,
+                    **changes,
+                    "output_dir": str(folder),
+                }
+            )
+            if config.encoder_attention == "causal":
+                # The batch size counts targets, however many of them a history serves.
+                targets_per_row = min(TARGETS_PER_ROW, training_args.per_device_train_batch_size)
+                training_args.per_device_train_batch_size //= targets_per_row
+                rows = share_histories(rows, config.history_items, targets_per_row)
+            trainer = OneRecPretrainer(
+                model=model,
+                tokenizer=tokenizer,
+                args=training_args,
+                train_dataset=rows,
+                eval_dataset=parts["test"] if holdout else None,
+            )
+            trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
+            return trainer
+
+        trainer = phase(parts["train"], folder / CHECKPOINTS)
+        results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
+        if options.recent_days is not None:
+            recent = recent_sessions(parts["train"], options.recent_days)
+            trainer = phase(recent, folder / CHECKPOINTS / "recent", **options.pretrain_recent)
+            results |= {"recent_log": training_log(trainer.state.log_history), "num_recent_sessions": len(recent)}
         save_trained_model(trainer, folder / MODEL)
-        return {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
+        return results
 
     settings = args.settings(
         "data.history_items",
@@ -128,6 +152,8 @@ def pretrain(
         "training.preset",
         "training.model",
         "training.pretrain",
+        "training.recent_days",
+        "training.pretrain_recent",
         "training.holdout_sessions",
         "run.seed",
     )

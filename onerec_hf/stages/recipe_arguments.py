@@ -104,6 +104,16 @@ class TrainingStagesArguments:
     preset: str = field(default="small", metadata={"help": "Preset of OneRecConfig."})
     model: dict[str, Any] | str | None = field(default=None, metadata={"help": "OneRecConfig fields to override."})
     pretrain: dict[str, Any] | str | None = field(default=None, metadata={"help": "Seq2SeqTrainingArguments fields."})
+    recent_days: float | None = field(
+        default=None,
+        metadata={
+            "help": "After `pretrain`, train on the sessions of the latest so many days alone, which are also those "
+            "that alignment mixes in; SASRec does the same. Default: no such phase."
+        },
+    )
+    pretrain_recent: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of `pretrain` that differ on the sessions of recent_days."}
+    )
     holdout_sessions: int = field(
         default=512, metadata={"help": "Sessions kept out of pretraining for the curve of the held-out loss."}
     )
@@ -153,13 +163,17 @@ class TrainingStagesArguments:
     )
 
     def __post_init__(self):
-        models = ("model", "pretrain", "reward_model", "judge_model", "reward")
+        models = ("model", "pretrain", "pretrain_recent", "reward_model", "judge_model", "reward")
         for name in (*models, "preferences", "align", "align_lora"):
             setattr(self, name, _as_dict(getattr(self, name), name))
         if not 0 < self.r_dpo <= 1:
             raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
         if self.align_reference not in ("previous", "sft"):
             raise ValueError(f"align_reference must be 'previous' or 'sft', got {self.align_reference!r}.")
+        if self.recent_days is not None and not self.recent_days > 0:
+            raise ValueError(f"recent_days must be more than 0, got {self.recent_days}.")
+        if self.pretrain_recent and self.recent_days is None:
+            raise ValueError("pretrain_recent is of the sessions of recent_days: set recent_days too.")
         if not 0 <= self.max_recall_drop <= 1:
             raise ValueError(f"max_recall_drop must lie in [0, 1], got {self.max_recall_drop}.")
 
