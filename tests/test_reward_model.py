@@ -290,15 +290,39 @@ class TestForward:
         history, sessions = random_batch(item_token_ids)
         labels = torch.rand(3, 4)
         for gamma in (0.0, 2.0):
-            model = tiny_model(objectives=objectives, focal_gamma=gamma)
+            model = tiny_model(objectives=objectives, focal_gamma=gamma, num_members=1)
             output = model(history, sessions[:, 0], labels=labels)
             positive = torch.tensor([1.0, 1.0, 5.0, 1.0]) * labels
             losses = -(positive * F.logsigmoid(output.logits) + (1 - labels) * F.logsigmoid(-output.logits))
             losses = losses * (output.logits.sigmoid() - labels).abs() ** gamma
             torch.testing.assert_close(output.loss, losses.mean(0).sum())
 
+    def test_an_ensemble_is_the_mean_of_its_members(self, item_token_ids):
+        model, generator = tiny_model(num_members=3), torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("_scale", "output_bias")):
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 2)
+        history, sessions = random_batch(item_token_ids)
+        labels = torch.rand(3, 4, 4, generator=generator)
+        output = model(history, sessions, labels=labels)
+        alone = []
+        for number in range(3):
+            member = tiny_model(num_members=1)
+            member.load_state_dict(
+                {
+                    name: tensor[number : number + 1] if name.endswith(("put_scale", "output_bias")) else tensor
+                    for name, tensor in model.state_dict().items()
+                }
+            )
+            alone.append(member(history, sessions, labels=labels))
+        logits = torch.stack([one.logits for one in alone])
+        assert (logits.std(0) > 0.01).all()
+        torch.testing.assert_close(output.logits, logits.mean(0))
+        torch.testing.assert_close(output.loss, torch.stack([one.loss for one in alone]).mean())
+
     def test_loss_sums_the_heads_over_known_labels(self, item_token_ids):
-        model = tiny_model()
+        model = tiny_model(num_members=1)
         history, sessions = random_batch(item_token_ids)
         labels = torch.rand(3, 4)
         labels[0, 1] = labels[:, 2] = math.nan

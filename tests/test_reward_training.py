@@ -260,7 +260,8 @@ class TestTraining:
         assert rates["vtr"] == pytest.approx(timed["view"].mean())
         assert rates["swt"] == pytest.approx((timed["watch_time"] / 10).mean(), rel=1e-4)
         model.set_base_rates(rates)
-        assert model.towers["vtr"].output.bias.item() == pytest.approx(math.log(rates["vtr"] / (1 - rates["vtr"])))
+        base = model.towers["vtr"].output.output_bias.flatten().tolist()
+        assert base == pytest.approx([math.log(rates["vtr"] / (1 - rates["vtr"]))] * 4)
         log = train_reward_model(model, tokenizer, totals, [runs.select([]), runs], arguments)
         assert [row["step"] for row in log] == [30, 60, 60]
         predictions = predict_rewards(model, runs, collator, batch_size=7)

@@ -42,6 +42,8 @@ class OneRecRewardConfig(PreTrainedConfig):
             Width of the hidden layer of each objective's tower.
         feature_size (`int`, *optional*, defaults to 4):
             Width of the embedding of a feature's value, of items and of users.
+        num_members (`int`, *optional*, defaults to 4):
+            Members of the ensemble (E) that share the weights behind the target attention; 1 for a single model.
         dropout (`float`, *optional*, defaults to 0.2):
             Dropout of the item vectors and towers.
         attention_dropout (`float`, *optional*, defaults to 0.0):
@@ -100,6 +102,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     num_hidden_layers: int = 1
     tower_hidden_size: int = 128
     feature_size: int = 4
+    num_members: int = 4
     dropout: float = 0.2
     attention_dropout: float = 0.0
     history_items: int = 256
@@ -153,6 +156,8 @@ class OneRecRewardConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads}): change one of them."
             )
+        if self.num_members < 1:
+            raise ValueError(f"num_members ({self.num_members}) must be at least 1.")
         if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
             raise ValueError(
                 f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS} special tokens and the "

@@ -11,6 +11,10 @@ them one reward:
 - a tower for each objective: Sigmoid(MLP(Sum h_f / m)) (eq 6), trained with the sum of the objectives' binary
   cross-entropies (eq 7); labels may be soft and an unknown label (NaN) is left out. The sum is divided by the items,
   as labels are means over them: sessions of any length are judged alike, a single exposure too.
+
+Everything from e_i on is an ensemble whose members share their weights but for scales of inputs and outputs
+(BatchEnsemble, arXiv 2002.06715; for tables of features TabM, arXiv 2410.24210). Each learns the labels for itself,
+and the mean of their logits is the estimate.
 """
 
 import math
@@ -52,9 +56,10 @@ class OneRecRewardOutput(ModelOutput):
         reward (`torch.FloatTensor` of shape `(B,)` or `(B, C)`):
             [`OneRecRewardModel.scalar`] of `probabilities`.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
-            e_1..e_m with their positions, then the output of every session layer, each `(B * C, m, hidden_size)`.
+            e_1..e_m with their positions, then the output of every session layer, each `(B * C * E, m, hidden_size)`
+            for E members of the ensemble.
         attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
-            Of every session layer, `(B * C, heads, m, m)`.
+            Of every session layer, `(B * C * E, heads, m, m)`.
         cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
             Of the target attention, `(B, heads, C * m, 1 + n)`; the first key stands for no behaviour.
     """
@@ -201,18 +206,47 @@ class OneRecRewardSessionLayer(GradientCheckpointingLayer):
         return hidden_states + attended
 
 
+class OneRecRewardEnsembleLinear(nn.Linear):
+    """A linear layer of the ensemble's E members, `(..., E, Q, in)` to `(..., E, Q, out)`: one weight for all, and of
+    each member scales of its inputs and outputs and a bias."""
+
+    def __init__(self, config: OneRecRewardConfig, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+        self.input_scale = nn.Parameter(torch.empty(config.num_members, 1, in_features))
+        self.output_scale = nn.Parameter(torch.empty(config.num_members, 1, out_features))
+        self.output_bias = nn.Parameter(torch.empty(config.num_members, 1, out_features))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs * self.input_scale) * self.output_scale + self.output_bias
+
+
+class OneRecRewardFusion(nn.Module):
+    """MLP of each member from what is known of an item and the user `(B, Q, in)` to e_i `(B, E, Q, H)`."""
+
+    def __init__(self, config: OneRecRewardConfig, in_features: int):
+        super().__init__()
+        self.up_proj = OneRecRewardEnsembleLinear(config, in_features, 2 * config.hidden_size)
+        self.act_fn = ACT2FN["gelu"]
+        self.dropout = nn.Dropout(config.dropout)
+        self.down_proj = OneRecRewardEnsembleLinear(config, 2 * config.hidden_size, config.hidden_size)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.dropout(self.act_fn(self.up_proj(inputs[:, None]))))
+
+
 class OneRecRewardTower(nn.Module):
-    """MLP of one objective (eq 6), from `(..., H)` to a logit `(...)`."""
+    """MLP of one objective (eq 6), from the members' `(..., E, H)` to their logits `(..., E)`."""
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
         self.hidden = nn.Linear(config.hidden_size, config.tower_hidden_size)
         self.act_fn = ACT2FN["gelu"]
         self.dropout = nn.Dropout(config.dropout)
-        self.output = nn.Linear(config.tower_hidden_size, 1)
+        self.output = OneRecRewardEnsembleLinear(config, config.tower_hidden_size, 1)
 
     def forward(self, session: torch.Tensor) -> torch.Tensor:
-        return self.output(self.dropout(self.act_fn(self.hidden(session)))).squeeze(-1)
+        hidden = self.dropout(self.act_fn(self.hidden(session)))
+        return self.output(hidden[..., None, :])[..., 0, 0]
 
 
 class OneRecRewardItemTable(nn.Module):
@@ -281,6 +315,11 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             # These layers are a few hundred wide: the library's fixed range would start them almost at zero.
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+            if isinstance(module, OneRecRewardEnsembleLinear):
+                # Signs make the members differ from the start.
+                init.copy_(module.input_scale, torch.randint_like(module.input_scale, 2) * 2 - 1)
+                init.ones_(module.output_scale)
+                init.zeros_(module.output_bias)
         elif isinstance(module, OneRecRewardTargetAttention):
             init.normal_(module.no_behaviour, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, OneRecRewardItemTable):
@@ -316,9 +355,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 config, 1 + sum(len(values) for values in config.user_features.values())
             )
             width += len(config.user_features) * config.feature_size
-        self.fusion = nn.Sequential(
-            nn.Linear(width, 2 * hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(2 * hidden, hidden)
-        )
+        self.fusion = OneRecRewardFusion(config, width)
         self.position_embeddings = nn.Embedding(config.session_items, hidden)
         self.layers = nn.ModuleList([OneRecRewardSessionLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
@@ -347,7 +384,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             rate = rates[objective]
             if not math.isnan(rate):
                 rate = min(max(rate, 1e-4), 1 - 1e-4)
-                tower.output.bias.fill_(math.log(rate / (1 - rate)))
+                tower.output.output_bias.fill_(math.log(rate / (1 - rate)))
 
     @torch.no_grad()
     def set_items(
@@ -518,7 +555,10 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             inputs.append(profile[:, None].expand(-1, num_candidates * num_items, -1))
         hidden_states = self.fusion(torch.cat(inputs, dim=-1))
 
-        hidden_states = hidden_states.unflatten(1, (num_candidates, num_items)).flatten(0, 1)
+        # Each member has a session of its own.
+        num_members = self.config.num_members
+        hidden_states = hidden_states.unflatten(2, (num_candidates, num_items)).transpose(1, 2).flatten(0, 2)
+        session_mask = session_mask.repeat_interleave(num_members, 0)
         positions = torch.arange(num_items, device=hidden_states.device)
         hidden_states = hidden_states + self.position_embeddings(positions)
         # A session of padding alone sees its first place, so that it is well defined; the sum leaves it out.
@@ -531,16 +571,17 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         hidden_states = self.norm(hidden_states)
 
         session = (hidden_states * session_mask[..., None]).sum(1) / session_mask.sum(1, keepdim=True).clamp(min=1)
-        session = session.unflatten(0, (batch, num_candidates))
-        logits = torch.stack([tower(session) for tower in self.towers.values()], dim=-1)
+        session = session.unflatten(0, (batch, num_candidates, num_members))
+        member_logits = torch.stack([tower(session) for tower in self.towers.values()], dim=-1)
         if single:
-            logits = logits[:, 0]
+            member_logits = member_logits[:, 0]
+        logits = member_logits.mean(-2)
 
         loss = None
         if labels is not None:
             if labels.shape != logits.shape:
                 raise ValueError(f"labels must have the shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
-            loss = self._objectives_loss(logits, labels)
+            loss = self._objectives_loss(member_logits, labels)
         probabilities = self.calibration(logits)
         return OneRecRewardOutput(
             loss=loss, logits=logits, probabilities=probabilities, reward=self.scalar(probabilities)
@@ -555,6 +596,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         return torch.cat([2 * (rates.logit(1e-5) - means.logit()), torch.log1p(counts) / 4], dim=-1)
 
     def _objectives_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of members' logits `(..., E, O)` and their common labels `(..., O)`."""
+        labels = labels[..., None, :].expand_as(logits)
         known = ~labels.isnan()
         logits, labels = logits.float(), labels.float().nan_to_num(0.0).to(logits.device)
         weights = logits.new_tensor([objective["positive_weight"] for objective in self.config.objectives])
