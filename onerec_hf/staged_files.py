@@ -8,6 +8,17 @@ from pathlib import Path
 
 
 @contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` when the block ends without an error."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def staged_files(directory: str | os.PathLike, last: str) -> Iterator[Path]:
     """A folder to write files into, which are moved into `directory` one by one when the block ends without an error.
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from onerec_hf.staged_files import staged_files
+from onerec_hf.staged_files import staged_file, staged_files
 
 
 def test_files_are_moved_at_the_end_the_named_one_last(tmp_path, monkeypatch):
@@ -26,6 +26,17 @@ def test_an_error_leaves_what_was_there(tmp_path):
         (staging / "weights").write_text("new")
         raise RuntimeError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("weights", "old")]
+
+
+def test_a_single_file_takes_the_place_of_another_or_leaves_it(tmp_path):
+    path = tmp_path / "table.parquet"
+    with staged_file(path) as partial:
+        partial.write_text("whole")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), staged_file(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("table.parquet", "whole")]
 
 
 def test_a_file_in_place_of_the_directory_is_named(tmp_path):

@@ -24,6 +24,7 @@ from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reward import SessionScorer
 from ..session_generation import SEARCHES, excluded_items, generate_sessions
 from ..session_likelihood import session_log_probs
+from ..staged_files import staged_file
 
 ROWS_PER_PART = 16
 PAIR_FEATURES = {
@@ -189,8 +190,8 @@ def sample_preferences(
             if path is None:
                 drawn.append(table)
             else:
-                pq.write_table(table, path.with_suffix(".partial"))
-                path.with_suffix(".partial").rename(path)
+                with staged_file(path) as partial:
+                    pq.write_table(table, partial)
     model.train(was_training)
     state.wait_for_everyone()
     if parts_dir is not None:

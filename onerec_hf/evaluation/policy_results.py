@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from ..staged_files import staged_file
 from .bootstrap import bootstrap_interval, coverage_change, relative_change
 
 TOP_ITEMS = "top_items"
@@ -36,11 +36,10 @@ class PolicyResults:
 
     def save(self, path: Path) -> None:
         """Writes one .safetensors file, whole or not at all."""
-        temporary = path.with_name(path.name + ".partial")
         arrays = {name: np.ascontiguousarray(values, dtype=np.float64) for name, values in self.by_user.items()}
         about = {"facts": json.dumps(self.facts), "num_items": str(self.num_items)}
-        save_file({**arrays, TOP_ITEMS: np.ascontiguousarray(self.top_items)}, temporary, metadata=about)
-        os.replace(temporary, path)
+        with staged_file(path) as partial:
+            save_file({**arrays, TOP_ITEMS: np.ascontiguousarray(self.top_items)}, partial, metadata=about)
 
     @classmethod
     def load(cls, path: Path) -> PolicyResults:

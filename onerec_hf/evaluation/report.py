@@ -7,8 +7,6 @@ alignment, no truth) is left out of the report, never filled in.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..figure_style import ACCENT, GRID, INK, MUTED, OTHERS, SECOND, png_image, set_title, styled_axes, svg_image
 from ..semantic_ids.semantic_id_report import code_use_figure
+from ..staged_files import staged_file
 from .alignment_report import (
     HEAD_NAMES,
     judge_change,
@@ -127,18 +126,8 @@ def write_report(
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are private to their owner; a report should be as readable as its neighbours.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with staged_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

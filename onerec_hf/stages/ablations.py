@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from ..configuration_onerec import OneRecConfig
 from ..data import pretraining_sessions
 from ..evaluation import PolicyResults, comparison_table
+from ..staged_files import staged_file
 from .align import ALIGN_READS, align, align_settings
 from .data_stage import PreparedData
 from .evaluate import (
@@ -201,8 +202,8 @@ def ablate(args: RecipeArguments, name: str, *cells: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         table = comparison_table(title, about, rows)
         write_json(folder / "table.json", {"title": title, "about": about, "rows": rows})
-        (folder / "table.md.partial").write_text(table, encoding="utf-8")
-        (folder / "table.md.partial").replace(folder / "table.md")
+        with staged_file(folder / "table.md") as partial:
+            partial.write_text(table, encoding="utf-8")
         print(table)
         print(f"Table: {folder / 'table.md'}")
     PartialState().wait_for_everyone()

@@ -32,6 +32,7 @@ from ..pretraining import (
     share_histories,
 )
 from ..reward import SessionScorer
+from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
 from .pretrain import MODEL, TRAINING_DEFAULTS, parted_sessions, recent_sessions, save_trained_model, training_log
@@ -174,8 +175,8 @@ class Alignment:
             target.mkdir(parents=True, exist_ok=True)
             model = self.model(previous)
             if number == 1 and self.first_pairs and state.is_main_process and not (target / PAIRS).exists():
-                shutil.copyfile(self.first_pairs, target / f"{PAIRS}.partial")
-                (target / f"{PAIRS}.partial").rename(target / PAIRS)
+                with staged_file(target / PAIRS) as partial:
+                    shutil.copyfile(self.first_pairs, partial)
             state.wait_for_everyone()
             pairs = draw_pairs(self.args, target, model, self.trie, self.scorer, self.users, seed)
             log = self._train(number, model, pairs, target, seed)

@@ -2,7 +2,6 @@
 from the seed model, and its probabilities of what the real log shows."""
 
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +39,7 @@ from ..pretraining import index_sessions
 from ..reward import SessionScorer
 from ..session_generation import excluded_items, generate_sessions
 from ..session_likelihood import sampled_divergence, session_log_probs
+from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
 from .pretrain import MODEL
@@ -343,9 +343,8 @@ class LoggedExposures:
 
 def save_on_log(policy: PolicyOnLog, path: Path) -> None:
     """Writes one .safetensors file, whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    save_file({"log_probs": policy.log_probs, **policy.expected}, temporary)
-    os.replace(temporary, path)
+    with staged_file(path) as partial:
+        save_file({"log_probs": policy.log_probs, **policy.expected}, partial)
 
 
 def load_on_log(path: Path) -> PolicyOnLog:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..history_features import HISTORY_FEATURES
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..session_generation import Recommender
+from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, prepared_data
 from .pretrain import MODEL
@@ -65,8 +66,8 @@ def recommend(args: RecipeArguments) -> Path:
                             "scores": pa.array([row["scores"] for row in found], pa.list_(pa.float32())),
                         }
                     )
-                    pq.write_table(table, part.with_suffix(".partial"))
-                    part.with_suffix(".partial").rename(part)
+                    with staged_file(part) as partial:
+                        pq.write_table(table, partial)
                 bar.update(len(batch))
         state.wait_for_everyone()
         if state.is_main_process:
@@ -162,10 +163,11 @@ def _read_columns(names: list[str]) -> list[str]:
 def join_parts(folder: Path) -> None:
     """One file of all the parts, in the order of the users, without holding them all in memory."""
     parts = sorted(folder.glob("part_*.parquet"))
-    joined = folder / f"{RECOMMENDATIONS}.partial"
-    with pq.ParquetWriter(joined, pq.read_schema(parts[0])) as writer:
+    with (
+        staged_file(folder / RECOMMENDATIONS) as partial,
+        pq.ParquetWriter(partial, pq.read_schema(parts[0])) as writer,
+    ):
         for part in parts:
             writer.write_table(pq.read_table(part))
-    joined.rename(folder / RECOMMENDATIONS)
     for part in parts:
         part.unlink()

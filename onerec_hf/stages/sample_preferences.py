@@ -16,6 +16,7 @@ from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
 from ..reward import SessionScorer
+from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, prepared_data
 from .pretrain import MODEL
@@ -75,8 +76,8 @@ def draw_pairs(
         )
         state.wait_for_everyone()  # nobody reads parts any more
         if state.is_main_process:
-            pairs.to_parquet(folder / f"{PAIRS}.partial")
-            (folder / f"{PAIRS}.partial").rename(folder / PAIRS)
+            with staged_file(folder / PAIRS) as partial:
+                pairs.to_parquet(partial)
     state.wait_for_everyone()
     if state.is_main_process:
         shutil.rmtree(folder / PARTS, ignore_errors=True)

@@ -12,6 +12,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 
+from ..staged_files import staged_file
+
 STAGE_FILE = "stage.json"
 CHECKPOINTS = "checkpoints"  # a stage's training checkpoints, which only a run that is not complete needs
 
@@ -20,9 +22,8 @@ logger = get_logger(__name__)
 
 def write_json(path: Path, content: Any):
     """Writes JSON so that the file is there whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with staged_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
