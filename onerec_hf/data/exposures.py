@@ -20,8 +20,7 @@ from .sessions import arrow_dataset, id_array, list_array, session_groups, user_
 
 WATCHED = "watched"
 # Exposures of a run that are judged: as many as most users of a sparse log have; more would pad a batch's other rows.
-# Before the log, users have many.
-TARGETS_PER_RUN, UNTIMED_TARGETS_PER_RUN = 16, 48
+TARGETS_PER_RUN = 16
 
 
 def signal_names(columns: Sequence[str]) -> list[str]:
@@ -101,9 +100,7 @@ def user_exposures(interactions: pd.DataFrame, feed: Feed, history_items: int) -
     return arrow_dataset(exposures.columns(np.maximum(exposures.first, ends - history_items), ends))
 
 
-def exposure_runs(
-    interactions: pd.DataFrame, feed: Feed, args: DataArguments, since: float | None = None, timed: bool = True
-) -> Dataset:
+def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, since: float | None = None) -> Dataset:
     """Runs of a user's consecutive exposures, the later of which are cut into sessions that the reward model judges.
 
     Every exposure with a time (every one at all, where the data has no times) is in one run as one to be judged, with
@@ -111,7 +108,6 @@ def exposure_runs(
 
     Args:
         since: Unix time [s] before which nothing is to be judged.
-        timed: False to have those without a time judged instead; none, where the data has no times.
 
     Returns:
         Dataset of the reward features (see schema.py) over the run, `exposed_timestamps` [s] and `exposed_sessions`:
@@ -119,13 +115,13 @@ def exposure_runs(
     """
     exposures = _Exposures(interactions, feed)
     known = ~np.isnan(exposures.times)
-    judged = known == timed if known.any() else np.full(len(known), timed)
+    judged = known if known.any() else ~known
     if since is not None:
         judged = judged & (exposures.times >= since)
     rows = np.flatnonzero(judged)
     users = exposures.users[rows]
     rank = np.arange(len(rows)) - np.searchsorted(users, users)
-    opens = rank % (TARGETS_PER_RUN if timed else UNTIMED_TARGETS_PER_RUN) == 0
+    opens = rank % TARGETS_PER_RUN == 0
     first = rows[opens]
     last = rows[np.r_[np.flatnonzero(opens)[1:], len(rows)] - 1] if len(rows) else rows
     starts, ends = np.maximum(first - args.history_items, exposures.first[exposures.users[first]]), last + 1

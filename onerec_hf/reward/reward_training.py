@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -307,43 +306,29 @@ def train_reward_model(
     model: OneRecRewardModel,
     tokenizer: OneRecTokenizer,
     totals: ItemTotals,
-    phases: Sequence[Dataset],
+    runs: Dataset,
     arguments: dict[str, Any],
     **kwargs,
 ) -> list[dict[str, Any]]:
     """
-    Trains in phases: one epoch on each of the first ones, such as the runs of exposures without a time, of which
-    little is known, and the last as the arguments say. Towers start at the last phase's base rates.
+    Trains from towers at the runs' base rates, behind the latest checkpoint in `output_dir`.
 
     Args:
         model, tokenizer, totals: As for [`OneRecRewardTrainer`].
-        phases: Runs; those of a phase may be empty, but for the last.
-        arguments: `TrainingArguments` fields. Every phase has a folder of its own in `output_dir`, and is resumed from
-            the checkpoints in it.
+        runs: To train on.
+        arguments: `TrainingArguments` fields.
         kwargs: `OneRecRewardTrainer`'s other arguments.
 
     Returns:
-        The trainers' log rows.
+        The trainer's log rows.
     """
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-    model.set_base_rates(label_means(phases[-1], RewardCollator(encoder, totals, session_items=1)))
-    log: list[dict[str, Any]] = []
-    for number, runs in enumerate(phases):
-        if not len(runs):
-            continue
-        folder = Path(arguments["output_dir"]) / f"phase_{number}"
-        once = {"num_train_epochs": 1} if number < len(phases) - 1 else {}
-        trainer = OneRecRewardTrainer(
-            model,
-            tokenizer,
-            totals,
-            args=TrainingArguments(**arguments | once | {"output_dir": str(folder)}),
-            train_dataset=runs,
-            **kwargs,
-        )
-        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
-        log += trainer.state.log_history
-    return log
+    model.set_base_rates(label_means(runs, RewardCollator(encoder, totals, session_items=1)))
+    trainer = OneRecRewardTrainer(
+        model, tokenizer, totals, args=TrainingArguments(**arguments), train_dataset=runs, **kwargs
+    )
+    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(arguments["output_dir"]))
+    return trainer.state.log_history
 
 
 class OneRecRewardTrainer(Trainer):

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
-from ..data import DataArguments, Feed, exposure_runs
+from ..data import Feed, exposure_runs
 from ..pretraining import index_sessions
 from ..reward import (
     ExposureEncoder,
@@ -70,11 +70,11 @@ class _Exposures:
         prepared = prepared_data(args, "reward")
         self.tokenizer = tokenizer
         self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
-        self.phases = training_phases(self.feed, args.data, tokenizer)
+        self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
         self.seed = args.run.seed
 
-    def of_half(self, index: int) -> tuple[Feed, ItemTotals, list[Dataset], Dataset]:
+    def of_half(self, index: int) -> tuple[Feed, ItemTotals, Dataset, Dataset]:
         """What one half of the users did, totals of the items among them, their runs, and the others' later runs."""
         interactions = self.feed.interactions
         interactions = interactions[user_half(interactions["user_id"], self.seed) == index].reset_index(drop=True)
@@ -82,27 +82,19 @@ class _Exposures:
         return (
             replace(self.feed, interactions=interactions),
             ItemTotals(interactions, items, len(self.tokenizer.item_ids)),
-            [_of_users(runs, user_half(runs["user_id"][:], self.seed) == index) for runs in self.phases],
+            _of_users(self.runs, user_half(self.runs["user_id"][:], self.seed) == index),
             _of_users(self.later, user_half(self.later["user_id"][:], self.seed) != index),
         )
-
-
-def training_phases(feed: Feed, args: DataArguments, tokenizer: OneRecTokenizer) -> list[Dataset]:
-    """Runs of a feed's exposures to train on, one after the other: those without a time, if there are others too, and
-    those with a time, as of which it is known what was before them."""
-    runs = [exposure_runs(feed.interactions, feed, args, timed=timed) for timed in (False, True)]
-    return [index_sessions(table, tokenizer) for table in runs]
 
 
 def _of_users(runs: Dataset, chosen: np.ndarray) -> Dataset:
     return runs.select(np.flatnonzero(chosen))
 
 
-def without_calibration_users(phases: list[Dataset], seed: int) -> tuple[list[Dataset], Dataset]:
-    """The phases without a tenth of the users, drawn by seed, and the last phase's runs of that tenth."""
-    held_out = [user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0 for runs in phases]
-    train = [_of_users(runs, ~rows) for runs, rows in zip(phases, held_out, strict=True)]
-    return train, _of_users(phases[-1], held_out[-1])
+def without_calibration_users(runs: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """The runs without a tenth of the users, drawn by seed, and those of that tenth."""
+    held_out = user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0
+    return _of_users(runs, ~held_out), _of_users(runs, held_out)
 
 
 def calibrate(model: OneRecRewardModel, encoder: ExposureEncoder, totals: ItemTotals, runs: Dataset) -> None:
@@ -120,8 +112,8 @@ def _train(
     """One of the two models, into its folder."""
     target, seed = folder / name, args.run.seed + index
     set_seed(seed)
-    feed, totals, phases, unseen = exposures.of_half(index)
-    train, calibration = without_calibration_users(phases, seed)
+    feed, totals, runs, unseen = exposures.of_half(index)
+    train, calibration = without_calibration_users(runs, seed)
     overrides = args.training.reward_model if name == REWARD_MODEL else args.training.judge_model
     sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
     model = create_reward_model({**sizes, **DEFAULTS[name], **overrides}, feed, totals, tokenizer)
@@ -137,7 +129,7 @@ def _train(
     if PartialState().is_main_process:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        results = {"num_runs": sum(len(runs) for runs in train), "log": log}
+        results = {"num_runs": len(train), "log": log}
         for what, length in (("sessions", model.config.session_items), ("exposures", 1)):
             # With the items' totals as of the end of the fitted period, as when sessions are scored.
             predictions = predict_rewards(model, unseen, RewardCollator(encoder, session_items=length))

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from onerec_hf.data import exposure_runs
 from onerec_hf.pretraining import index_sessions
 from onerec_hf.reward import (
     ExposureEncoder,
@@ -36,7 +37,7 @@ from onerec_hf.reward import (
 from onerec_hf.stages.data_stage import prepared_data
 from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward import calibrate, training_phases, without_calibration_users
+from onerec_hf.stages.reward import calibrate, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -56,14 +57,14 @@ COLUMNS = ("auc", "gauc", "log_loss", "calibration_error")
 
 
 class Cases:
-    """The run's exposures: `train` (phases), `held_out` and `later` runs, and the items' totals."""
+    """The run's exposures: `train`, `held_out` and `later` runs, and the items' totals."""
 
     def __init__(self, args, seed: int):
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed, interactions=prepared.split.fit)
-        phases = training_phases(self.feed, args.data, self.tokenizer)
-        self.train, self.held_out = without_calibration_users(phases, seed)
+        runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), self.tokenizer)
+        self.train, self.held_out = without_calibration_users(runs, seed)
         self.later = index_sessions(prepared.later_runs(), self.tokenizer)
         items = self.tokenizer.item_index(self.feed.interactions["item_id"])
         self.totals = ItemTotals(self.feed.interactions, items, len(self.tokenizer.item_ids))
@@ -135,7 +136,7 @@ def tree_cells(cases: Cases, seed: int, threads: int) -> dict[str, dict[str, flo
     tables, cells = TreeTables(cases), {}
     names = tables.model.config.objective_names
     for name, length in (("exposures", 1), ("sessions", tables.model.config.session_items)):
-        train, held_out = (tables(runs, cases.totals, length) for runs in (cases.train[-1], cases.held_out))
+        train, held_out = (tables(runs, cases.totals, length) for runs in (cases.train, cases.held_out))
         later = tables(cases.later, None, length)
         estimates = np.zeros_like(later[1])
         for index in range(len(names)):
