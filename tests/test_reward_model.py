@@ -23,6 +23,7 @@ FEATURES = {
     "feedback": ["watch_time", "duration", "view"],
     "signals": ["watched", "view"],
     "num_items": 40,
+    "item_embedding_size": 3,
     "item_features": ["author", "tag", "tag"],
     "num_item_values": 9,
     "numeric_features": ["length"],
@@ -95,7 +96,8 @@ def featured_model(**overrides) -> OneRecRewardModel:
     values = torch.stack([torch.randint(0, 4, (40,), generator=generator)] * 3, dim=1)
     values[:, 1:] = torch.randint(4, 9, (40, 2), generator=generator)
     ranks = torch.linspace(-1, 1, 40)[:, None]
-    model.set_items(values, ranks, torch.rand(40, 4, generator=generator) * 20, torch.tensor([0.3, 0.6]))
+    embeddings = torch.randn(40, model.config.item_embedding_size, generator=generator)
+    model.set_items(values, ranks, torch.rand(40, 4, generator=generator) * 20, torch.tensor([0.3, 0.6]), embeddings)
     return model
 
 
@@ -159,14 +161,27 @@ class TestForward:
         assert (model(history, sessions.flip(2)).logits - expected).abs().max() > 1e-4
         # Items (a1 b1), (a2 b2) against (a1 b2), (a2 b1) in a history: the same codes, other items.
         pairs = torch.tensor([[[5, 9, 13], [6, 10, 13]], [[5, 10, 13], [6, 9, 13]]])
-        one, other = model.item_encoder(pairs, EMPTY).sum(1)
+        one, other = model.item_encoder(pairs, EMPTY, EMPTY).sum(1)
         assert (one - other).abs().max() > 1e-2
+
+    def test_items_of_the_same_codes_differ_by_their_embeddings(self, item_token_ids):
+        model = featured_model()
+        table = model.item_table
+        assert table.embeddings[:-1].square().mean().item() == pytest.approx(1) and not table.embeddings[-1].any()
+        for same in (table.values, table.ranks, table.totals):
+            same.zero_()
+        table.embeddings[1] = table.embeddings[0]
+        history, sessions = item_token_ids[None, :4], item_token_ids[:1].expand(1, 3, 1, -1)
+        one, twin, other = model(history, sessions, session_indices=torch.tensor([[[0], [1], [2]]])).logits[0]
+        torch.testing.assert_close(one, twin)
+        assert (one - other).abs().max() > 1e-3
 
     def test_target_attention_against_a_plain_computation(self, item_token_ids):
         model = tiny_model(num_attention_heads=2)
         layer = model.target_attention
         history, sessions = random_batch(item_token_ids, users=1, candidates=1, history=3, session=2)
-        items, behaviour = model.item_encoder(sessions[:, 0], EMPTY)[0], model.item_encoder(history, EMPTY)[0, 1:]
+        items, history = (model.item_encoder(ids, EMPTY, EMPTY) for ids in (sessions[:, 0], history))
+        items, behaviour = items[0], history[0, 1:]
         states = torch.cat([layer.no_behaviour[0], layer.history_norm(behaviour)])
         attention = layer.attention
         user = torch.empty_like(items)
@@ -180,7 +195,7 @@ class TestForward:
                 heads.append(scores.softmax(0) @ (states @ attention.v_proj.weight[rows].T))
             user[row] = attention.o_proj.weight @ torch.cat(heads)
         # The first behaviour is hidden, the third is the latest.
-        actual = layer(items[None], model.item_encoder(history, EMPTY), torch.tensor([[[-1, 1, 0]]]))[0]
+        actual = layer(items[None], history, torch.tensor([[[-1, 1, 0]]]))[0]
         torch.testing.assert_close(actual, user)
 
     def test_a_session_sees_what_is_before_it(self, item_token_ids):

@@ -207,7 +207,8 @@ class TestTraining:
 
     def model(self, feed, totals, tokenizer, **overrides):
         torch.manual_seed(0)
-        return create_reward_model(SIZES | {"objectives": self.OBJECTIVES} | overrides, feed, totals, tokenizer)
+        config = SIZES | {"objectives": self.OBJECTIVES} | overrides
+        return create_reward_model(config, feed, totals, tokenizer, torch.eye(NUM_ITEMS)[:, :2])
 
     def test_configuration_says_what_is_read(self, feed, totals, tokenizer):
         config = self.model(feed, totals, tokenizer).config

@@ -78,6 +78,8 @@ class OneRecRewardConfig(PreTrainedConfig):
             Items whose features are saved; later items of the catalogue count as unknown.
         item_features (`list[str]`, *optional*, defaults to `[]`):
             Column of each of the K feature places of an item; a column of lists has several.
+        item_embedding_size (`int`, *optional*, defaults to 0):
+            Width of the items' embeddings, of which semantic IDs keep a part; 0 for none.
         numeric_features (`list[str]`, *optional*, defaults to `[]`):
             Numeric columns of the items, read as ranks beside their bins among `item_features`.
         num_item_values (`int`, *optional*, defaults to 1):
@@ -118,6 +120,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     match_prior: float = 5.0
     num_items: int = 0
     item_features: list[str] | tuple[str, ...] = ()
+    item_embedding_size: int = 0
     numeric_features: list[str] | tuple[str, ...] = ()
     num_item_values: int = 1
     user_features: dict[str, list[str]] | None = None

@@ -3,7 +3,8 @@
 For a user and a session of items the model estimates the session's watch time, view, follow and like rates and from
 them one reward:
 
-- an item vector v comes from all of the item's codes together and, where there are any, from its features;
+- an item vector v comes from all of the item's codes together and, where there are any, from its embedding and its
+  features;
 - e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), which is all that he was
   exposed to with his feedback. Its own vector, what it gathered, the product of the two, the user's profile and the
   smoothed rates of the past (the user's, the item's, the user's with items that share a feature) give e_i;
@@ -141,7 +142,7 @@ class OneRecRewardFeatureEmbeddings(nn.Module):
 
 
 class OneRecRewardItemEncoder(nn.Module):
-    """Item vectors `(..., H)` from code token ids `(..., L)` and features' values `(..., K)`."""
+    """Item vectors `(..., H)` from code token ids `(..., L)`, features' values `(..., K)`, embeddings `(..., D)`."""
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
@@ -150,6 +151,7 @@ class OneRecRewardItemEncoder(nn.Module):
         if config.item_features:
             self.feature_embeddings = OneRecRewardFeatureEmbeddings(config, config.num_item_values)
             width += len(config.item_features) * config.feature_size
+        width += config.item_embedding_size
         # The levels are concatenated and mixed by a hidden layer: a sum of code embeddings would give an item no
         # more than the sum of its codes' effects.
         self.up_proj = nn.Linear(width, config.hidden_size)
@@ -158,10 +160,11 @@ class OneRecRewardItemEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, code_ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, code_ids: torch.Tensor, values: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         item = self.code_embeddings(code_ids).flatten(-2)
         if values.shape[-1]:
             item = torch.cat([item, self.feature_embeddings(values)], dim=-1)
+        item = torch.cat([item, embeddings.to(item.dtype)], dim=-1)
         return self.dropout(self.norm(self.down_proj(self.act_fn(self.up_proj(item)))))
 
 
@@ -250,8 +253,8 @@ class OneRecRewardTower(nn.Module):
 
 
 class OneRecRewardItemTable(nn.Module):
-    """What is known of N items: features' values, ranks by numeric features, totals of the signals; and the signals'
-    means over all exposures.
+    """What is known of N items: features' values, ranks by numeric features, embeddings and totals of the signals; and
+    the signals' means over all exposures.
 
     The last row stands for items that are not known.
     """
@@ -261,6 +264,7 @@ class OneRecRewardItemTable(nn.Module):
         rows, num_signals = config.num_items + 1, len(config.signals)
         self.register_buffer("values", torch.zeros(rows, len(config.item_features), dtype=torch.long))
         self.register_buffer("ranks", torch.zeros(rows, len(config.numeric_features)))
+        self.register_buffer("embeddings", torch.zeros(rows, config.item_embedding_size))
         self.register_buffer("totals", torch.zeros(rows, 2 * num_signals))
         self.register_buffer("signal_means", torch.full((num_signals,), 0.5))
 
@@ -316,8 +320,9 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
             # These layers are a few hundred wide: the library's fixed range would start them almost at zero.
             init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
             if isinstance(module, OneRecRewardEnsembleLinear):
-                # Signs make the members differ from the start.
-                init.copy_(module.input_scale, torch.randint_like(module.input_scale, 2) * 2 - 1)
+                # Signs make the members differ from the start. Of loaded ones none is drawn.
+                if not getattr(module.input_scale, "_is_hf_initialized", False):
+                    init.copy_(module.input_scale, torch.randint_like(module.input_scale, 2) * 2 - 1)
                 init.ones_(module.output_scale)
                 init.zeros_(module.output_bias)
         elif isinstance(module, OneRecRewardTargetAttention):
@@ -325,6 +330,7 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
         elif isinstance(module, OneRecRewardItemTable):
             init.zeros_(module.values)
             init.zeros_(module.ranks)
+            init.zeros_(module.embeddings)
             init.zeros_(module.totals)
             init.constant_(module.signal_means, 0.5)
         elif isinstance(module, OneRecRewardCalibration):
@@ -388,7 +394,12 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
 
     @torch.no_grad()
     def set_items(
-        self, values: torch.LongTensor, ranks: torch.Tensor, totals: torch.Tensor, signal_means: torch.Tensor
+        self,
+        values: torch.LongTensor,
+        ranks: torch.Tensor,
+        totals: torch.Tensor,
+        signal_means: torch.Tensor,
+        embeddings: torch.Tensor,
     ):
         """
         What is known of the items.
@@ -399,8 +410,10 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             totals (`torch.Tensor` of shape `(N, 2 S)`): Of each item's exposures so far, the sums of the signals and
                 how many of each are known.
             signal_means (`torch.Tensor` of shape `(S,)`): Means of the signals over all exposures.
+            embeddings (`torch.Tensor` of shape `(N, D)`): Brought to a mean square of 1 here.
         """
         table = self.item_table
+        table.embeddings[:-1] = embeddings / embeddings.square().mean().sqrt() if embeddings.numel() else embeddings
         table.values[:-1], table.ranks[:-1], table.totals[:-1] = values, ranks, totals
         table.signal_means.copy_(signal_means)
 
@@ -507,7 +520,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         table = self.item_table
         item_rows = table.rows(session_indices, item_ids.shape[:2])
         item_values = table.values[item_rows]
-        history_values = table.values[table.rows(history_indices, history_ids.shape[:2])]
+        history_rows = table.rows(history_indices, history_ids.shape[:2])
+        history_values = table.values[history_rows]
 
         # Behaviours after each one and before the session; -1 hides it.
         count = history_mask.sum(1, keepdim=True)
@@ -516,8 +530,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         hidden = ~history_mask[:, None] | (recency >= self.config.history_items)
         recency = recency.masked_fill(hidden, -1)
 
-        history = self.item_encoder(history_ids, history_values)
-        items = self.item_encoder(item_ids, item_values)
+        history = self.item_encoder(history_ids, history_values, table.embeddings[history_rows])
+        items = self.item_encoder(item_ids, item_values, table.embeddings[item_rows])
         inputs = []
         if self.config.signals:
             if history_signals is None:

@@ -56,7 +56,7 @@ def user_fold(user_ids: Sequence, folds: int, seed: int = 0) -> np.ndarray:
 
 
 def create_reward_model(
-    config: dict[str, Any], feed: Feed, totals: ItemTotals, tokenizer: OneRecTokenizer
+    config: dict[str, Any], feed: Feed, totals: ItemTotals, tokenizer: OneRecTokenizer, embeddings: torch.Tensor
 ) -> OneRecRewardModel:
     """
     A model to be trained on a feed's exposures: its configuration says what of the feed is read, and it holds the
@@ -67,6 +67,7 @@ def create_reward_model(
         feed: Its items and users, and `interactions` to fit, from which alone quantiles of labels come.
         totals: Of the items, as of the end of the fitted period.
         tokenizer: Gives the codes.
+        embeddings (`torch.Tensor` of shape `(N, D)`): Of the tokenizer's items, in its order; D may be 0.
     """
     columns = list(totals.feedback)
     features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
@@ -78,6 +79,7 @@ def create_reward_model(
         signals=signal_names(columns),
         num_items=len(tokenizer.item_ids),
         item_features=features.columns,
+        item_embedding_size=embeddings.shape[1],
         numeric_features=features.numeric_columns,
         num_item_values=features.num_values,
         user_features=known_user_values(feed.users),
@@ -91,6 +93,7 @@ def create_reward_model(
         torch.from_numpy(features.ranks),
         torch.from_numpy(totals.all()),
         torch.from_numpy(totals.signal_means.astype(np.float32)),
+        embeddings,
     )
     return model
 

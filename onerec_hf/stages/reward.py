@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import set_seed
 
 from ..data import Feed, exposure_runs
@@ -29,6 +30,7 @@ from .data_stage import prepared_data
 from .pretrain import TRAINING_DEFAULTS, training_log
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
+from .tokenize import ITEM_EMBEDDINGS
 
 REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
@@ -69,6 +71,7 @@ class _Exposures:
     def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
         prepared = prepared_data(args, "reward")
         self.tokenizer = tokenizer
+        self.embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
         self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
         self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
@@ -116,7 +119,8 @@ def _train(
     train, calibration = without_calibration_users(runs, seed)
     overrides = args.training.reward_model if name == REWARD_MODEL else args.training.judge_model
     sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
-    model = create_reward_model({**sizes, **DEFAULTS[name], **overrides}, feed, totals, tokenizer)
+    fields = {**sizes, **DEFAULTS[name], **overrides}
+    model = create_reward_model(fields, feed, totals, tokenizer, exposures.embeddings)
     arguments = {
         **TRAINING_DEFAULTS,
         "seed": seed,

@@ -6,9 +6,9 @@ Reads the run's `data` and `tokenize` stages. Both methods are fitted on the exp
 users but a tenth, on which the trees are stopped and the model is calibrated, and judge those of the evaluated period:
 single exposures, and sessions as the run cuts them. The trees (lightgbm, one model for each objective; of sessions
 their own) read what the model reads beside the sequence itself: the smoothed rates and counts of the user, of the item
-and of the user with items of the same features, the items' and the user's features; of a session the means over its
-items. Every cell is kept in `<output_dir>/reward_benchmark`, so that a run that was stopped goes on behind the last
-one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
+and of the user with items of the same features, the items' embeddings and features and the user's features; of a
+session the means over its items. Every cell is kept in `<output_dir>/reward_benchmark`, so that a run
+that was stopped goes on behind the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
 """
 
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -39,6 +40,7 @@ from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward import calibrate, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
+from onerec_hf.stages.tokenize import ITEM_EMBEDDINGS
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 TREES = {
@@ -61,6 +63,7 @@ class Cases:
 
     def __init__(self, args, seed: int):
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
+        self.embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed, interactions=prepared.split.fit)
         runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), self.tokenizer)
@@ -72,7 +75,7 @@ class Cases:
         self.fields = {**sizes, **args.training.reward_model}
 
     def model(self, **fields):
-        return create_reward_model(self.fields | fields, self.feed, self.totals, self.tokenizer)
+        return create_reward_model(self.fields | fields, self.feed, self.totals, self.tokenizer, self.embeddings)
 
 
 def reward_model_cells(args, cases: Cases, seed: int) -> dict[str, dict[str, float]]:
@@ -117,7 +120,8 @@ class TreeTables:
             # Behind what the untrained layers made of the items: ranks and rates.
             past = self.inputs[..., 3 * config.hidden_size : self.inputs.shape[-1] - profile_width]
             values = table.values[table.rows(indices, indices.shape)].float()
-            items = torch.cat([past.unflatten(1, indices.shape[1:]), values], dim=-1)
+            embeddings = table.embeddings[table.rows(indices, indices.shape)]
+            items = torch.cat([past.unflatten(1, indices.shape[1:]), values, embeddings], dim=-1)
             real = indices >= 0
             means = (items * real[..., None]).sum(2) / real.sum(2).clamp(min=1)[..., None]
             profile = batch["user_values"].float()[:, None].expand(-1, indices.shape[1], -1)
