@@ -57,15 +57,10 @@ def parted_sessions(sessions: Dataset, args: RecipeArguments) -> dict[str, Datas
 
 
 def recent_sessions(sessions: Dataset, days: float) -> Dataset:
-    """The sessions of the latest `days` days, in their order; those without a time are not among them.
-
-    Raises:
-        ValueError: If no session has a time.
-    """
+    """The sessions of the latest `days` days, in their order; those without a time are not among them."""
     times = np.asarray(sessions["timestamp"][:], dtype=np.float64)
-    if np.isnan(times).all():
-        raise ValueError(f"recent_days is {days}, but no session has a timestamp: leave recent_days out.")
-    return sessions.select(np.flatnonzero(times >= np.nanmax(times) - days * 86400))
+    latest = np.fmax.reduce(times, initial=-np.inf)
+    return sessions.select(np.flatnonzero(times >= latest - days * 86400))
 
 
 def save_trained_model(trainer: Trainer, folder: Path) -> None:
@@ -91,7 +86,6 @@ def pretrain(
         cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
         sessions = index_sessions(cut, tokenizer)
         parts = parted_sessions(sessions, args)
-        holdout = len(parts["test"])
         config = OneRecConfig.from_preset(
             args.training.preset,
             **{
@@ -109,13 +103,13 @@ def pretrain(
         model = OneRecForConditionalGeneration(config)
         options = args.training
 
-        def phase(rows: Dataset, folder: Path, **changes: Any) -> OneRecPretrainer:
+        def phase(rows: Dataset, held_out: Dataset, folder: Path, **changes: Any) -> OneRecPretrainer:
             """Trains on rows, behind the latest checkpoint in `folder`."""
             training_args = Seq2SeqTrainingArguments(
                 **{
                     **TRAINING_DEFAULTS,
                     "train_sampling_strategy": "group_by_length",
-                    "eval_strategy": "epoch" if holdout else "no",
+                    "eval_strategy": "epoch" if len(held_out) else "no",
                     "seed": args.run.seed,
                     **options.pretrain,
                     **changes,
@@ -132,17 +126,23 @@ def pretrain(
                 tokenizer=tokenizer,
                 args=training_args,
                 train_dataset=rows,
-                eval_dataset=parts["test"] if holdout else None,
+                eval_dataset=held_out if len(held_out) else None,
             )
             trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
             return trainer
 
-        trainer = phase(parts["train"], folder / CHECKPOINTS)
+        days, recent = options.recent_days, {}
+        if days is not None:
+            recent = {name: recent_sessions(sessions, days) for name, sessions in parts.items()}
+            if not len(recent["train"]):
+                raise ValueError(f"recent_days is {days}, but no session has a time: leave it out.")
+        trainer = phase(parts["train"], parts["test"], folder / CHECKPOINTS)
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
-        if options.recent_days is not None:
-            recent = recent_sessions(parts["train"], options.recent_days)
-            trainer = phase(recent, folder / CHECKPOINTS / "recent", **options.pretrain_recent)
-            results |= {"recent_log": training_log(trainer.state.log_history), "num_recent_sessions": len(recent)}
+        if recent:
+            last = folder / CHECKPOINTS / "recent"
+            trainer = phase(recent["train"], recent["test"], last, **options.pretrain_recent)
+            results["recent_log"] = training_log(trainer.state.log_history)
+            results["num_recent_sessions"] = len(recent["train"])
         save_trained_model(trainer, folder / MODEL)
         return results
 
