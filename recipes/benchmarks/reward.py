@@ -7,8 +7,8 @@ users but a tenth, on which the trees are stopped and the model is calibrated, a
 single exposures, and sessions as the run cuts them. The trees (lightgbm, one model for each objective; of sessions
 their own) read what the model reads beside the sequence itself: the smoothed rates and counts of the user, of the item
 and of the user with items of the same features, the items' embeddings and features and the user's features; of a
-session the means over its items. Every cell is kept in `<output_dir>/reward_benchmark`, so that a run
-that was stopped goes on behind the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
+session the means over its items. Every cell is kept in `<output_dir>/reward_benchmark`, so that a run that was
+stopped goes on behind the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
 """
 
 import json
@@ -119,9 +119,9 @@ class TreeTables:
             self.model(**batch)
             # Behind what the untrained layers made of the items: ranks and rates.
             past = self.inputs[..., 3 * config.hidden_size : self.inputs.shape[-1] - profile_width]
-            values = table.values[table.rows(indices, indices.shape)].float()
-            embeddings = table.embeddings[table.rows(indices, indices.shape)]
-            items = torch.cat([past.unflatten(1, indices.shape[1:]), values, embeddings], dim=-1)
+            rows = table.rows(indices, indices.shape)
+            known = [table.values[rows].float(), table.embeddings[rows]]
+            items = torch.cat([past.unflatten(1, indices.shape[1:]), *known], dim=-1)
             real = indices >= 0
             means = (items * real[..., None]).sum(2) / real.sum(2).clamp(min=1)[..., None]
             profile = batch["user_values"].float()[:, None].expand(-1, indices.shape[1], -1)
