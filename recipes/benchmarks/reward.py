@@ -124,7 +124,9 @@ class TreeTables:
             items = torch.cat([past.unflatten(1, indices.shape[1:]), *known], dim=-1)
             real = indices >= 0
             means = (items * real[..., None]).sum(2) / real.sum(2).clamp(min=1)[..., None]
-            profile = batch["user_values"].float()[:, None].expand(-1, indices.shape[1], -1)
+            # A feed without a table of users has no profiles.
+            profile = batch.get("user_values", indices.new_zeros(len(indices), 0))
+            profile = profile.float()[:, None].expand(-1, indices.shape[1], -1)
             owners = np.broadcast_to(users[start : start + len(indices), None], real.shape[:2])
             there = real[..., 0].numpy()
             parts.append((torch.cat([means, profile], dim=-1).numpy()[there], labels.numpy()[there], owners[there]))
