@@ -266,8 +266,18 @@ class TestTraining:
         assert len(predictions.users) == len(timed)
         metrics = predictions.metrics(model.config)
         assert metrics["vtr_auc"] > 0.97 and metrics["vtr_gauc"] > 0.97 and metrics["watched_auc"] > 0.97
+        assert not predictions.lengths.any()
         whole = predict_rewards(model, runs, replace(collator, session_items=3))
         assert whole.metrics(model.config)["swt_auc"] > 0.9
+        assert whole.lengths.sum() == len(timed) and whole.lengths.min() > 0
+        bias = torch.tensor([[1.0], [2.0], [3.0]]).expand(3, len(model.config.objectives))
+        model.set_calibration(torch.ones(bias.shape[1]), torch.zeros(bias.shape[1]), bias)
+        longer = predict_rewards(model, runs, replace(collator, session_items=3))
+        np.testing.assert_allclose(
+            longer.probabilities, 1 / (1 + np.exp(-longer.logits - longer.lengths[:, None])), atol=1e-5
+        )
+        lone = predict_rewards(model, runs, collator)
+        np.testing.assert_allclose(lone.probabilities, 1 / (1 + np.exp(-lone.logits)), atol=1e-5)
         np.testing.assert_allclose(
             predict_rewards(model, runs, collator, batch_size=40).logits, predictions.logits, atol=1e-4
         )
@@ -285,10 +295,25 @@ class TestTraining:
         logits = rng.normal(0, 1.5, (60_000, 4)).astype(np.float32)
         labels = (rng.random(logits.shape) < 1 / (1 + np.exp(-(0.5 * logits - 1)))).astype(np.float32)
         labels[:, 3] = math.nan
-        fit_calibration(model, RewardPredictions(logits, logits, labels, np.zeros(len(logits))))
+        lengths = np.zeros(len(logits), dtype=np.int64)
+        fit_calibration(model, RewardPredictions(logits, logits, labels, lengths, lengths))
         np.testing.assert_allclose(model.calibration.scale, [0.5, 0.5, 0.5, 1.0], atol=0.03)
         np.testing.assert_allclose(model.calibration.bias, [-1, -1, -1, 0], atol=0.03)
+        assert not model.calibration.session_bias.any()
         assert model.config.objective_means[0] == pytest.approx(labels[:, 0].mean(), abs=1e-4)
+
+    def test_whole_sessions_are_calibrated_by_length(self, feed, totals, tokenizer):
+        """Beside lone exposures, whose probabilities stay as they are; the bias of a length without any stays 0."""
+        model = self.model(feed, totals, tokenizer)
+        rng = np.random.default_rng(4)
+        logits = rng.normal(0, 1.5, (60_000, 4)).astype(np.float32)
+        lengths = rng.choice([0, 1, 3], len(logits))
+        bias = np.array([0.0, 0.8, 0.0, -0.5])[lengths, None]
+        labels = (rng.random(logits.shape) < 1 / (1 + np.exp(-(logits + bias)))).astype(np.float32)
+        fit_calibration(model, RewardPredictions(logits, logits, labels, lengths, lengths))
+        np.testing.assert_allclose(model.calibration.bias, 0, atol=0.06)
+        np.testing.assert_allclose(model.calibration.session_bias, np.outer([0.8, 0, -0.5], [1] * 4), atol=0.09)
+        assert model.config.objective_means[0] == pytest.approx(labels[lengths > 0, 0].mean(), abs=1e-3)
 
 
 class TestMetrics:

@@ -278,15 +278,24 @@ class OneRecRewardItemTable(nn.Module):
 
 
 class OneRecRewardCalibration(nn.Module):
-    """Probabilities of logits `(..., O)` by scales and biases that are fitted after training."""
+    """Probabilities of logits `(..., O)` by scales and biases that are fitted after training.
+
+    How long a session was says something of how it went, and a lone exposure is not a session of one item: biases of
+    whole sessions go by their number of items.
+    """
 
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
         self.register_buffer("scale", torch.ones(len(config.objectives)))
         self.register_buffer("bias", torch.zeros(len(config.objectives)))
+        self.register_buffer("session_bias", torch.zeros(config.session_items, len(config.objectives)))
 
-    def forward(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(logits * self.scale + self.bias)
+    def forward(self, logits: torch.Tensor, lengths: torch.LongTensor | None = None) -> torch.Tensor:
+        """`lengths` `(...)`: items of the sessions if they are whole ones."""
+        calibrated = logits * self.scale + self.bias
+        if lengths is not None:
+            calibrated = calibrated + self.session_bias[(lengths - 1).clamp(min=0)]
+        return torch.sigmoid(calibrated)
 
 
 def _waves(ranks: torch.Tensor) -> torch.Tensor:
@@ -336,6 +345,7 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
         elif isinstance(module, OneRecRewardCalibration):
             init.ones_(module.scale)
             init.zeros_(module.bias)
+            init.zeros_(module.session_bias)
 
 
 class OneRecRewardModel(OneRecRewardPreTrainedModel):
@@ -418,10 +428,18 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         table.signal_means.copy_(signal_means)
 
     @torch.no_grad()
-    def set_calibration(self, scale: torch.Tensor, bias: torch.Tensor):
-        """Probabilities become sigmoid(scale * logit + bias); both of shape `(O,)`."""
+    def set_calibration(self, scale: torch.Tensor, bias: torch.Tensor, session_bias: torch.Tensor | None = None):
+        """
+        Probabilities become sigmoid(scale * logit + bias), of whole sessions sigmoid(scale * logit + bias +
+        session_bias[n - 1]) for n items.
+
+        Args:
+            scale, bias (`torch.Tensor` of shape `(O,)`): By objective.
+            session_bias (`torch.Tensor` of shape `(session_items, O)`, *optional*): By length; zeros by default.
+        """
         self.calibration.scale.copy_(scale)
         self.calibration.bias.copy_(bias)
+        self.calibration.session_bias.copy_(torch.zeros(()) if session_bias is None else session_bias)
 
     def scalar(self, probabilities: torch.Tensor) -> torch.Tensor:
         """The reward `(...)` of objectives' probabilities `(..., O)`, as `config.scalar` says."""
@@ -473,6 +491,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         user_values: torch.LongTensor | None = None,
         session_totals: torch.FloatTensor | None = None,
         history_prefixes: torch.LongTensor | None = None,
+        whole_sessions: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
         r"""
@@ -501,12 +520,15 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 Totals of the sessions' items at the time of the session; by default those saved with the model.
             history_prefixes (`torch.LongTensor` of shape `(B,)` or `(B, C)`, *optional*):
                 Behaviours before each session, the latest `history_items` of which it sees; by default all.
+            whole_sessions (`bool`, *optional*, defaults to `True`):
+                Whether the sessions are whole ones, and not lone exposures, which are calibrated apart.
 
         Raises:
             ValueError: on inputs of another shape, or longer than `history_items` or `session_items`.
         """
         self._check_inputs(history_ids, session_ids, history_prefixes)
         single = session_ids.dim() == 3
+        lengths = (session_ids[..., 0] != self.config.pad_token_id).sum(-1)
         if single:
             session_ids, session_indices, session_totals, history_prefixes = (
                 None if tensor is None else tensor[:, None]
@@ -596,7 +618,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             if labels.shape != logits.shape:
                 raise ValueError(f"labels must have the shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
             loss = self._objectives_loss(member_logits, labels)
-        probabilities = self.calibration(logits)
+        probabilities = self.calibration(logits, lengths if whole_sessions else None)
         return OneRecRewardOutput(
             loss=loss, logits=logits, probabilities=probabilities, reward=self.scalar(probabilities)
         )

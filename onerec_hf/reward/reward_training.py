@@ -31,6 +31,7 @@ from .reward_objectives import fitted_quantiles, session_label
 # Share of the training batches whose sessions are single exposures; the others have 2 to m items, all alike often.
 SINGLE_SHARE = 0.5
 CALIBRATION_STEPS = 50
+LENGTH_PRIOR = 5.0
 
 
 def user_half(user_ids: Sequence, seed: int = 0) -> np.ndarray:
@@ -132,6 +133,11 @@ class RewardCollator:
     totals: ItemTotals | None = None
     session_items: int | None = None
 
+    @property
+    def whole_sessions(self) -> bool:
+        """Whether sessions are cut as long as they are judged, and not as lone exposures or by chance."""
+        return self.session_items == self.encoder.config.session_items
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         config = self.encoder.config
         longest = self.session_items or _drawn_length(config.session_items)
@@ -191,12 +197,14 @@ class RewardPredictions:
         logits, labels (`np.ndarray` of shape `(S, O)`): Before calibration; NaN where a label is unknown.
         probabilities (`np.ndarray` of shape `(S, O)`): Calibrated.
         users (`np.ndarray` of shape `(S,)`): Number of each session's user.
+        lengths (`np.ndarray` of shape `(S,)`): Items of each whole session, 0 for a part of one.
     """
 
     logits: np.ndarray
     probabilities: np.ndarray
     labels: np.ndarray
     users: np.ndarray
+    lengths: np.ndarray
 
     @classmethod
     def joined(cls, parts: Sequence["RewardPredictions"]) -> "RewardPredictions":
@@ -226,21 +234,24 @@ def predict_rewards(
     for batch in tqdm(
         DataLoader(dataset, batch_size=batch_size, collate_fn=collator), desc="judging", disable=not progress
     ):
-        labels, real = batch.pop("labels"), (batch["session_indices"][..., 0] >= 0).numpy()
-        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        labels, lengths = batch.pop("labels"), (batch["session_indices"] >= 0).sum(-1).numpy()
+        real = lengths > 0
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        output = model(**inputs, whole_sessions=collator.whole_sessions)
         rows = np.broadcast_to(users[start : start + len(real), None], real.shape)
         values = (
             output.logits.float().cpu().numpy(),
             output.probabilities.float().cpu().numpy(),
             labels.numpy(),
             rows,
+            lengths * collator.whole_sessions,
         )
         parts.append([value[real] for value in values])
         start += len(real)
     model.train(was_training)
     if not parts:
         empty = np.zeros((0, len(model.config.objectives)), dtype=np.float32)
-        return RewardPredictions(empty, empty, empty, np.zeros(0, dtype=np.int64))
+        return RewardPredictions(empty, empty, empty, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     return RewardPredictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
@@ -272,37 +283,46 @@ def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
 
 def fit_calibration(model: OneRecRewardModel, predictions: RewardPredictions) -> None:
     """
-    Fits sigmoid(scale * logit + bias) of each objective to held-out labels (Platt) and saves it with the model, and
-    the calibrated probabilities' means and deviations with its configuration. An objective with fewer than two
-    different known labels keeps its probabilities.
+    Fits sigmoid(scale * logit + bias) of each objective to held-out labels (Platt), with further biases of whole
+    sessions by their number of items, and saves it with the model; and with its configuration the means and deviations
+    of the calibrated probabilities, of whole sessions if there are any. An objective with fewer than two different
+    known labels keeps its probabilities.
     """
-    scale, bias = np.ones(len(model.config.objectives)), np.zeros(len(model.config.objectives))
+    config = model.config
+    scale, bias = np.ones(len(config.objectives)), np.zeros(len(config.objectives))
+    session_bias = np.zeros((config.session_items, len(config.objectives)))
+    by_length = predictions.lengths[:, None] == np.arange(1, config.session_items + 1)
     for index in range(len(scale)):
         known = ~np.isnan(predictions.labels[:, index])
         label = predictions.labels[known, index].astype(np.float64)
         if len(label) and label.min() < label.max():
-            scale[index], bias[index] = _platt(predictions.logits[known, index].astype(np.float64), label)
-    model.set_calibration(torch.from_numpy(scale), torch.from_numpy(bias))
+            found = _platt(predictions.logits[known, index].astype(np.float64), by_length[known], label)
+            scale[index], bias[index], session_bias[:, index] = found[0], found[1], found[2:]
+    model.set_calibration(*map(torch.from_numpy, (scale, bias, session_bias)))
     if len(predictions.logits):
-        calibrated = 1 / (1 + np.exp(-(predictions.logits * scale + bias)))
-        model.config.objective_means = calibrated.mean(0).tolist()
-        model.config.objective_deviations = calibrated.std(0).clip(1e-6).tolist()
+        calibrated = 1 / (1 + np.exp(-(predictions.logits * scale + bias + by_length @ session_bias)))
+        judged = by_length.any(1) if by_length.any() else slice(None)
+        config.objective_means = calibrated[judged].mean(0).tolist()
+        config.objective_deviations = calibrated[judged].std(0).clip(1e-6).tolist()
 
 
-def _platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Scale and bias of the smallest cross-entropy, by Newton's method. A weak prior keeps the scale near 1."""
-    design = np.stack([logits, np.ones_like(logits)], axis=1)
-    parameters = np.array([1.0, 0.0])
+def _platt(logits: np.ndarray, by_length: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Scale, bias and biases by length of the smallest cross-entropy, by Newton's method. A weak prior keeps the scale
+    near 1, and one of a few sessions' weight the biases by length near 0, for rare labels."""
+    design = np.concatenate([logits[:, None], np.ones((len(logits), 1)), by_length], axis=1)
+    prior = np.r_[1.0, 1e-9, np.full(by_length.shape[1], LENGTH_PRIOR)]
+    start = np.r_[1.0, np.zeros(design.shape[1] - 1)]
+    parameters = start.copy()
     for _ in range(CALIBRATION_STEPS):
         estimate = 1 / (1 + np.exp(-(design @ parameters)))
-        gradient = design.T @ (estimate - labels) + [parameters[0] - 1, 0]
-        curvature = (design * (estimate * (1 - estimate))[:, None]).T @ design + np.diag([1.0, 1e-9])
+        gradient = design.T @ (estimate - labels) + prior * (parameters - start)
+        curvature = (design * (estimate * (1 - estimate))[:, None]).T @ design + np.diag(prior)
         step = np.linalg.solve(curvature, gradient)
         parameters = parameters - step * min(1.0, 2.0 / (np.abs(step).max() + 1e-12))
         if np.abs(step).max() < 1e-9:
             break
     # A negative scale would turn the order round.
-    return (float(parameters[0]), float(parameters[1])) if parameters[0] > 0 else (1.0, 0.0)
+    return parameters if parameters[0] > 0 else start
 
 
 def train_reward_model(

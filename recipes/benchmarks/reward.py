@@ -7,8 +7,8 @@ users but a tenth, on which the trees are stopped and the model is calibrated, a
 single exposures, and sessions as the run cuts them. The trees (lightgbm, one model for each objective; of sessions
 their own) read what the model reads beside the sequence itself: the smoothed rates and counts of the user, of the item
 and of the user with items of the same features, the items' embeddings and features and the user's features; of a
-session the means over its items. Every cell is kept in `<output_dir>/reward_benchmark`, so that a run that was
-stopped goes on behind the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
+session the means over its items and their number. Every cell is kept in `<output_dir>/reward_benchmark`, so that a
+run that was stopped goes on behind the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
 """
 
 import json
@@ -129,7 +129,8 @@ class TreeTables:
             profile = profile.float()[:, None].expand(-1, indices.shape[1], -1)
             owners = np.broadcast_to(users[start : start + len(indices), None], real.shape[:2])
             there = real[..., 0].numpy()
-            parts.append((torch.cat([means, profile], dim=-1).numpy()[there], labels.numpy()[there], owners[there]))
+            features = torch.cat([means, profile, real.sum(2)[..., None]], dim=-1)
+            parts.append((features.numpy()[there], labels.numpy()[there], owners[there]))
             start += len(indices)
         return tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
 
