@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import set_seed
 
 from ..alignment import OneRecDPOConfig, OneRecDPOTrainer
@@ -40,7 +39,7 @@ from .recipe_arguments import RecipeArguments
 from .reward import REWARD_MODEL
 from .sample_preferences import PAIR_SETTINGS, PAIRS, draw_pairs
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
-from .tokenize import ITEM_EMBEDDINGS
+from .tokenize import load_item_embeddings
 
 ALIGNED = "aligned.json"
 SEED_CHECKS = "seed_checks.json"
@@ -148,7 +147,7 @@ class Alignment:
             popular_items(consumed, self.trie.num_items),
             self.tokenizer,
             self.trie,
-            load_file(self.args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"],
+            load_item_embeddings(self.args.output_dir),
             exclude_history=self.args.evaluation.exclude_consumed,
             seed=self.args.run.seed,
         )

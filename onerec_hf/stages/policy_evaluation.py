@@ -46,7 +46,7 @@ from .pretrain import MODEL
 from .recipe_arguments import RecipeArguments
 from .reward import INDEPENDENT_JUDGE, REWARD_MODEL
 from .stage_runner import stage_dir
-from .tokenize import ITEM_EMBEDDINGS
+from .tokenize import load_item_embeddings
 
 CUTOFFS = (5, 10, 50)
 TRUTH = "truth"
@@ -94,7 +94,7 @@ class PolicyEvaluation:
 
     @functools.cached_property
     def item_embeddings(self) -> np.ndarray:
-        return load_file(self.args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
+        return load_item_embeddings(self.args.output_dir)
 
     @functools.cached_property
     def popular(self) -> np.ndarray:

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import set_seed
 
 from ..data import Feed, exposure_runs
@@ -30,7 +29,7 @@ from .data_stage import prepared_data
 from .pretrain import TRAINING_DEFAULTS, training_log
 from .recipe_arguments import RecipeArguments
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
-from .tokenize import ITEM_EMBEDDINGS
+from .tokenize import load_item_embeddings
 
 REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
@@ -71,7 +70,7 @@ class _Exposures:
     def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
         prepared = prepared_data(args, "reward")
         self.tokenizer = tokenizer
-        self.embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
+        self.embeddings = load_item_embeddings(args.output_dir)
         self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
         self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)

@@ -43,7 +43,7 @@ def tokenize(args: RecipeArguments) -> Path:
             save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
         state.wait_for_everyone()
         # All processes fit on the same numbers, as the K-means is spread over them.
-        embeddings = load_file(folder / ITEM_EMBEDDINGS)["embeddings"].numpy()
+        embeddings = _embeddings(folder).numpy()
         quantizer = make_quantizer(
             options.quantizer_type,
             options.codebook_sizes,
@@ -63,6 +63,15 @@ def tokenize(args: RecipeArguments) -> Path:
         return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
 
     return run_stage("tokenize", args.output_dir, args.settings("tokenize", "run.seed"), ["data"], work)
+
+
+def load_item_embeddings(output_dir: Path) -> torch.Tensor:
+    """What a run's semantic IDs were made of, `(N, D)` by catalogue index."""
+    return _embeddings(output_dir / "tokenize")
+
+
+def _embeddings(folder: Path) -> torch.Tensor:
+    return load_file(folder / ITEM_EMBEDDINGS)["embeddings"]
 
 
 def semantic_id_pictures(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, disable_progress_bars
-from safetensors.torch import load_file
 from transformers import set_seed
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
@@ -39,7 +38,7 @@ from onerec_hf.stages.pretrain import MODEL
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward import REWARD_MODEL
 from onerec_hf.stages.stage_runner import stage_dir
-from onerec_hf.stages.tokenize import ITEM_EMBEDDINGS
+from onerec_hf.stages.tokenize import load_item_embeddings
 
 PARTS = ("step", "sampling")
 CODEBOOK_SIZES = [128, 128, 128]
@@ -240,7 +239,7 @@ def trained_run(args, users: int) -> tuple[OneRecForConditionalGeneration, Sessi
         totals = ItemTotals(fitted, tokenizer.item_index(fitted["item_id"]), tokenizer.num_items)
         lengths = {"history_items": args.data.history_items, "session_items": args.data.session_items}
         config = lengths | args.training.reward_model
-        embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
+        embeddings = load_item_embeddings(args.output_dir)
         scorer = SessionScorer(create_reward_model(config, prepared.feed, totals, tokenizer, embeddings), tokenizer)
     rows = index_sessions(prepared.read(USER_HISTORIES), tokenizer).shuffle(seed=0).select(range(users))
     return OneRecForConditionalGeneration.from_pretrained(source), scorer, rows

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
@@ -40,7 +39,7 @@ from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward import calibrate, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
-from onerec_hf.stages.tokenize import ITEM_EMBEDDINGS
+from onerec_hf.stages.tokenize import load_item_embeddings
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 TREES = {
@@ -63,7 +62,7 @@ class Cases:
 
     def __init__(self, args, seed: int):
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
-        self.embeddings = load_file(args.output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
+        self.embeddings = load_item_embeddings(args.output_dir)
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed, interactions=prepared.split.fit)
         runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), self.tokenizer)
