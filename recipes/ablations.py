@@ -4,8 +4,8 @@
 
 The first word is r_dpo, num_candidates, losses, reference, ntp, rounds or table1; further words are the cells that
 are run, by default all: `r_dpo 0.01 0.05`, `losses dpo sdpo`, `table1 sasrec ipa`. Reads the run's data, tokenize,
-pretrain and reward stages, writes `<output_dir>/ablations/<name>` with `table.md` and `table.json`, and prints the
-table. Complete cells are skipped, a killed one is resumed. `--help` lists all options.
+pretrain and reward stages, writes `<output_dir>/ablations/<name>` with `table.md`, `table.json` and `figure.png`, and
+prints the table. Complete cells are skipped, a killed one is resumed. `--help` lists all options.
 """
 
 import itertools

@@ -10,13 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from onerec_hf.evaluation import comparison_table
+from onerec_hf.evaluation import comparison_figure, comparison_table
 from onerec_hf.stages import ablate, align, parse_recipe_arguments, pretrain, reward, tokenize
 from onerec_hf.stages.evaluate import evaluate_seed
 from onerec_hf.stages.policy_evaluation import PolicyEvaluation
@@ -162,6 +163,7 @@ def test_other_ablations_and_users(args, name, cells):
     evaluated = (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns
     rows = rows_of(ablate(replace(args, evaluation=replace(args.evaluation, evaluation_users=20)), name, *cells))
     assert list(rows) == ["seed model", *cells]
+    assert (args.output_dir / "ablations" / name / "figure.png").stat().st_size > 10_000
     # The seed model is evaluated on these users too, beside the run's evaluation.
     assert (args.output_dir / "ablations" / "seed" / "results.safetensors").exists()
     assert (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns == evaluated
@@ -191,7 +193,8 @@ def test_a_table_has_a_row_by_policy_and_judge():
     seed = {"name": "seed", "rounds": None, "recall@10": 0.25, "coverage": 0.5, "judges": {"a": figures, "b": figures}}
     change = {"coverage": {"relative": -0.1, "interval": [-0.2, 0.0]}, "judges": {"b": {}}}
     change["judges"]["a"] = {"reward_mean": {"relative": 0.25, "interval": [0.1, 0.375]}}
-    lines = comparison_table("Title", "About.", [seed, {**seed, "name": "cell", "rounds": 2, "change": change}])
+    rows = [seed, {**seed, "name": "cell", "rounds": 2, "change": change}]
+    lines = comparison_table("Title", "About.", rows)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()[4:]]
     assert lines[0][6:] == ["judge", "mean reward", "max reward", "vtr"]
     row = ["0.2500", "0.5000", "–", "–", "a", "0.5000 [0.4, 0.6]", "0.9000", "0.1000 / 0.7000"]
@@ -199,3 +202,12 @@ def test_a_table_has_a_row_by_policy_and_judge():
     assert lines[4][:4] == ["cell", "2", "0.2500", "0.5000 -10.0% [-20.0%, +0.0%]"]
     assert lines[4][6:8] == ["a", "0.5000 [0.4, 0.6] +25.0% [+10.0%, +37.5%]"]
     assert lines[5][:7] == [""] * 6 + ["b"] and lines[5][7] == "0.5000 [0.4, 0.6]"
+
+    mean, best, recall = comparison_figure("Title", rows).axes  # of neither policy is a divergence known
+    points = [(line.get_label(), *line.get_data()) for line in mean.lines if line.get_marker() == "o"]
+    assert [label for label, *_ in points] == ["a", "b"]
+    np.testing.assert_allclose([x for _, x, _ in points if len(x)], [[0.25]])
+    assert 0.5 < points[0][2][0] < 1.5  # in the second row, beside the other judge's place
+    np.testing.assert_allclose(recall.lines[-1].get_data(), [[0.25, 0.25], [0, 1]])
+    assert mean.get_ylim()[0] > mean.get_ylim()[1]
+    assert [label.get_text() for label in mean.get_yticklabels()] == ["seed", "cell"]

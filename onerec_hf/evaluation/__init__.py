@@ -3,8 +3,8 @@
 from .alignment_report import last_kept
 from .baselines import EASE, Baseline, ItemKNN, Popularity
 from .bootstrap import bootstrap_interval, coverage_change, percentile_interval, relative_change, resampled_means
-from .comparison_table import comparison_table
 from .counterfactual import LoggedFeedback, PolicyOnLog, exposure_shares
+from .policy_comparison import comparison_figure, comparison_table
 from .policy_results import PolicyResults, popular_item_share, popular_items
 from .ranked_sessions import sessions_of_ranking
 from .ranking_metrics import (
@@ -32,6 +32,7 @@ __all__ = [
     "Popularity",
     "SASRec",
     "bootstrap_interval",
+    "comparison_figure",
     "comparison_table",
     "coverage_change",
     "duplicate_rate",

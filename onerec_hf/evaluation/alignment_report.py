@@ -374,7 +374,7 @@ def _change_figure(alignment: Sequence[Entry], judges: Sequence[str], heads: Seq
             for index, judge in enumerate(judges):
                 x = [place + shift * (index - (len(judges) - 1) / 2) for place in _rounds(alignment)]
                 values = _changes(alignment, judge, f"{head}_{kind}")
-                _points(axis, alignment, x, values, _colour(judge), judge_name(judge))
+                _points(axis, alignment, x, values, judge_colour(judge), judge_name(judge))
             _percent_axis(axis)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             if kind == KINDS[0]:
@@ -394,7 +394,7 @@ def _divergence_figure(alignment: Sequence[Entry], judges: Sequence[str]) -> Fig
     for axis, kind in zip(axes, KINDS, strict=True):
         for judge in judges:
             values = _changes(alignment, judge, f"reward_{kind}")
-            _points(axis, alignment, x, values, _colour(judge), judge_name(judge), x_intervals)
+            _points(axis, alignment, x, values, judge_colour(judge), judge_name(judge), x_intervals)
         _percent_axis(axis)
         top = axis.get_ylim()[1]
         for name, place in zip(_rounds(alignment), x, strict=True):
@@ -422,5 +422,5 @@ def _with_legend(figure: Figure, axis: Axes) -> Figure:
     return figure
 
 
-def _colour(judge: str) -> str:
+def judge_colour(judge: str) -> str:
     return JUDGE_COLOURS.get(judge, MUTED)

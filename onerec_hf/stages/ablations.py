@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from ..configuration_onerec import OneRecConfig
 from ..data import pretraining_sessions
-from ..evaluation import PolicyResults, comparison_table
+from ..evaluation import PolicyResults, comparison_figure, comparison_table
 from ..staged_files import staged_file
 from .align import ALIGN_READS, align, align_settings
 from .data_stage import PreparedData
@@ -173,8 +173,8 @@ TABLE_1_ABOUT = (
 
 
 def ablate(args: RecipeArguments, name: str, *cells: str) -> Path:
-    """Runs an ablation of `ABLATIONS`, or `table1`, and prints its table; returns its folder, which has `table.md` and
-    `table.json`.
+    """Runs an ablation of `ABLATIONS`, or `table1`, and prints its table; returns its folder, which has `table.md`,
+    `table.json` and `figure.png`.
 
     Args:
         args: The run's. What the cells change is changed in them alone.
@@ -204,6 +204,8 @@ def ablate(args: RecipeArguments, name: str, *cells: str) -> Path:
         write_json(folder / "table.json", {"title": title, "about": about, "rows": rows})
         with staged_file(folder / "table.md") as partial:
             partial.write_text(table, encoding="utf-8")
+        with staged_file(folder / "figure.png") as partial:
+            comparison_figure(title, rows).savefig(partial, format="png", dpi=120)
         print(table)
         print(f"Table: {folder / 'table.md'}")
     PartialState().wait_for_everyone()

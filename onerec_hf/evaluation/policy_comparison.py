@@ -1,0 +1,114 @@
+"""Policies of one run side by side, each under every judge: a Markdown table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes
+from .alignment_report import KINDS, KL, heads_of, judge_change, judge_colour, judge_name, judges_of
+from .report_tables import number, relative_with_interval, with_interval
+from .session_judges import REWARD
+
+COLUMNS = ("policy", "rounds kept", "Recall@10", "coverage", "KL to seed [nats]", "illegal", "judge")
+
+
+def comparison_table(title: str, about: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown with a row by policy and judge; what no judge says stands in a policy's first row.
+
+    The mean reward, the best one and Recall@10 have the 95% bootstrap interval over users and the paired change from
+    the seed model with its own; objectives are `mean / max` over a user's sessions.
+
+    Args:
+        title: Heading.
+        about: What the table compares, and how.
+        rows: By policy `name`, `rounds` (rounds of alignment that were kept, None for a method without), and what
+            [`PolicyResults.summary`] says, with `change` where it isn't the seed model.
+    """
+    objectives = [head for head in heads_of(rows) if head != REWARD]
+    lines = [[*COLUMNS, *(f"{kind} {REWARD}" for kind in KINDS), *objectives]]
+    for row in rows:
+        change = row.get("change", {})
+        policy = [
+            row["name"],
+            number(row["rounds"]),
+            _with_change(row, "recall@10", change.get("recall@10")),
+            _with_change(row, "coverage", change.get("coverage")),
+            number(row.get(KL)),
+            number(row.get("illegal_rate")),
+        ]
+        for judge in judges_of([row]):
+            scores = row["judges"][judge]
+            rewards = (f"{REWARD}_{kind}" for kind in KINDS)
+            cells = [_with_change(scores, figure, judge_change(row, judge, figure)) for figure in rewards]
+            cells += [" / ".join(number(scores.get(f"{head}_{kind}")) for kind in KINDS) for head in objectives]
+            lines.append([*policy, judge_name(judge), *cells])
+            policy = [""] * len(policy)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    table = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    return "\n".join([f"# {title}", "", about, "", *table, ""])
+
+
+def _with_change(figures: Mapping[str, Any], name: str, change: Mapping[str, Any] | None) -> str:
+    """`value [low, high] +4.1% [+3.2%, +5.0%]`."""
+    return f"{with_interval(figures, name)} {relative_with_interval(change)}".rstrip()
+
+
+def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A row by policy; panels of the mean and the best reward's change from the seed model by judge, Recall@10 and,
+    where a policy has one, its divergence from the seed model, all with their intervals.
+
+    Args:
+        title, rows: As for [`comparison_table`].
+    """
+    judges = judges_of(rows)
+    figures = {"recall@10": "Recall@10"}
+    if any(row.get(KL) is not None for row in rows):
+        figures[KL] = "KL to seed [nats]"
+    figure = Figure(figsize=(2.9 * (len(KINDS) + len(figures)) + 1, 1.7 + 0.36 * len(rows)), layout="constrained")
+    axes = styled_axes(figure, 1, len(KINDS) + len(figures))[0]
+    for axis, kind in zip(axes, KINDS, strict=False):
+        for index, judge in enumerate(judges):
+            changes = [judge_change(row, judge, f"{REWARD}_{kind}") or {} for row in rows]
+            values = [(change.get("relative"), change.get("interval")) for change in changes]
+            shift = 0.2 * (index - (len(judges) - 1) / 2)
+            _intervals(axis, values, shift, judge_colour(judge), judge_name(judge))
+        axis.axvline(0, color=MUTED, linewidth=0.8)
+        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol="%"))
+        set_title(axis, f"{kind.capitalize()} reward, change")
+    for axis, (name, shown) in zip(axes[len(KINDS) :], figures.items(), strict=True):
+        _intervals(axis, [(row.get(name), row.get(f"{name}_interval")) for row in rows], 0, ACCENT)
+        axis.set_xlim(left=0)
+        set_title(axis, shown)
+    for axis in axes:
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        axis.set_yticks(range(len(rows)), [row["name"] for row in rows] if axis is axes[0] else [""] * len(rows))
+        axis.grid(axis="x", color=GRID, linewidth=0.7)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, fontweight="bold")
+    if judges:
+        handles, labels = axes[0].get_legend_handles_labels()
+        legend = {"loc": "outside lower right", "ncols": len(judges), "frameon": False, "fontsize": 9}
+        figure.legend(handles, labels, labelcolor=INK, **legend)
+    return figure
+
+
+def _intervals(
+    axis: Axes,
+    values: Sequence[tuple[float | None, Sequence[float] | None]],
+    shift: float,
+    colour: str,
+    label: str | None = None,
+) -> None:
+    """A point (value, interval) by row, where there is one."""
+    known = [place for place, (value, _) in enumerate(values) if value is not None]
+    for place in known:
+        if values[place][1] is not None:
+            axis.plot(values[place][1], [place + shift] * 2, color=colour, linewidth=1.3, alpha=0.7)
+    x, y = [values[place][0] for place in known], [place + shift for place in known]
+    axis.plot(x, y, "o", markersize=4.5, color=colour, label=label)
