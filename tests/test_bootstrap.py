@@ -44,5 +44,8 @@ def test_coverage_change():
     change, (low, high) = coverage_change(before, np.where(before < 20, before, -1))
     assert change == pytest.approx(-0.5) and low < -0.5 < high
     assert coverage_change(before, before) == (0.0, (0.0, 0.0))
+    # Resamples miss a third of the items that only one user's list holds, and none of those that all lists hold.
+    change, (low, high) = coverage_change(np.zeros((20, 2), dtype=int), before)
+    assert change == pytest.approx(39) and low < 39 < high
     with pytest.raises(ValueError, match="nothing was ranked"):
         coverage_change(np.full((2, 2), -1), before[:2])
