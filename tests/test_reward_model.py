@@ -270,6 +270,40 @@ class TestForward:
         )
         torch.testing.assert_close(seen["inputs"][13:33], torch.tensor(expected))
 
+    def test_repetition_by_hand(self, item_token_ids):
+        """Of the latest behaviours and of the session so far, a part of which may be behaviours."""
+        model = featured_model(item_embedding_size=2, session_items=3)
+        seen = {}
+        model.fusion.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0]))
+        repetition, thresholds = model.repetition, torch.tensor([0.4, 0.9, 0.0, -0.5])
+        with torch.no_grad():  # heads compare embeddings alone, each with a threshold of its own
+            repetition.proj.weight.zero_()
+            repetition.proj.bias.zero_()
+            for head in range(repetition.num_heads):
+                repetition.proj.weight[4 * head : 4 * head + 2, -2:] = torch.eye(2)
+            repetition.threshold.copy_(thresholds)
+            repetition.steepness.fill_(8.0)
+            model.item_table.embeddings[:3] = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.0, -2.0]])
+
+        def read(history, session, **kwargs):
+            history, session = torch.tensor([history]), torch.tensor([session])
+            ids = {"history_ids": item_token_ids[history], "session_ids": item_token_ids[session]}
+            model(**ids, history_indices=history, session_indices=session, **kwargs)
+            profile = len(model.config.user_features) * model.config.feature_size
+            return seen["inputs"][0, :, -8 - profile : seen["inputs"].shape[-1] - profile]
+
+        def like(cosine):
+            return torch.sigmoid(8 * (cosine - thresholds))
+
+        same, near, none, far = like(1.0), like(math.sqrt(0.5)), like(0.0), like(-math.sqrt(0.5))
+        found = read([0, 0, 1, 2], [0, 1, 2])
+        latest = torch.stack([same + near + none, near + same + far, none + far + same])
+        torch.testing.assert_close(found[:, :4], latest)
+        torch.testing.assert_close(found[:, 4:], torch.stack([0 * same, near, none + far]))
+        # The third item alone, the other two being behaviours of its session.
+        part = read([2, 0, 1], [2], session_offsets=torch.tensor([2]))
+        torch.testing.assert_close(part[:, 4:], found[2:, 4:])
+
     def test_unknown_items_and_users_are_judged(self, item_token_ids):
         model = featured_model()
         history, sessions = random_batch(item_token_ids)

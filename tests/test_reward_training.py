@@ -124,6 +124,13 @@ class TestExposures:
         every = exposure_runs(blank.interactions, blank, args)["exposed_sessions"][:]
         assert sum(group >= 0 for groups in every for group in groups) == len(feed.interactions)
 
+    def test_requests_are_sessions_where_they_are_known(self, feed):
+        requests = feed.interactions.assign(session_id=feed.interactions["position"] // 2)
+        args = DataArguments(history_items=3, session_cut="consecutive")
+        for row in exposure_runs(requests, feed, args).to_list():
+            groups = np.array(row["exposed_sessions"])
+            assert np.bincount(groups[groups >= 0]).max() <= 2 and len(np.unique(groups[groups >= 0])) > 2
+
     def test_nothing_before_since_is_judged(self, feed):
         since = feed.interactions["timestamp"].quantile(0.8)
         rows = exposure_runs(feed.interactions, feed, DataArguments(history_items=6), since).to_pandas()
@@ -232,6 +239,8 @@ class TestTraining:
                 items = row["exposed"][first : first + 2]
                 assert batch["session_indices"][run, place, : len(items)].tolist() == items
                 assert batch["history_prefixes"][run, place] == first
+                # Sessions have up to three items, from the first judged exposure on.
+                assert batch["session_offsets"][run, place] == 2 * place % model.config.session_items
                 swt = np.minimum(feedback[first : first + 2, 0], 10).mean() / 10
                 assert batch["labels"][run, place, 0] == pytest.approx(swt)
                 known = totals.before(np.array(items), np.full(len(items), row["exposed_timestamps"][first]))

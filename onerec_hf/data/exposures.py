@@ -7,6 +7,7 @@ and every other feedback column, cut off at 1. All totals are of strictly earlie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -111,7 +112,8 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
 
     Returns:
         Dataset of the reward features (see schema.py) over the run, `exposed_timestamps` [s] and `exposed_sessions`:
-        for each exposure the number of the session that `args.session_cut` puts it in, -1 where it is context.
+        for each exposure the number of its session, -1 where it is context. It is the request that showed it, if the
+        log has a `session_id`, and otherwise what `args.session_cut` says.
     """
     exposures = _Exposures(interactions, feed)
     known = ~np.isnan(exposures.times)
@@ -125,6 +127,8 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
     first = rows[opens]
     last = rows[np.r_[np.flatnonzero(opens)[1:], len(rows)] - 1] if len(rows) else rows
     starts, ends = np.maximum(first - args.history_items, exposures.first[exposures.users[first]]), last + 1
+    if "session_id" in interactions and interactions["session_id"].notna().any():
+        args = replace(args, session_cut="session_id")
     groups, _ = session_groups(interactions, args, feed.timezone)
     columns = exposures.columns(starts, ends)
     columns["exposed_timestamps"] = list_array(pa.array(exposures.times), starts, ends - starts)

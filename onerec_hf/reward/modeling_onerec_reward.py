@@ -195,6 +195,32 @@ class OneRecRewardTargetAttention(GradientCheckpointingLayer):
         return user
 
 
+class OneRecRewardRepetition(nn.Module):
+    """How much of what came before each item is like it, as users tire of more of the same: sums `(..., Q, heads)` of
+    learned likenesses in 0..1 over those of K others that `counted` `(..., Q, K)` says. The weights of an attention
+    sum to 1, so that it cannot count.
+
+    Items are vectors `(..., Q or K, H + D)`: what the item encoder makes of them, and their embeddings.
+    """
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.proj = nn.Linear(config.hidden_size + config.item_embedding_size, config.hidden_size)
+        # Of the cosine of two items in a head's space: where it is 1/2, and how steep.
+        self.threshold = nn.Parameter(torch.empty(self.num_heads))
+        self.steepness = nn.Parameter(torch.empty(self.num_heads))
+
+    def forward(self, items: torch.Tensor, others: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        mine, theirs = (
+            F.normalize(self.proj(vectors).unflatten(-1, (self.num_heads, -1)), dim=-1).transpose(-2, -3)
+            for vectors in (items, others)
+        )
+        cosine = mine @ theirs.transpose(-1, -2)
+        likeness = torch.sigmoid(self.steepness[:, None, None] * (cosine - self.threshold[:, None, None]))
+        return (likeness * counted[..., None, :, :]).sum(-1).transpose(-1, -2)
+
+
 class OneRecRewardSessionLayer(GradientCheckpointingLayer):
     """h + SelfAttention(h W_q, h W_k, h W_v) over a session's items (eq 5), h normalised first."""
 
@@ -336,6 +362,9 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.output_bias)
         elif isinstance(module, OneRecRewardTargetAttention):
             init.normal_(module.no_behaviour, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, OneRecRewardRepetition):
+            init.constant_(module.threshold, 0.4)
+            init.constant_(module.steepness, 8.0)
         elif isinstance(module, OneRecRewardItemTable):
             init.zeros_(module.values)
             init.zeros_(module.ranks)
@@ -356,12 +385,13 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         hidden, num_signals = config.hidden_size, len(config.signals)
         self.item_encoder = OneRecRewardItemEncoder(config)
         self.target_attention = OneRecRewardTargetAttention(config)
+        self.repetition = OneRecRewardRepetition(config)
         # Places of the items' features that belong to one column, by which a behaviour and an item are compared.
         self._columns = [
             [place for place, column in enumerate(config.item_features) if column == name]
             for name in dict.fromkeys(config.item_features)
         ]
-        width = 3 * hidden + (1 + 2 * RANK_WAVES) * len(config.numeric_features)
+        width = 3 * hidden + 2 * config.num_attention_heads + (1 + 2 * RANK_WAVES) * len(config.numeric_features)
         if num_signals:
             self.signal_proj = nn.Linear(2 * num_signals, hidden)
             # Of the user, of the item, and of the user with the same item and with the same value of each feature.
@@ -491,6 +521,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         user_values: torch.LongTensor | None = None,
         session_totals: torch.FloatTensor | None = None,
         history_prefixes: torch.LongTensor | None = None,
+        session_offsets: torch.LongTensor | None = None,
         whole_sessions: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
@@ -520,6 +551,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 Totals of the sessions' items at the time of the session; by default those saved with the model.
             history_prefixes (`torch.LongTensor` of shape `(B,)` or `(B, C)`, *optional*):
                 Behaviours before each session, the latest `history_items` of which it sees; by default all.
+            session_offsets (`torch.LongTensor` of shape `(B,)` or `(B, C)`, *optional*):
+                How many of the latest behaviours are the session's own earlier part; by default none.
             whole_sessions (`bool`, *optional*, defaults to `True`):
                 Whether the sessions are whole ones, and not lone exposures, which are calibrated apart.
 
@@ -552,8 +585,21 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         hidden = ~history_mask[:, None] | (recency >= self.config.history_items)
         recency = recency.masked_fill(hidden, -1)
 
-        history = self.item_encoder(history_ids, history_values, table.embeddings[history_rows])
-        items = self.item_encoder(item_ids, item_values, table.embeddings[item_rows])
+        item_embeddings, history_embeddings = table.embeddings[item_rows], table.embeddings[history_rows]
+        history = self.item_encoder(history_ids, history_values, history_embeddings)
+        items = self.item_encoder(item_ids, item_values, item_embeddings)
+
+        # Of the session so far, and of the latest behaviours, as many as a session has items.
+        behaviours = torch.cat([history, history_embeddings.to(history.dtype)], dim=-1)
+        targets = torch.cat([items, item_embeddings.to(items.dtype)], dim=-1)
+        latest = (recency >= 0) & (recency < self.config.session_items)
+        sessions = targets.unflatten(1, (num_candidates, num_items))
+        earlier = torch.ones(num_items, num_items, dtype=torch.bool, device=items.device).tril(-1)
+        repetition = self.repetition(sessions, sessions, earlier).flatten(1, 2)
+        if session_offsets is not None:
+            offsets = session_offsets.reshape(batch, num_candidates).repeat_interleave(num_items, 1)[..., None]
+            repetition = repetition + self.repetition(targets, behaviours, (recency >= 0) & (recency < offsets))
+        repetition = torch.cat([self.repetition(targets, behaviours, latest), repetition], dim=-1)
         inputs = []
         if self.config.signals:
             if history_signals is None:
@@ -583,7 +629,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             ]
             inputs = [torch.cat(rates, dim=-1)]
         gathered = self.target_attention(items, history, recency, **kwargs)
-        inputs = [items, gathered, items * gathered, _waves(table.ranks[item_rows].to(items.dtype)), *inputs]
+        ranks = _waves(table.ranks[item_rows].to(items.dtype))
+        inputs = [items, gathered, items * gathered, ranks, *inputs, repetition]
         if self.config.user_features:
             if user_values is None:
                 user_values = history_ids.new_zeros(batch, len(self.config.user_features))

@@ -116,6 +116,12 @@ def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]
     ]
 
 
+def _group_starts(groups: np.ndarray) -> np.ndarray:
+    """First place of the group of each of a run's places; `groups` as for [`cut_sessions`]."""
+    opens = np.flatnonzero(np.diff(groups, prepend=np.nan))
+    return np.repeat(opens, np.diff(np.r_[opens, len(groups)]))
+
+
 @dataclass
 class RewardCollator:
     """
@@ -168,11 +174,16 @@ class RewardCollator:
         )
         prefixes = np.zeros(shape, dtype=np.int64)
         prefixes[owner, rank] = first
+        # Whatever is cut here, sessions have up to `config.session_items` from the beginning of a group.
+        begins = np.concatenate([_group_starts(np.asarray(row["exposed_sessions"])) for row in rows])[starts]
+        session_offsets = np.zeros(shape, dtype=np.int64)
+        session_offsets[owner, rank] = (first - begins) % config.session_items
         batch = {
             **self.encoder(rows),
             "session_ids": self.encoder.codes(indices),
             "session_indices": torch.from_numpy(indices),
             "history_prefixes": torch.from_numpy(prefixes),
+            "session_offsets": torch.from_numpy(session_offsets),
             "labels": torch.from_numpy(labels),
         }
         if config.signals and self.totals is not None:
