@@ -116,7 +116,7 @@ class TreeTables:
         for batch in DataLoader(runs, batch_size=256, collate_fn=RewardCollator(self.encoder, totals, session_items)):
             labels, indices = batch.pop("labels"), batch["session_indices"]
             self.model(**batch)
-            # Behind what the untrained layers made of the items: ranks and rates.
+            # Behind what the untrained layers made of the items: ranks, rates and, by a random projection, repetition.
             past = self.inputs[..., 3 * config.hidden_size : self.inputs.shape[-1] - profile_width]
             rows = table.rows(indices, indices.shape)
             known = [table.values[rows].float(), table.embeddings[rows]]
