@@ -382,7 +382,7 @@ def _change_figure(alignment: Sequence[Entry], judges: Sequence[str], heads: Seq
             else:
                 axis.set_xlabel("round", fontsize=9, color=MUTED)
         row[0].set_ylabel(f"{kind}, change to round 0", fontsize=9, color=INK)
-    return _with_legend(figure, axes[0][0])
+    return with_legend(figure, axes[0][0])
 
 
 def _divergence_figure(alignment: Sequence[Entry], judges: Sequence[str]) -> Figure:
@@ -404,7 +404,7 @@ def _divergence_figure(alignment: Sequence[Entry], judges: Sequence[str]) -> Fig
         axis.set_xlabel("KL to the seed model [nats a session]; round above", fontsize=9, color=MUTED)
         axis.set_title(f"{kind.capitalize()} reward", loc="left", fontsize=10, color=INK, fontweight="bold", pad=16)
     axes[0].set_ylabel("change to round 0", fontsize=9, color=INK)
-    return _with_legend(figure, axes[0])
+    return with_legend(figure, axes[0])
 
 
 def _percent_axis(axis: Axes) -> None:
@@ -414,7 +414,7 @@ def _percent_axis(axis: Axes) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1, symbol="%"))
 
 
-def _with_legend(figure: Figure, axis: Axes) -> Figure:
+def with_legend(figure: Figure, axis: Axes) -> Figure:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes
-from .alignment_report import KINDS, KL, heads_of, judge_change, judge_colour, judge_name, judges_of
+from .alignment_report import KINDS, KL, heads_of, judge_change, judge_colour, judge_name, judges_of, with_legend
 from .report_tables import number, relative_with_interval, with_interval
 from .session_judges import REWARD
 
@@ -79,7 +79,7 @@ def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
             shift = 0.2 * (index - (len(judges) - 1) / 2)
             _intervals(axis, values, shift, judge_colour(judge), judge_name(judge))
         axis.axvline(0, color=MUTED, linewidth=0.8)
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=None, symbol="%"))
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
         set_title(axis, f"{kind.capitalize()} reward, change")
     for axis, (name, shown) in zip(axes[len(KINDS) :], figures.items(), strict=True):
         _intervals(axis, [(row.get(name), row.get(f"{name}_interval")) for row in rows], 0, ACCENT)
@@ -91,11 +91,7 @@ def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         axis.grid(axis="x", color=GRID, linewidth=0.7)
         axis.xaxis.set_major_locator(MaxNLocator(4))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, fontweight="bold")
-    if judges:
-        handles, labels = axes[0].get_legend_handles_labels()
-        legend = {"loc": "outside lower right", "ncols": len(judges), "frameon": False, "fontsize": 9}
-        figure.legend(handles, labels, labelcolor=INK, **legend)
-    return figure
+    return with_legend(figure, axes[0]) if judges else figure
 
 
 def _intervals(

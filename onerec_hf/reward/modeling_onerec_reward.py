@@ -7,7 +7,8 @@ them one reward:
   features;
 - e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), which is all that he was
   exposed to with his feedback. Its own vector, what it gathered, the product of the two, the user's profile and the
-  smoothed rates of the past (the user's, the item's, the user's with items that share a feature) give e_i;
+  smoothed rates of the past (the user's, the item's, the user's with items that share a feature) and how much it
+  repeats of what came before give e_i;
 - h_f = SelfAttention over e_1..e_m, with position embeddings and a residual connection (eq 5);
 - a tower for each objective: Sigmoid(MLP(Sum h_f / m)) (eq 6), trained with the sum of the objectives' binary
   cross-entropies (eq 7); labels may be soft and an unknown label (NaN) is left out. The sum is divided by the items,
@@ -197,8 +198,8 @@ class OneRecRewardTargetAttention(GradientCheckpointingLayer):
 
 class OneRecRewardRepetition(nn.Module):
     """How much of what came before each item is like it, as users tire of more of the same: sums `(..., Q, heads)` of
-    learned likenesses in 0..1 over those of K others that `counted` `(..., Q, K)` says. The weights of an attention
-    sum to 1, so that it cannot count.
+    learned likenesses in 0..1 over those of K others that `counted` `(..., Q, K)` says, one for each of these masks.
+    The weights of an attention sum to 1, so that it cannot count.
 
     Items are vectors `(..., Q or K, H + D)`: what the item encoder makes of them, and their embeddings.
     """
@@ -211,14 +212,14 @@ class OneRecRewardRepetition(nn.Module):
         self.threshold = nn.Parameter(torch.empty(self.num_heads))
         self.steepness = nn.Parameter(torch.empty(self.num_heads))
 
-    def forward(self, items: torch.Tensor, others: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    def forward(self, items: torch.Tensor, others: torch.Tensor, *counted: torch.Tensor) -> list[torch.Tensor]:
         mine, theirs = (
             F.normalize(self.proj(vectors).unflatten(-1, (self.num_heads, -1)), dim=-1).transpose(-2, -3)
             for vectors in (items, others)
         )
         cosine = mine @ theirs.transpose(-1, -2)
         likeness = torch.sigmoid(self.steepness[:, None, None] * (cosine - self.threshold[:, None, None]))
-        return (likeness * counted[..., None, :, :]).sum(-1).transpose(-1, -2)
+        return [(likeness * mask[..., None, :, :]).sum(-1).transpose(-1, -2) for mask in counted]
 
 
 class OneRecRewardSessionLayer(GradientCheckpointingLayer):
@@ -563,9 +564,9 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         single = session_ids.dim() == 3
         lengths = (session_ids[..., 0] != self.config.pad_token_id).sum(-1)
         if single:
-            session_ids, session_indices, session_totals, history_prefixes = (
+            session_ids, session_indices, session_totals, history_prefixes, session_offsets = (
                 None if tensor is None else tensor[:, None]
-                for tensor in (session_ids, session_indices, session_totals, history_prefixes)
+                for tensor in (session_ids, session_indices, session_totals, history_prefixes, session_offsets)
             )
         batch, num_candidates, num_items, _ = session_ids.shape
         pad = self.config.pad_token_id
@@ -592,14 +593,14 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         # Of the session so far, and of the latest behaviours, as many as a session has items.
         behaviours = torch.cat([history, history_embeddings.to(history.dtype)], dim=-1)
         targets = torch.cat([items, item_embeddings.to(items.dtype)], dim=-1)
-        latest = (recency >= 0) & (recency < self.config.session_items)
+        counted = [(recency >= 0) & (recency < self.config.session_items)]
+        if session_offsets is not None:
+            counted.append((recency >= 0) & (recency < session_offsets.repeat_interleave(num_items, 1)[..., None]))
+        latest, *part = self.repetition(targets, behaviours, *counted)
         sessions = targets.unflatten(1, (num_candidates, num_items))
         earlier = torch.ones(num_items, num_items, dtype=torch.bool, device=items.device).tril(-1)
-        repetition = self.repetition(sessions, sessions, earlier).flatten(1, 2)
-        if session_offsets is not None:
-            offsets = session_offsets.reshape(batch, num_candidates).repeat_interleave(num_items, 1)[..., None]
-            repetition = repetition + self.repetition(targets, behaviours, (recency >= 0) & (recency < offsets))
-        repetition = torch.cat([self.repetition(targets, behaviours, latest), repetition], dim=-1)
+        [so_far] = self.repetition(sessions, sessions, earlier)
+        repetition = [latest, sum(part, so_far.flatten(1, 2))]
         inputs = []
         if self.config.signals:
             if history_signals is None:
@@ -630,7 +631,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             inputs = [torch.cat(rates, dim=-1)]
         gathered = self.target_attention(items, history, recency, **kwargs)
         ranks = _waves(table.ranks[item_rows].to(items.dtype))
-        inputs = [items, gathered, items * gathered, ranks, *inputs, repetition]
+        inputs = [items, gathered, items * gathered, ranks, *inputs, *repetition]
         if self.config.user_features:
             if user_values is None:
                 user_values = history_ids.new_zeros(batch, len(self.config.user_features))

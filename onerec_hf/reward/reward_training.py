@@ -107,7 +107,7 @@ def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]
         groups (`np.ndarray`): `exposed_sessions` of the run: consecutive places of one number are cut together.
         session_items (`int`): Most items of a session.
     """
-    edges = np.r_[0, np.flatnonzero(np.diff(groups)) + 1, len(groups)].tolist()
+    edges = _group_edges(groups).tolist()
     return [
         (place, min(session_items, end - place))
         for first, end in zip(edges[:-1], edges[1:], strict=True)
@@ -116,10 +116,15 @@ def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]
     ]
 
 
+def _group_edges(groups: np.ndarray) -> np.ndarray:
+    """First places of the runs of one number, and the end."""
+    return np.r_[0, np.flatnonzero(np.diff(groups)) + 1, len(groups)]
+
+
 def _group_starts(groups: np.ndarray) -> np.ndarray:
     """First place of the group of each of a run's places; `groups` as for [`cut_sessions`]."""
-    opens = np.flatnonzero(np.diff(groups, prepend=np.nan))
-    return np.repeat(opens, np.diff(np.r_[opens, len(groups)]))
+    edges = _group_edges(groups)
+    return np.repeat(edges[:-1], np.diff(edges))
 
 
 @dataclass

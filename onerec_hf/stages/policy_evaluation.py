@@ -93,7 +93,7 @@ class PolicyEvaluation:
         return index_sessions(self.prepared.read(USER_HISTORIES), self.tokenizer)
 
     @functools.cached_property
-    def item_embeddings(self) -> np.ndarray:
+    def item_embeddings(self) -> torch.Tensor:
         return load_item_embeddings(self.args.output_dir)
 
     @functools.cached_property
