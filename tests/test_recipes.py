@@ -201,3 +201,28 @@ def test_help_lists_the_options_and_unknown_ones_are_refused(capsys, tmp_path):
         parse_recipe_arguments(["--config", str(config)])
     with pytest.raises(ValueError, match="itemknn; there are popularity"):
         parse_recipe_arguments(["--output_dir", "run", "--baselines", '{"itemknn": false}'])
+
+
+@pytest.mark.parametrize(
+    "option, fields, message",
+    [
+        (
+            "pretrain",
+            {"lerning_rate": 1},
+            "pretrain has 'lerning_rate', .* Seq2SeqTrainingArguments .* 'learning_rate'",
+        ),
+        ("align", {"lambda": 1}, "align has 'lambda', which OneRecDPOConfig"),
+        ("preferences", {"serch": "beam"}, "preferences has 'serch', which PreferenceSampling .* 'search'"),
+        ("model", {"hiden_size": 8}, "'hidden_size'"),
+        ("judge_model", {"towers": 8}, "OneRecRewardConfig"),
+        ("quantizer", {"assignmnt": "greedy"}, "'assignment'"),
+        ("item_alignment", {"steps": 8}, "ItemAlignment"),
+        ("align_lora", {"rank": 8}, "align_lora has 'rank', which LoraConfig"),
+        ("baselines", {"sasrec": {"epoch": 1}}, "baselines.sasrec has 'epoch', which SASRec .* 'epochs'"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused_before_any_stage(option, fields, message):
+    if option == "align_lora":
+        pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=message):
+        parse_recipe_arguments(["--output_dir", "run", f"--{option}", json.dumps(fields)])

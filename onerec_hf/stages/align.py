@@ -35,7 +35,7 @@ from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
 from .pretrain import MODEL, TRAINING_DEFAULTS, parted_sessions, recent_sessions, save_trained_model, training_log
-from .recipe_arguments import RecipeArguments
+from .recipe_arguments import RecipeArguments, lora_config
 from .reward import REWARD_MODEL
 from .sample_preferences import PAIR_SETTINGS, PAIRS, draw_pairs
 from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
@@ -88,21 +88,6 @@ def align_settings(args: RecipeArguments) -> dict[str, Any]:
         "training.holdout_sessions",
         "training.recent_days",
     )
-
-
-def lora_config(fields: dict[str, Any]):
-    """peft's `LoraConfig` of these fields, None where there are none.
-
-    Raises:
-        ImportError: peft is not installed, which only adapters need.
-    """
-    if not fields:
-        return None
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ImportError("align_lora needs peft: pip install -c constraints.txt 'onerec_hf[lora]'.") from error
-    return LoraConfig(**fields)
 
 
 @dataclass

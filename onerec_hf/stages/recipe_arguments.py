@@ -1,18 +1,25 @@
 """Arguments of the recipes: one YAML file, read by `TrlParser`, serves every stage and the whole pipeline."""
 
+import inspect
 import json
 import logging
 import os
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import TrlParser
 
+from ..alignment import OneRecDPOConfig, PreferenceSampling
+from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
 from ..evaluation import EASE, ItemKNN, Popularity, SASRec
+from ..item_alignment import ItemAlignment
+from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS
 
 BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasrec": SASRec}
@@ -28,6 +35,37 @@ def _as_dict(value: dict[str, Any] | str | None, name: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{name} must be a mapping, got {value!r}.")
     return dict(value or {})
+
+
+def _check_fields(values: dict[str, Any], name: str, owner: type) -> None:
+    """Refuses keys that `owner` does not take, before a stage runs for hours ahead of the one that reads them.
+
+    Raises:
+        ValueError: such a key, with the class and the field that is likely meant.
+    """
+    known = {key for base in owner.__mro__ if "__init__" in vars(base) for key in inspect.signature(base).parameters}
+    for key in values:
+        if key not in known:
+            likely = get_close_matches(str(key), known, n=1)
+            meant = f" Did you mean {likely[0]!r}?" if likely else ""
+            raise ValueError(f"{name} has {key!r}, which {owner.__name__} does not take.{meant}")
+
+
+def lora_config(fields: dict[str, Any]):
+    """peft's `LoraConfig` of these fields, None where there are none.
+
+    Raises:
+        ImportError: peft is not installed, which only adapters need.
+        ValueError: a field that it does not have.
+    """
+    if not fields:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("align_lora needs peft: pip install -c constraints.txt 'onerec_hf[lora]'.") from error
+    _check_fields(fields, "align_lora", LoraConfig)
+    return LoraConfig(**fields)
 
 
 @dataclass
@@ -90,11 +128,13 @@ class TokenizeArguments:
     )
 
     def __post_init__(self):
-        self.quantizer = _as_dict(self.quantizer, "quantizer")
-        if self.item_alignment is not None:
-            self.item_alignment = _as_dict(self.item_alignment, "item_alignment")
         if self.quantizer_type not in QUANTIZERS:
             raise ValueError(f"quantizer_type must be one of {', '.join(QUANTIZERS)}, got {self.quantizer_type!r}.")
+        self.quantizer = _as_dict(self.quantizer, "quantizer")
+        _check_fields(self.quantizer, "quantizer", QUANTIZERS[self.quantizer_type])
+        if self.item_alignment is not None:
+            self.item_alignment = _as_dict(self.item_alignment, "item_alignment")
+            _check_fields(self.item_alignment, "item_alignment", ItemAlignment)
 
 
 @dataclass
@@ -163,9 +203,21 @@ class TrainingStagesArguments:
     )
 
     def __post_init__(self):
-        models = ("model", "pretrain", "pretrain_recent", "reward_model", "judge_model", "reward")
-        for name in (*models, "preferences", "align", "align_lora"):
+        owners = {
+            "model": OneRecConfig,
+            "pretrain": Seq2SeqTrainingArguments,
+            "pretrain_recent": Seq2SeqTrainingArguments,
+            "reward_model": OneRecRewardConfig,
+            "judge_model": OneRecRewardConfig,
+            "reward": TrainingArguments,
+            "preferences": PreferenceSampling,
+            "align": OneRecDPOConfig,
+        }
+        for name, owner in owners.items():
             setattr(self, name, _as_dict(getattr(self, name), name))
+            _check_fields(getattr(self, name), name, owner)
+        self.align_lora = _as_dict(self.align_lora, "align_lora")
+        lora_config(self.align_lora)
         if not 0 < self.r_dpo <= 1:
             raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
         if self.align_reference not in ("previous", "sft"):
@@ -231,6 +283,8 @@ class EvaluationArguments:
         unknown = set(self.baselines) - set(BASELINES)
         if unknown:
             raise ValueError(f"baselines has {', '.join(sorted(unknown))}; there are {', '.join(BASELINES)}.")
+        for name, options in self.baselines.items():
+            _check_fields(_as_dict(options or None, f"baselines.{name}"), f"baselines.{name}", BASELINES[name])
 
 
 @dataclass
@@ -279,5 +333,6 @@ __all__ = [
     "RunArguments",
     "TokenizeArguments",
     "TrainingStagesArguments",
+    "lora_config",
     "parse_recipe_arguments",
 ]
