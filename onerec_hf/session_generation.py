@@ -657,10 +657,17 @@ class Recommender:
     Args:
         model ([`OneRecForConditionalGeneration`]): The trained generator.
         tokenizer ([`OneRecTokenizer`]): The tokenizer saved with it.
+        scorer ([`SessionScorer`], *optional*): Its reward model chooses a user's session among those that the search
+            finds; without one it is the likeliest. Its tokenizer has the same catalogue.
+
+    Raises:
+        ValueError: If the scorer's catalogue is another.
     """
 
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, scorer=None):
+        self.model, self.tokenizer, self.scorer = model, tokenizer, scorer
+        if scorer is not None and scorer.tokenizer.semantic_id_fingerprint != tokenizer.semantic_id_fingerprint:
+            raise ValueError("The reward model's catalogue differs from the generator's: they are of different runs.")
         self._build_trie()
 
     def _build_trie(self):
@@ -679,6 +686,8 @@ class Recommender:
         normalization: str = "level",
         search: str = "beam",
         temperature: float = 1.0,
+        num_beam_groups: int = 4,
+        diversity_penalty: float = 0.5,
         seed: int | None = None,
         batch_size: int = 32,
         show_progress: bool = False,
@@ -688,7 +697,8 @@ class Recommender:
         Args:
             histories (`list[list]`): Item ids per user, oldest first, of the catalogue's own type. May be empty. A
                 model with feedback, times or user features needs rows (`dict`) of `history_item_ids` and of the
-                columns that [`encode_history_rows`] names.
+                columns that [`encode_history_rows`] names. A reward model reads `exposed_item_ids`,
+                `exposed_feedback`, `feedback_totals` and `user_profile` (data/schema.py) of them, or else the history.
             top_k (`int`): Length of the ranked list.
             num_beams (`int`, *optional*): The saved generation config's by default, and at least `top_k`.
             exclude_seen (`bool`): Whether items of the history are left out.
@@ -696,18 +706,19 @@ class Recommender:
             blocked_items (iterable, *optional*): Item ids that nobody is given.
             allowed_items (iterable, *optional*): The only item ids that may be given: an inventory or a region.
             normalization, search, temperature: As [`generate_sessions`] has them. With `"stochastic_beam"` the ranked
-                list is a draw without replacement.
+                list is a draw without replacement; `"diverse_beam"` is for sessions, and the list by plain beams.
+            num_beam_groups, diversity_penalty: Of `"diverse_beam"`; beams are added to make the groups equal.
             seed (`int`, *optional*): Makes draws repeatable.
             batch_size (`int`): Users encoded together.
             show_progress (`bool`): Whether to draw a progress bar.
 
         Returns:
-            `list[dict]`: Per user `session`, the best (or first drawn) session's item ids; `items`, the ranked item
-            ids, highest first; and `scores`, their log-probabilities. Lists are shorter than asked where fewer items
-            may be recommended.
+            `list[dict]`: Per user `session`, the item ids of the best (or first drawn) session, or of the one that
+            the scorer chose; `items`, the ranked item ids, highest first; and `scores`, their log-probabilities. Lists
+            are shorter than asked where fewer items may be recommended.
 
         Raises:
-            ValueError: If a history or an option names an item that the tokenizer does not know.
+            ValueError: If a history, a user's exposures or an option name an item that the tokenizer does not know.
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
@@ -727,13 +738,14 @@ class Recommender:
             "temperature": temperature,
             "generator": generator,
         }
+        groups = {"num_beam_groups": num_beam_groups, "diversity_penalty": diversity_penalty}
         was_training = model.training
         model.eval()
         try:
             results = []
             for start in tqdm(range(0, len(histories), batch_size), desc="Recommending", disable=not show_progress):
                 chunk = self._known_rows(histories[start : start + batch_size], start, unknown)
-                results.extend(self._recommend(chunk, min(top_k, num_beams), num_beams, exclude_seen, options))
+                results.extend(self._recommend(chunk, min(top_k, num_beams), num_beams, exclude_seen, options, groups))
         finally:
             model.train(was_training)
         return results
@@ -748,11 +760,27 @@ class Recommender:
             allowed[self.tokenizer.item_index(list(blocked_items))] = False
         return torch.from_numpy(allowed).to(self.model.device)
 
-    def _known_rows(self, histories: list[list | dict], first: int, unknown: str) -> list[dict]:
-        """The chunk that begins at user `first` as rows with catalogue indices in `history`, looked up at once."""
-        rows = [history if isinstance(history, dict) else {"history_item_ids": history} for history in histories]
-        ends = np.cumsum([len(row["history_item_ids"]) for row in rows])
-        items = [item for row in rows for item in row["history_item_ids"]]
+    def _known_rows(self, rows: list[list | dict], first: int, unknown: str) -> list[dict]:
+        """The chunk that begins at user `first` as rows with catalogue indices in `history` and `exposed`."""
+        rows = [row if isinstance(row, dict) else {"history_item_ids": row} for row in rows]
+        for user, row in enumerate(rows, start=first):
+            if "history_item_ids" not in row:
+                raise ValueError(f"histories[{user}] has no history_item_ids, only {', '.join(map(str, row))}")
+        rows = self._indexed(rows, "history", ("history_feedback", "history_timestamps"), first, unknown)
+        if self.scorer is None:
+            return rows
+        feedback = len(self.scorer.model.config.feedback)
+        for row in rows:  # that of all exposures one behind the other as a list for each
+            if feedback and row.get("exposed_feedback") is not None:
+                row["exposed_feedback"] = np.reshape(row["exposed_feedback"], (-1, feedback)).tolist()
+        return self._indexed(rows, "exposed", ("exposed_feedback",), first, unknown)
+
+    def _indexed(self, rows: list[dict], name: str, aligned: tuple[str, ...], first: int, unknown: str) -> list[dict]:
+        """The rows with the known items of `{name}_item_ids`, where there are any, as catalogue indices in `name`, all
+        looked up at once, and with what the columns `aligned` hold of these items."""
+        lists = [row.get(f"{name}_item_ids") for row in rows]
+        items = [item for items in lists if items is not None for item in items]
+        ends = np.cumsum([0 if items is None else len(items) for items in lists])
         indices = self.tokenizer.item_index(items, unknown="skip")
         missing = np.flatnonzero(indices < 0)
         if len(missing) and unknown == "error":
@@ -761,19 +789,19 @@ class Recommender:
                 f"histories[{user}] holds item id {items[missing[0]]!r}, which is not in the catalogue of "
                 f"{self.tokenizer.num_items} items; drop it or pass unknown='skip'"
             )
-        known_rows = []
-        for row, history in zip(rows, np.split(indices, ends[:-1]), strict=True):
-            known = np.flatnonzero(history >= 0)
-            aligned = {
-                name: [row[name][position] for position in known]
-                for name in ("history_feedback", "history_timestamps")
-                if name in row and len(known) < len(history) == len(row[name])
+        indexed = []
+        for row, given, found in zip(rows, lists, np.split(indices, ends[:-1]), strict=True):
+            known = np.flatnonzero(found >= 0)
+            kept = {
+                column: [row[column][position] for position in known]
+                for column in aligned
+                if row.get(column) is not None and len(known) < len(found) == len(row[column])
             }
-            known_rows.append({**row, **aligned, "history": history[known]})
-        return known_rows
+            indexed.append({**row, **kept, name: None if given is None else found[known]})
+        return indexed
 
     @torch.no_grad()
-    def _recommend(self, rows: list[dict], top_k, num_beams, exclude_seen, options) -> list[dict[str, list]]:
+    def _recommend(self, rows: list[dict], top_k, num_beams, exclude_seen, options, groups) -> list[dict[str, list]]:
         model, trie = self.model, self.trie
         encoded = encode_history_rows(rows, self.tokenizer, model.config).to(model.device)
         excluded = excluded_items([row["history"] for row in rows], model.device) if exclude_seen else None
@@ -784,8 +812,17 @@ class Recommender:
             "excluded": excluded,
             **options,
         }
+        of_sessions = request
+        if options["search"] == "diverse_beam":
+            equal = -(-num_beams // groups["num_beam_groups"]) * groups["num_beam_groups"]
+            of_sessions, request = request | groups | {"num_beams": equal}, request | {"search": "beam"}
         ranked = generate_sessions(model, trie, num_items=1, num_return=top_k, **request)
-        sessions = generate_sessions(model, trie, num_return=1, **request)
+        if self.scorer is None:
+            sessions = generate_sessions(model, trie, num_return=1, **of_sessions).items[:, 0].cpu()
+        else:
+            found = generate_sessions(model, trie, **of_sessions).items.cpu()
+            rewards = self.scorer.score(rows, found).reward
+            sessions = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
         # Draws come in their own order; the list is by score.
         scores, order = ranked.scores.sort(dim=1, descending=True, stable=True)
         items = ranked.items[..., 0].gather(1, order)
@@ -797,7 +834,7 @@ class Recommender:
                 "scores": row_scores[row >= 0].tolist(),
             }
             for session, row, row_scores in zip(
-                sessions.items[:, 0].cpu().numpy(), items.cpu().numpy(), scores.cpu().numpy(), strict=True
+                sessions.numpy(), items.cpu().numpy(), scores.cpu().numpy(), strict=True
             )
         ]
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, Recommender
+from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer
 from onerec_hf.semantic_ids import ResidualQuantizer
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,27 @@ def test_wrong_histories_are_refused_before_any_work(checkpoint, tmp_path):
     path = tmp_path / "histories.parquet"
     pq.write_table(pa.table({"user_id": ["a", "b"], "history_item_ids": [["item 1"], ["item 2", "item 99"]]}), path)
     output = finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run")]), returncode=1)
-    assert "the history of user 'b' holds item id 'item 99'" in output and "--unknown_items skip" in output
-    finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run", "--unknown_items", "skip")]))
-    assert len(pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")) == 2
+    assert "history_item_ids of user 'b' holds item id 'item 99'" in output and "--unknown_items skip" in output
+
+
+def test_sessions_that_the_reward_model_chooses(checkpoint, tmp_path):
+    tokenizer = OneRecTokenizer.from_pretrained(checkpoint)
+    torch.manual_seed(1)
+    judge = OneRecRewardModel(OneRecRewardConfig(codebook_sizes=tokenizer.codebook_sizes, hidden_size=8)).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    rows = [
+        {"user_id": "a", "history_item_ids": ["item 1"], "exposed_item_ids": ["item 1", "item 5"]},
+        {"user_id": "b", "history_item_ids": ["item 2", "item 99"], "exposed_item_ids": None},
+    ]
+    path = tmp_path / "histories.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    chosen = ("--recommend_reward_model", str(tmp_path / "judge"), "--recommend_search", "diverse_beam")
+    flags = (*chosen, "--unknown_items", "skip")
+    finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run", *flags)]))
+    found = pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")
+    model = OneRecForConditionalGeneration.from_pretrained(checkpoint).eval()
+    options = {"top_k": 5, "num_beams": 8, "search": "diverse_beam", "unknown": "skip"}
+    expected = Recommender(model, tokenizer, SessionScorer(judge, tokenizer))(rows, **options)
+    assert found["session"].to_pylist() == [row["session"] for row in expected]
+    assert found["session"].to_pylist() != [row["session"] for row in Recommender(model, tokenizer)(rows, **options)]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from model_conformance import ModelConformanceTests
 
+from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, Recommender, generate_sessions, recommend
 from onerec_hf.reward import (
     ExposureEncoder,
     OneRecRewardConfig,
@@ -14,6 +15,7 @@ from onerec_hf.reward import (
     SessionScorer,
 )
 from onerec_hf.reward.configuration_onerec_reward import DEFAULT_OBJECTIVES
+from onerec_hf.session_generation import excluded_items
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 CODEBOOK_SIZES = [4, 4, 4]
@@ -464,6 +466,58 @@ class TestScoring:
         torch.testing.assert_close(scores.reward[0], expected.reward[0])
         plain = SessionScorer(model, tokenizer).score([{"history": [7]}], sessions[1:])
         torch.testing.assert_close(scores.reward[1], plain.reward[0])
+
+    @pytest.mark.parametrize("search", ["beam", "diverse_beam"])
+    def test_a_recommender_takes_the_session_of_the_highest_reward(self, tokenizer, search):
+        torch.manual_seed(0)
+        sizes = {"codebook_sizes": CODEBOOK_SIZES, "history_items": 6, "session_items": 3}
+        generator = OneRecForConditionalGeneration(OneRecConfig.from_preset("debug", **sizes)).eval()
+        scorer = SessionScorer(featured_model(objectives=weighted(1.0, 0.5, 2.0, 1.0)), tokenizer)
+        rows = [
+            {
+                "history_item_ids": [103],
+                "exposed_item_ids": [103, 104],
+                "exposed_feedback": [5.0, 10.0, 1.0, 30.0, 20.0, math.nan],
+                "feedback_totals": [1.0, 2.0, 3.0, 4.0],
+                "user_profile": {"country": "fr", "age": None},
+            },
+            {"history_item_ids": [107, 120, 130]},
+        ]
+        judged = [{**rows[0], "history": [3], "exposed": [3, 4]}, {"history": [7, 20, 30]}]
+        trie = ItemTrie.from_tokenizer(tokenizer)
+        histories = [row["history"] for row in judged]
+        groups = {"num_beam_groups": 4, "diversity_penalty": 0.5} if search == "diverse_beam" else {}
+        found = generate_sessions(
+            generator,
+            trie,
+            **tokenizer.encode_histories(histories, catalogue_indices=True),
+            excluded=excluded_items([np.array(history) for history in histories], "cpu"),
+            search=search,
+            num_beams=12,
+            **groups,
+        ).items
+        best = scorer.score(judged, found).reward.argmax(1)
+        assert (best > 0).any()  # not all are the likeliest
+        recommender = Recommender(generator, tokenizer, scorer)
+        results = recommender(rows, top_k=5, num_beams=10 if groups else 12, search=search)
+        plain = recommend(generator, tokenizer, rows, top_k=5, num_beams=10 if groups else 12)
+        for user, result in enumerate(results):
+            assert result["session"] == (found[user, best[user]] + 100).tolist()
+            assert result["items"] == plain[user]["items"]
+        extended = {
+            **rows[0],
+            "exposed_item_ids": [103, -1, 104],
+            "exposed_feedback": [5.0, 10, 1, 0, 0, 0, 30, 20, math.nan],
+        }
+        skipped = recommender([extended], top_k=5, num_beams=10 if groups else 12, search=search, unknown="skip")
+        assert skipped[0]["session"] == results[0]["session"]
+        with pytest.raises(ValueError, match=r"histories\[1\] holds item id -1"):
+            recommender([rows[0], extended])
+        with pytest.raises(ValueError, match=r"histories\[0\] has no history_item_ids, only exposed_item_ids"):
+            recommender([{"exposed_item_ids": [103]}])
+        other = OneRecTokenizer.from_semantic_ids([1, 2], [[0, 0, 0], [1, 1, 1]], codebook_sizes=CODEBOOK_SIZES)
+        with pytest.raises(ValueError, match="catalogue differs"):
+            Recommender(generator, tokenizer, SessionScorer(scorer.model, other))
 
     def test_older_exposures_count_in_the_totals(self, tokenizer):
         model = featured_model()

@@ -268,6 +268,17 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "For recommend: checkpoint folder or Hub repository. Default: the run's last model."},
     )
+    recommend_reward_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "For recommend: folder or Hub repository of the reward model that chooses each user's session "
+            "among those that are found. Default: none, the likeliest session."
+        },
+    )
+    recommend_search: str = field(
+        default="beam",
+        metadata={"help": "For recommend: beam or diverse_beam, how sessions are found; as many as ranking_beams."},
+    )
     unknown_items: str = field(
         default="error",
         metadata={"help": "For recommend: error, or skip to leave out a history's items that have no semantic ID."},
@@ -278,6 +289,8 @@ class EvaluationArguments:
         self.baselines = _as_dict(self.baselines, "baselines")
         if self.counterfactual_clip <= 0:
             raise ValueError(f"counterfactual_clip must be positive, got {self.counterfactual_clip}.")
+        if self.recommend_search not in ("beam", "diverse_beam"):
+            raise ValueError(f"recommend_search must be 'beam' or 'diverse_beam', got {self.recommend_search!r}.")
         if self.unknown_items not in ("error", "skip"):
             raise ValueError(f"unknown_items must be 'error' or 'skip', got {self.unknown_items!r}.")
         unknown = set(self.baselines) - set(BASELINES)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..history_features import HISTORY_FEATURES
 from ..modeling_onerec import OneRecForConditionalGeneration
+from ..reward import REWARD_FEATURES, SessionScorer
 from ..session_generation import Recommender
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
@@ -43,7 +44,10 @@ def recommend(args: RecipeArguments) -> Path:
         tokenizer = OneRecTokenizer.from_pretrained(checkpoint)
         histories.check_items(tokenizer, options.unknown_items)
         model = OneRecForConditionalGeneration.from_pretrained(checkpoint).to(state.device)
-        recommender = Recommender(model, tokenizer)
+        scorer = None
+        if options.recommend_reward_model is not None:
+            scorer = SessionScorer.from_pretrained(options.recommend_reward_model, state.device)
+        recommender = Recommender(model, tokenizer, scorer)
         id_type = pa.int64() if tokenizer.item_ids.dtype == np.int64 else pa.string()
         with tqdm(
             total=histories.num_users, desc="recommending", unit="user", disable=not state.is_main_process
@@ -57,6 +61,7 @@ def recommend(args: RecipeArguments) -> Path:
                         num_beams=options.ranking_beams,
                         exclude_seen=options.exclude_consumed,
                         unknown=options.unknown_items,
+                        search=options.recommend_search,
                     )
                     table = pa.table(
                         {
@@ -81,6 +86,8 @@ def recommend(args: RecipeArguments) -> Path:
         "evaluation.unknown_items",
         "evaluation.evaluation_users",
         "evaluation.recommend_model",
+        "evaluation.recommend_reward_model",
+        "evaluation.recommend_search",
         "run.seed",
     )
     # A file of the same name may hold other histories tomorrow.
@@ -115,12 +122,12 @@ class Histories:
                 users = users.shuffle(seed=args.run.seed).select(range(min(count, len(users))))
             self.name, self.source = EVALUATION_CASES, users.with_format("arrow")[:].combine_chunks()
             self.num_users = self.source.num_rows
-            self.columns = _read_columns(self.source.column_names)
+            self.columns = _read_columns(self.source.column_names, args)
             return
         self.name, self.source = path, pq.ParquetFile(path)
         self.num_users = self.source.metadata.num_rows
         names = self.source.schema_arrow.names
-        self.columns = _read_columns(names)
+        self.columns = _read_columns(names, args)
         for column in HISTORY_COLUMNS:
             if column not in names:
                 raise ValueError(
@@ -144,20 +151,22 @@ class Histories:
         """
         if unknown_items == "skip":
             return
-        for batch in self.parts():
-            flat = pc.list_flatten(batch["history_item_ids"])
+        columns = [name for name in ("history_item_ids", "exposed_item_ids") if name in self.columns]
+        for batch, column in ((batch, column) for batch in self.parts() for column in columns):
+            flat = pc.list_flatten(batch[column])
             unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown="skip") < 0)
             if len(unknown):
-                user = pc.list_parent_indices(batch["history_item_ids"])[int(unknown[0])].as_py()
+                user = pc.list_parent_indices(batch[column])[int(unknown[0])].as_py()
                 raise ValueError(
-                    f"{self.name}: the history of user {batch['user_id'][user].as_py()!r} holds item id "
+                    f"{self.name}: {column} of user {batch['user_id'][user].as_py()!r} holds item id "
                     f"{flat[int(unknown[0])].as_py()!r}, which is not in the catalogue of {tokenizer.num_items} "
                     "items; drop it, or pass --unknown_items skip."
                 )
 
 
-def _read_columns(names: list[str]) -> list[str]:
-    return [name for name in (*HISTORY_COLUMNS, *HISTORY_FEATURES) if name in names]
+def _read_columns(names: list[str], args: RecipeArguments) -> list[str]:
+    judged = ("exposed_item_ids", *REWARD_FEATURES) if args.evaluation.recommend_reward_model is not None else ()
+    return [name for name in (*HISTORY_COLUMNS, *HISTORY_FEATURES, *judged) if name in names]
 
 
 def join_parts(folder: Path) -> None:
