@@ -1,7 +1,9 @@
 """Saving files so that each appears whole or not at all."""
 
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +42,23 @@ def staged_files(directory: str | os.PathLike, last: str) -> Iterator[Path]:
         yield Path(staging)
         for name in sorted(os.listdir(staging), key=lambda name: (name == last, name)):
             os.replace(Path(staging) / name, directory / name)
+
+
+@contextmanager
+def staged_directory(directory: str | Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `directory` once the block ends without an error."""
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.replaced")
+            os.replace(target, replaced)
+            os.replace(folder, target)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -66,7 +66,7 @@ class PreferenceSampling:
     search: str = "beam"
     temperature: float = 1.0
     top_p: float | None = None
-    num_beam_groups: int = 8
+    num_beam_groups: int = 4
     diversity_penalty: float = 0.5
     winner_quantile: float = 1.0
     loser_quantile: float = 0.0

@@ -50,10 +50,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from ..staged_files import staged_directory
 from .data_arguments import DataArguments
 from .feed import Feed
 from .schema import KEY_COLUMNS, DataError, require_columns
-from .simulated_feed import SimulatedFeed, atomic_directory
+from .simulated_feed import SimulatedFeed
 
 KUAIRAND_POSITIVE = ["view", "like", "follow", "comment", "forward"]
 KUAIRAND_FEEDBACK = {
@@ -411,7 +412,7 @@ def save_feed(feed: Feed, directory: str | Path) -> None:
 
     The folder `directory` appears whole or not at all, and replaces one of the same name.
     """
-    with atomic_directory(directory) as folder:
+    with staged_directory(directory) as folder:
         tables = {
             "interactions": (feed.interactions, feed.interaction_features()),
             "items": (feed.items, feed.item_features()),

@@ -47,11 +47,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +54,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
+from ..staged_files import staged_directory
 from .feed import Feed
 from .schema import DataError
 
@@ -371,7 +367,7 @@ class SimulatedFeed:
 
     def save(self, directory: str | Path) -> None:
         """Writes world.safetensors and world.json into `directory`, which appears whole or not at all."""
-        with atomic_directory(directory) as folder:
+        with staged_directory(directory) as folder:
             tensors = {f"truth.{name}": np.ascontiguousarray(values) for name, values in self.truth.items()}
             tensors |= {f"log.{name}": np.ascontiguousarray(values) for name, values in self.log.items()}
             save_file(tensors, folder / "world.safetensors")
@@ -428,23 +424,3 @@ def _draw_truth(p: SimulatedFeedParameters, rng: np.random.Generator) -> dict[st
         "end_tastes": end,
         "policy_noise": rng.standard_normal((p.users, p.latent_size)) / np.sqrt(p.latent_size),
     }
-
-
-@contextmanager
-def atomic_directory(directory: str | Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `directory` once the block ends without an error."""
-    target = Path(directory)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            replaced = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.replaced")
-            os.replace(target, replaced)
-            os.replace(folder, target)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
