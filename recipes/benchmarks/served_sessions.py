@@ -6,7 +6,7 @@ Reads the stages up to `align` of a run. The likeliest session is what `recommen
 model (`--recommend_reward_model`) it gives the one of highest reward among those found. Beside them stand the first
 items of the ranked list, and those of baselines' (`--ranked popularity ease`). Changes are from the first row, with
 paired 95% bootstrap intervals over users. `--judged_users` sets their number, `--models seed aligned` the policies,
-`--json FILE` keeps the figures.
+`--num_beams` the sessions found, `--json FILE` keeps the figures.
 """
 
 import json
@@ -27,15 +27,16 @@ from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward import REWARD_MODEL
 
 STAGES = {"seed": "pretrain", "aligned": "align"}
-FOUND = 32
 
 
-def served(evaluation: PolicyEvaluation, model, rows: list[dict], search: str, scorer: SessionScorer | None):
+def served(
+    evaluation: PolicyEvaluation, model, rows: list[dict], search: str, num_beams: int, scorer: SessionScorer | None
+) -> tuple[list[list], list[list]]:
     """Sessions and ranked items of the users, as lists of item ids."""
     recommender = Recommender(model, evaluation.tokenizer, scorer)
     found = recommender(
         rows,
-        num_beams=FOUND,
+        num_beams=num_beams,
         search=search,
         exclude_seen=evaluation.options.exclude_consumed,
         show_progress=True,
@@ -47,6 +48,7 @@ def main():
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--ranked", nargs="*", default=["popularity", "ease"])
+    parser.add_argument("--num_beams", type=int, default=32)
     parser.add_argument("--json", type=Path)
     options, rest = parser.parse_known_args()
     args = parse_recipe_arguments(rest)
@@ -76,8 +78,8 @@ def main():
         model = evaluation.load(args.output_dir / STAGES[name] / MODEL)
         for search in ("beam", "diverse_beam"):
             for chooser, title in ((None, "likeliest"), (scorer, "highest reward")):
-                sessions, ranked = served(evaluation, model, rows, search, chooser)
-                judge(f"{name}: {title} of {FOUND} by {search}", indexed(sessions))
+                sessions, ranked = served(evaluation, model, rows, search, options.num_beams, chooser)
+                judge(f"{name}: {title} of {options.num_beams} by {search}", indexed(sessions))
         judge(f"{name}: first {width} ranked items", indexed(ranked))
     for name in options.ranked:
         ranked, _ = rank_baseline(name, args, evaluation)
