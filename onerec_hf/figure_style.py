@@ -32,6 +32,15 @@ def set_title(axis: Axes, text: str) -> None:
     axis.set_title(text, loc="left", fontsize=10, color=INK, fontweight="bold")
 
 
+def with_legend(figure: Figure, axis: Axes) -> Figure:
+    """The figure with a legend of what an axis shows, below to the right."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK
+    )
+    return figure
+
+
 def svg_image(figure: Figure, description: str) -> str:
     """An <img> that holds the figure itself; the same figure gives the same bytes."""
     buffer = io.BytesIO()

@@ -731,21 +731,29 @@ class Recommender:
         num_beams = model.generation_config.num_beams if num_beams is None else num_beams
         num_beams = min(max(num_beams, top_k), trie.num_positions)
         generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-        options = {
+        ranking = {
+            "num_beams": num_beams,
             "allowed": self._allowed(blocked_items, allowed_items),
             "normalization": normalization,
             "search": search,
             "temperature": temperature,
             "generator": generator,
         }
-        groups = {"num_beam_groups": num_beam_groups, "diversity_penalty": diversity_penalty}
+        sessions = ranking
+        if search == "diverse_beam":
+            sessions = ranking | {
+                "num_beams": num_beams + -num_beams % max(num_beam_groups, 1),
+                "num_beam_groups": num_beam_groups,
+                "diversity_penalty": diversity_penalty,
+            }
+            ranking = ranking | {"search": "beam"}
         was_training = model.training
         model.eval()
         try:
             results = []
             for start in tqdm(range(0, len(histories), batch_size), desc="Recommending", disable=not show_progress):
                 chunk = self._known_rows(histories[start : start + batch_size], start, unknown)
-                results.extend(self._recommend(chunk, min(top_k, num_beams), num_beams, exclude_seen, options, groups))
+                results.extend(self._recommend(chunk, min(top_k, num_beams), exclude_seen, ranking, sessions))
         finally:
             model.train(was_training)
         return results
@@ -770,9 +778,9 @@ class Recommender:
         if self.scorer is None:
             return rows
         feedback = len(self.scorer.model.config.feedback)
-        for row in rows:  # that of all exposures one behind the other as a list for each
+        for row in rows:  # one exposure's behind the other's, as a line for each
             if feedback and row.get("exposed_feedback") is not None:
-                row["exposed_feedback"] = np.reshape(row["exposed_feedback"], (-1, feedback)).tolist()
+                row["exposed_feedback"] = np.reshape(row["exposed_feedback"], (-1, feedback))
         return self._indexed(rows, "exposed", ("exposed_feedback",), first, unknown)
 
     def _indexed(self, rows: list[dict], name: str, aligned: tuple[str, ...], first: int, unknown: str) -> list[dict]:
@@ -801,28 +809,23 @@ class Recommender:
         return indexed
 
     @torch.no_grad()
-    def _recommend(self, rows: list[dict], top_k, num_beams, exclude_seen, options, groups) -> list[dict[str, list]]:
+    def _recommend(self, rows: list[dict], top_k, exclude_seen, ranking, sessions) -> list[dict[str, list]]:
+        """Results of users encoded together; `ranking` and `sessions` are options of the two searches."""
         model, trie = self.model, self.trie
         encoded = encode_history_rows(rows, self.tokenizer, model.config).to(model.device)
-        excluded = excluded_items([row["history"] for row in rows], model.device) if exclude_seen else None
-        request = {
+        users = {
             "attention_mask": encoded["attention_mask"],
             "encoder_outputs": model.get_encoder()(**encoded),
-            "num_beams": num_beams,
-            "excluded": excluded,
-            **options,
+            "excluded": excluded_items([row["history"] for row in rows], model.device) if exclude_seen else None,
         }
-        of_sessions = request
-        if options["search"] == "diverse_beam":
-            equal = -(-num_beams // groups["num_beam_groups"]) * groups["num_beam_groups"]
-            of_sessions, request = request | groups | {"num_beams": equal}, request | {"search": "beam"}
-        ranked = generate_sessions(model, trie, num_items=1, num_return=top_k, **request)
-        if self.scorer is None:
-            sessions = generate_sessions(model, trie, num_return=1, **of_sessions).items[:, 0].cpu()
-        else:
-            found = generate_sessions(model, trie, **of_sessions).items.cpu()
+        ranked = generate_sessions(model, trie, num_items=1, num_return=top_k, **users, **ranking)
+        found = generate_sessions(
+            model, trie, num_return=1 if self.scorer is None else None, **users, **sessions
+        ).items.cpu()
+        chosen = found[:, 0]
+        if self.scorer is not None:
             rewards = self.scorer.score(rows, found).reward
-            sessions = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
+            chosen = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
         # Draws come in their own order; the list is by score.
         scores, order = ranked.scores.sort(dim=1, descending=True, stable=True)
         items = ranked.items[..., 0].gather(1, order)
@@ -833,9 +836,7 @@ class Recommender:
                 "items": ids[row[row >= 0]].tolist(),
                 "scores": row_scores[row >= 0].tolist(),
             }
-            for session, row, row_scores in zip(
-                sessions.numpy(), items.cpu().numpy(), scores.cpu().numpy(), strict=True
-            )
+            for session, row, row_scores in zip(chosen.numpy(), items.cpu().numpy(), scores.cpu().numpy(), strict=True)
         ]
 
 

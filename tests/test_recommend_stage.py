@@ -99,7 +99,9 @@ def test_wrong_histories_are_refused_before_any_work(checkpoint, tmp_path):
     path = tmp_path / "histories.parquet"
     pq.write_table(pa.table({"user_id": ["a", "b"], "history_item_ids": [["item 1"], ["item 2", "item 99"]]}), path)
     output = finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run")]), returncode=1)
-    assert "history_item_ids of user 'b' holds item id 'item 99'" in output and "--unknown_items skip" in output
+    assert "the history of user 'b' holds item id 'item 99'" in output and "--unknown_items skip" in output
+    finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run", "--unknown_items", "skip")]))
+    assert len(pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")) == 2
 
 
 def test_sessions_that_the_reward_model_chooses(checkpoint, tmp_path):

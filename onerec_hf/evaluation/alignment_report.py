@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes, svg_image
+from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes, svg_image, with_legend
 from .counterfactual import MIN_EFFECTIVE_SAMPLES
 from .report_tables import html_table, number, relative_with_interval, stacked, text_table, with_interval
 
@@ -412,14 +412,6 @@ def _percent_axis(axis: Axes) -> None:
     axis.grid(axis="x", color=GRID, linewidth=0.7)
     axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(PercentFormatter(1, symbol="%"))
-
-
-def with_legend(figure: Figure, axis: Axes) -> Figure:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK
-    )
-    return figure
 
 
 def judge_colour(judge: str) -> str:

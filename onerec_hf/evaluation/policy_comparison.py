@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes
-from .alignment_report import KINDS, KL, heads_of, judge_change, judge_colour, judge_name, judges_of, with_legend
+from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes, with_legend
+from .alignment_report import KINDS, KL, heads_of, judge_change, judge_colour, judge_name, judges_of
 from .report_tables import number, relative_with_interval, with_interval
 from .session_judges import REWARD
 

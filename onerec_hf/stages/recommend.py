@@ -151,17 +151,19 @@ class Histories:
         """
         if unknown_items == "skip":
             return
-        columns = [name for name in ("history_item_ids", "exposed_item_ids") if name in self.columns]
-        for batch, column in ((batch, column) for batch in self.parts() for column in columns):
-            flat = pc.list_flatten(batch[column])
-            unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown="skip") < 0)
-            if len(unknown):
-                user = pc.list_parent_indices(batch[column])[int(unknown[0])].as_py()
-                raise ValueError(
-                    f"{self.name}: {column} of user {batch['user_id'][user].as_py()!r} holds item id "
-                    f"{flat[int(unknown[0])].as_py()!r}, which is not in the catalogue of {tokenizer.num_items} "
-                    "items; drop it, or pass --unknown_items skip."
-                )
+        names = {"history_item_ids": "the history", "exposed_item_ids": "the exposures"}
+        checked = [column for column in names if column in self.columns]
+        for batch in self.parts():
+            for column in checked:
+                flat = pc.list_flatten(batch[column])
+                unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown="skip") < 0)
+                if len(unknown):
+                    user = pc.list_parent_indices(batch[column])[int(unknown[0])].as_py()
+                    raise ValueError(
+                        f"{self.name}: {names[column]} of user {batch['user_id'][user].as_py()!r} holds item id "
+                        f"{flat[int(unknown[0])].as_py()!r}, which is not in the catalogue of {tokenizer.num_items} "
+                        "items; drop it, or pass --unknown_items skip."
+                    )
 
 
 def _read_columns(names: list[str], args: RecipeArguments) -> list[str]:

@@ -18,7 +18,6 @@ import torch
 
 from onerec_hf.evaluation import REWARD, relative_change
 from onerec_hf.evaluation.report_tables import relative_with_interval, text_table
-from onerec_hf.reward import SessionScorer
 from onerec_hf.session_generation import Recommender
 from onerec_hf.stages.evaluate import rank_baseline
 from onerec_hf.stages.policy_evaluation import PolicyEvaluation
@@ -27,21 +26,6 @@ from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward import REWARD_MODEL
 
 STAGES = {"seed": "pretrain", "aligned": "align"}
-
-
-def served(
-    evaluation: PolicyEvaluation, model, rows: list[dict], search: str, num_beams: int, scorer: SessionScorer | None
-) -> tuple[list[list], list[list]]:
-    """Sessions and ranked items of the users, as lists of item ids."""
-    recommender = Recommender(model, evaluation.tokenizer, scorer)
-    found = recommender(
-        rows,
-        num_beams=num_beams,
-        search=search,
-        exclude_seen=evaluation.options.exclude_consumed,
-        show_progress=True,
-    )
-    return [row["session"] for row in found], [row["items"] for row in found]
 
 
 def main():
@@ -70,17 +54,28 @@ def main():
     def indexed(sessions: list[list]) -> torch.LongTensor:
         full = torch.full((len(sessions), width), -1)
         for place, session in enumerate(sessions):
-            full[place, : len(session[:width])] = torch.from_numpy(tokenizer.item_index(session[:width]))
+            full[place, : len(session)] = torch.from_numpy(tokenizer.item_index(session))
         return full
 
-    scorer = evaluation.scorers[REWARD_MODEL]
     for name in options.models:
         model = evaluation.load(args.output_dir / STAGES[name] / MODEL)
+        recommenders = {
+            "likeliest": Recommender(model, tokenizer),
+            "highest reward": Recommender(model, tokenizer, evaluation.scorers[REWARD_MODEL]),
+        }
         for search in ("beam", "diverse_beam"):
-            for chooser, title in ((None, "likeliest"), (scorer, "highest reward")):
-                sessions, ranked = served(evaluation, model, rows, search, options.num_beams, chooser)
-                judge(f"{name}: {title} of {options.num_beams} by {search}", indexed(sessions))
-        judge(f"{name}: first {width} ranked items", indexed(ranked))
+            for title, recommender in recommenders.items():
+                found = recommender(
+                    rows,
+                    top_k=width,
+                    num_beams=options.num_beams,
+                    search=search,
+                    exclude_seen=evaluation.options.exclude_consumed,
+                    show_progress=True,
+                )
+                sessions = indexed([row["session"] for row in found])
+                judge(f"{name}: {title} of {options.num_beams} by {search}", sessions)
+        judge(f"{name}: first {width} ranked items", indexed([row["items"] for row in found]))
     for name in options.ranked:
         ranked, _ = rank_baseline(name, args, evaluation)
         judge(f"{name}: first {width} ranked items", torch.from_numpy(ranked[evaluation.judged, :width]).long())
