@@ -49,42 +49,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @strict
 class OneRecConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`OneRecModel`] and [`OneRecForConditionalGeneration`].
+    """Configuration of [`OneRecModel`] and [`OneRecForConditionalGeneration`].
 
     Args:
-        codebook_sizes (`list[int]`):
-            Codes per semantic-ID level, K_1 to K_L; the vocabulary is these codes behind the five special tokens.
-        hidden_size, intermediate_size (`int`):
-            Width of the model and of the encoder's dense FFNs.
-        encoder_layers, decoder_layers, num_attention_heads (`int`):
-            The paper has N/2 encoder and N/2 decoder layers.
-        num_experts, num_experts_per_tok, moe_intermediate_size (`int`):
-            N_MoE, K_MoE and the width of one decoder expert (eq 2; the paper has 24 and 2).
-        history_items, session_items (`int`):
-            n = 256 behaviours that the encoder reads at most and m = 5 items of a target session.
-        history_positions (`"token"` or `"item"`):
-            `"token"` (the paper): every code token and separator of the history is an encoder position. `"item"`: the
-            L code embeddings of an item are projected together into one position, a quarter of the length at L = 3.
-        history_feedback (`list[str]`):
-            Feedback conditions, such as `"like"` or `"watch_time>=60"`, whose outcome is embedded with each behaviour
-            of the history; none by default.
-        time_gap_buckets (`int`):
-            Buckets of the time from each behaviour to the moment of recommendation, embedded with the behaviour;
-            bucket k holds 2^(k-1) - 1 to 2^k - 1 minutes, the last one everything longer. 0 (default) leaves it out.
-        user_features (`dict[str, list[str]]`):
-            Known values by categorical column of the users; each column is one encoder position in front of the
-            history. None by default.
-        encoder_attention (`"bidirectional"` or `"causal"`):
-            `"bidirectional"` (the paper): every position of the history sees the whole history. `"causal"`: it sees
-            what lies before it, so that one encoding of a history serves the targets after each of its prefixes.
-        expert_bias_update_rate (`float`):
-            Step by which a router's selection bias moves towards balanced load after every optimizer step; 0 turns
-            the balancing off.
-        dropout (`float`):
-            Dropout on embeddings and residual branches.
-        attention_dropout (`float`):
-            Dropout on attention weights. Off by default: with it no fused attention kernel trains on a CPU.
+        codebook_sizes: Codes per semantic-ID level, K_1 to K_L; in the vocabulary they follow the five special tokens.
+        hidden_size, intermediate_size: Width of the model and of the encoder's dense FFNs.
+        encoder_layers, decoder_layers, num_attention_heads: The paper has N/2 encoder and N/2 decoder layers.
+        num_experts, num_experts_per_tok, moe_intermediate_size: N_MoE, K_MoE and the width of one decoder expert (eq
+            2; the paper has 24 and 2).
+        history_items, session_items: n = 256 behaviours that the encoder reads at most and m = 5 items of a session.
+        history_positions: `"token"` (the paper): every code token and separator of the history is an encoder position.
+            `"item"`: the L code embeddings of an item are projected together into one position, a quarter of the
+            length at L = 3.
+        history_feedback: Feedback conditions, such as `"like"` or `"watch_time>=60"`, whose outcome is embedded with
+            each behaviour of the history.
+        time_gap_buckets: Buckets of the time from each behaviour to the moment of recommendation, embedded with the
+            behaviour; bucket k holds 2^(k-1) - 1 to 2^k - 1 minutes, the last one everything longer. 0 leaves it out.
+        user_features: Known values by categorical column of the users; each column is one encoder position in front of
+            the history.
+        encoder_attention: `"bidirectional"` (the paper): every position of the history sees the whole history.
+            `"causal"`: it sees what lies before it, so that one encoding of a history serves the targets after each of
+            its prefixes.
+        expert_bias_update_rate: Step by which a router's selection bias moves towards balanced load after every
+            optimizer step; 0 turns the balancing off.
+        dropout: Dropout on embeddings and residual branches.
+        attention_dropout: Dropout on attention weights. With it no fused attention kernel trains on a CPU.
 
     `vocab_size` follows from `codebook_sizes`; it is a field so that embeddings can be resized.
     """

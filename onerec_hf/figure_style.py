@@ -35,9 +35,8 @@ def set_title(axis: Axes, text: str) -> None:
 def with_legend(figure: Figure, axis: Axes) -> Figure:
     """The figure with a legend of what an axis shows, below to the right."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK
-    )
+    style = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), **style)
     return figure
 
 

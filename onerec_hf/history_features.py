@@ -103,6 +103,3 @@ def user_feature_ids(users: Sequence[Mapping[str, Any]], user_features: Mapping[
         ids[:, column] = np.where(found >= 0, found + offset, 0)
         offset += len(values)
     return ids
-
-
-__all__ = ["HISTORY_FEATURES", "encode_history_rows", "time_gaps", "user_feature_ids"]

@@ -1,7 +1,7 @@
 """Item embeddings from text, behaviour and features, and their fusion.
 
 OneRec (section 3.1) starts from multimodal embeddings aligned with real user-item behaviour. Here each source gives
-`(embeddings, present)`: a float32 array [N, d] with one row per item of the catalogue, and a bool array [N] that is
+`(embeddings, present)`: a float32 array (N, d) with one row per item of the catalogue, and a bool array (N,) that is
 False where the source knows nothing of an item (its row is zero). [`fuse_embeddings`] makes of them one vector for
 every item.
 
@@ -9,7 +9,7 @@ Nothing here may see the test period: histories passed to [`behaviour_embeddings
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,7 @@ def text_embeddings(
         device: where the encoder runs; a GPU if there is one when None.
 
     Returns:
-        Embeddings float32 [N, hidden size], present bool [N].
+        Embeddings float32 (N, hidden size), present bool (N,).
 
     Raises:
         ValueError: no text at all; the encoder gives NaN, with the row.
@@ -76,6 +76,39 @@ def text_embeddings(
     return embeddings, present
 
 
+def pairs_in_window(
+    histories: Sequence[np.ndarray], num_items: int, window: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Different items at most `window` places apart in a history, as often as they occur: for each distance, the
+    catalogue indices of the earlier ones and of the later ones.
+
+    Args:
+        histories: per user an array of catalogue indices, in order of time.
+        num_items: N, size of the catalogue.
+
+    Raises:
+        ValueError: an index outside [0, N), with the history; no pair anywhere.
+    """
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    items = np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64)
+    users = np.repeat(np.arange(len(histories)), lengths)
+    wrong = np.flatnonzero((items < 0) | (items >= num_items))
+    if len(wrong):
+        raise ValueError(
+            f"histories[{users[wrong[0]]}] holds {items[wrong[0]]}, which is not a catalogue index in [0, {num_items})"
+        )
+    found = False
+    for distance in range(1, min(window, int(lengths.max(initial=1)) - 1) + 1):
+        pairs = (users[distance:] == users[:-distance]) & (items[distance:] != items[:-distance])
+        found = found or bool(pairs.any())
+        yield items[:-distance][pairs], items[distance:][pairs]
+    if not found:
+        raise ValueError(
+            f"no two different items lie within {window} places in any of the {len(histories)} histories; users with "
+            "at least two positive behaviours are needed"
+        )
+
+
 def behaviour_embeddings(
     histories: Sequence[np.ndarray],
     num_items: int,
@@ -91,37 +124,15 @@ def behaviour_embeddings(
     matrix is max(0, log(n_ij n / (n_i n_j^a)) - log(negatives)), a = `context_smoothing` (the smoothed counts are
     rescaled to sum to n); items are the rows of U sqrt(S).
 
-    Args:
-        histories: per user an array of catalogue indices, in order of time.
-        num_items: N, size of the catalogue.
-        dim: at most N dimensions are given.
+    Arguments and errors as of [`pairs_in_window`].
 
     Returns:
-        Embeddings float32 [N, min(dim, N)], present bool [N]; False where an item has no positive association.
-
-    Raises:
-        ValueError: an index outside [0, N), with the history; no two items in one window anywhere.
+        Embeddings float32 (N, min(dim, N)), present bool (N,); False where an item has no positive association.
     """
-    histories = [np.asarray(history, dtype=np.int64) for history in histories]
-    lengths = np.array([len(history) for history in histories], dtype=np.int64)
-    items = np.concatenate(histories) if len(histories) else np.zeros(0, dtype=np.int64)
-    users = np.repeat(np.arange(len(histories)), lengths)
-    wrong = np.flatnonzero((items < 0) | (items >= num_items))
-    if len(wrong):
-        raise ValueError(
-            f"histories[{users[wrong[0]]}] holds {items[wrong[0]]}, which is no catalogue index in [0, {num_items})"
-        )
     counts = sp.csr_matrix((num_items, num_items), dtype=np.float64)
-    for offset in range(1, min(window, int(lengths.max(initial=1)) - 1) + 1):
-        pairs = (users[offset:] == users[:-offset]) & (items[offset:] != items[:-offset])
-        left, right = items[:-offset][pairs], items[offset:][pairs]
+    for left, right in pairs_in_window(histories, num_items, window):
         counts = counts + sp.csr_matrix((np.ones(len(left)), (left, right)), shape=counts.shape)
     counts = (counts + counts.T).tocoo()
-    if counts.nnz == 0:
-        raise ValueError(
-            f"no two different items lie within {window} places in any of the {len(histories)} histories; "
-            "behaviour embeddings need users with at least two positive behaviours"
-        )
     total = counts.data.sum()
     item_counts = np.bincount(counts.row, counts.data, minlength=num_items)
     context_counts = item_counts**context_smoothing
@@ -157,57 +168,36 @@ def feature_embeddings(
         multi_categorical_columns: a list of values, or a string of values between commas.
 
     Returns:
-        Embeddings float32 [N, at most dim], present bool [N]; False where an item has no known value in any
+        Embeddings float32 (N, at most dim), present bool (N,); False where an item has no known value in any
         column, or only rare ones.
 
     Raises:
         ValueError: a column that is not there, a numeric column that is not numeric or holds infinity (with the row),
             no column that tells items apart.
     """
-    for column in (*categorical_columns, *multi_categorical_columns, *numeric_columns):
+    columns = [*categorical_columns, *multi_categorical_columns, *numeric_columns]
+    for column in columns:
         if column not in items.columns:
             raise ValueError(f"items have no column {column!r}; the columns are {list(items.columns)}")
-    blocks = []
-    present = np.zeros(len(items), dtype=bool)
+    known, blocks = [], []
     for column in (*categorical_columns, *multi_categorical_columns):
         values = items[column].reset_index(drop=True)
-        if column in multi_categorical_columns:
-            values = values.map(_split_values).explode()
-        values = values.dropna()
-        values = values[values.astype(str) != ""]
-        rows = values.index.to_numpy()
-        present[rows] = True
-        codes, _ = pd.factorize(values.astype(str))
-        pairs = np.unique(np.stack([rows, codes], axis=1), axis=0)
-        counts = np.bincount(pairs[:, 1]) if len(pairs) else np.zeros(0, dtype=np.int64)
-        weights = np.where(counts >= min_count, np.log(len(items) / np.maximum(counts, 1)), 0.0)
-        block = sp.csr_matrix(
-            (weights[pairs[:, 1]], (pairs[:, 0], pairs[:, 1])), shape=(len(items), len(counts)), dtype=np.float64
-        )
-        blocks.append(block[:, np.flatnonzero(weights > 0)])
+        values = values.map(_split_values).explode() if column in multi_categorical_columns else values
+        values = values.dropna().astype(str)
+        values = values[values != ""]
+        known.append(np.isin(np.arange(len(items)), values.index))
+        blocks.append(_categorical_block(values, len(items), min_count))
     for column in numeric_columns:
-        if not pd.api.types.is_numeric_dtype(items[column]):
-            raise ValueError(
-                f"column {column!r} is {items[column].dtype}, not numeric; cast it or make it categorical"
-            )
-        values = items[column].to_numpy(dtype=np.float64, na_value=np.nan).copy()
-        if np.isinf(values).any():
-            raise ValueError(
-                f"column {column!r} row {np.flatnonzero(np.isinf(values))[0]} is infinite; repair or drop it"
-            )
-        known = ~np.isnan(values)
-        present |= known
-        if known.any() and values[known].min() >= 0 and pd.Series(values[known]).skew() > 1:
-            values = np.log1p(values)
-        if known.any() and np.nanstd(values) > 0:
-            values = np.where(known, (values - np.nanmean(values)) / np.nanstd(values), 0.0)
-            blocks.append(sp.csr_matrix(values[:, None]))
+        values = _numbers(items[column])
+        known.append(~np.isnan(values))
+        blocks.append(_numeric_block(values))
+    present = np.any(known, axis=0)
     # Each input column's block has a mean squared row norm of 1.
     blocks = [block * math.sqrt(len(items) / block.power(2).sum()) for block in blocks if block.nnz]
     if not blocks:
         raise ValueError(
-            f"no column of {[*categorical_columns, *multi_categorical_columns, *numeric_columns]} tells items apart "
-            f"(each value has fewer than {min_count} items, or all items are the same)"
+            f"no column of {columns} tells items apart (each value has fewer than {min_count} items, or all items are "
+            "the same)"
         )
     matrix = sp.hstack(blocks, format="csr")
     if matrix.shape[1] <= dim:
@@ -223,13 +213,13 @@ def fuse_embeddings(sources: Sequence[tuple[np.ndarray, np.ndarray, float]], nor
     """One vector per item from several sources: each normalised, weighted, and concatenated.
 
     Args:
-        sources: (embeddings [N, d_s], present bool [N], weight) of each source.
+        sources: (embeddings (N, d_s), present bool (N,), weight) of each source.
         normalisation: "whiten": centred, decorrelated and scaled so that all its directions have the same variance and
             a row has a mean squared norm of 1; "l2": rows of unit length. On a real feed log with behaviour and
             features, l2 gave more even codes, fewer collisions and codes that predict the next item's better.
 
     Returns:
-        float32 [N, sum of d_s]. Whitening leaves out directions without variance. Where a source does not know an
+        float32 (N, sum of d_s). Whitening leaves out directions without variance. Where a source does not know an
         item, its part is predicted from the other sources by ridge regression over the items that have it; an item
         that no source knows gets the vector of the item nearest to the mean.
 
@@ -254,7 +244,10 @@ def fuse_embeddings(sources: Sequence[tuple[np.ndarray, np.ndarray, float]], nor
             raise ValueError(f"{name} has weight {weight} and knows {present.sum()} items; leave it out")
         _require_finite(embeddings, present, name)
         part = np.where(present[:, None], embeddings, 0.0)
-        part = _whiten(part, present, name) if normalisation == "whiten" else _unit_rows(part)
+        if normalisation == "whiten":
+            part = _whiten(part, present, name)
+        else:
+            part = part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
         parts.append(weight * part)
         known.append(present)
 
@@ -287,7 +280,7 @@ def _require_finite(embeddings: np.ndarray, present: np.ndarray, name: str) -> N
 
 
 def _truncated_svd(matrix: sp.csr_matrix, dim: int, power: float, seed: int) -> np.ndarray:
-    """U S^power of the `dim` largest singular values, float32 [N, dim]."""
+    """U S^power of the `dim` largest singular values, float32 (N, dim)."""
     left, singular_values, _ = randomized_svd(matrix, dim, n_iter=4, random_state=seed)
     return (left * singular_values**power).astype(np.float32)
 
@@ -300,6 +293,41 @@ def _split_values(value) -> list:
     return [] if pd.isna(value) else [value]
 
 
+def _categorical_block(values: pd.Series, num_items: int, min_count: int) -> sp.csr_matrix:
+    """One column per value of at least `min_count` items, log(N / count) where an item has it.
+
+    Args:
+        values: text by row of the item, which may have several values.
+    """
+    codes, _ = pd.factorize(values)
+    pairs = np.unique(np.stack([values.index.to_numpy(), codes], axis=1), axis=0)
+    counts = np.bincount(pairs[:, 1]) if len(pairs) else np.zeros(0, dtype=np.int64)
+    weights = np.where(counts >= min_count, np.log(num_items / np.maximum(counts, 1)), 0.0)
+    entries = (weights[pairs[:, 1]], (pairs[:, 0], pairs[:, 1]))
+    block = sp.csr_matrix(entries, shape=(num_items, len(counts)), dtype=np.float64)
+    return block[:, np.flatnonzero(weights > 0)]
+
+
+def _numbers(column: pd.Series) -> np.ndarray:
+    if not pd.api.types.is_numeric_dtype(column):
+        raise ValueError(f"column {column.name!r} is {column.dtype}, not numeric; cast it or make it categorical")
+    values = column.to_numpy(dtype=np.float64, na_value=np.nan).copy()
+    if np.isinf(values).any():
+        row = np.flatnonzero(np.isinf(values))[0]
+        raise ValueError(f"column {column.name!r} row {row} is infinite; repair or drop it")
+    return values
+
+
+def _numeric_block(values: np.ndarray) -> sp.csr_matrix:
+    """Standardised values, those of a skewed column after log(1 + x); empty where they tell no items apart."""
+    known = ~np.isnan(values)
+    if known.any() and values[known].min() >= 0 and pd.Series(values[known]).skew() > 1:
+        values = np.log1p(values)
+    if not known.any() or not np.nanstd(values) > 0:
+        return sp.csr_matrix((len(values), 0))
+    return sp.csr_matrix(np.where(known, (values - np.nanmean(values)) / np.nanstd(values), 0.0)[:, None])
+
+
 def _whiten(part: np.ndarray, present: np.ndarray, name: str) -> np.ndarray:
     centred = part - part[present].mean(0)
     variances, directions = np.linalg.eigh(centred[present].T @ centred[present] / present.sum())
@@ -310,12 +338,8 @@ def _whiten(part: np.ndarray, present: np.ndarray, name: str) -> np.ndarray:
     return np.where(present[:, None], whitened, 0.0)
 
 
-def _unit_rows(part: np.ndarray) -> np.ndarray:
-    return part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
-
-
 def _ridge_prediction(inputs: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Linear prediction of targets [N, d] from inputs [N, p], whose column 0 is 1, fitted on the rows `fitted`."""
+    """Linear prediction of targets (N, d) from inputs (N, p), whose column 0 is 1, fitted on the rows `fitted`."""
     x, y = inputs[fitted], targets[fitted]
     mean = y.mean(0)
     gram = x.T @ x

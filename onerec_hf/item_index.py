@@ -1,14 +1,17 @@
-"""The item index: catalogue indices by item id, and by semantic ID, of millions of items.
+"""The item index: catalogue indices by item id, and by semantic ID, of millions of items, and its file.
 
 No Python object is kept per item. Item ids are int64 or `numpy.dtypes.StringDType` arrays; look-ups are arrays too.
 """
 
 import itertools
+import os
+import string
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 # Strings pass through Python objects on their way between Arrow, numpy and pandas, this many at a time.
 STRINGS_AT_ONCE = 65_536
@@ -51,7 +54,7 @@ def as_item_ids(values: Iterable, what: str = "item_ids") -> pa.Array:
 
 
 def item_id_array(ids: pa.Array) -> np.ndarray:
-    """Item ids of [`as_item_ids`] as a numpy array, int64 or StringDType, [N]."""
+    """Item ids of [`as_item_ids`] as a numpy array, int64 or StringDType, (N,)."""
     if pa.types.is_int64(ids.type):
         return np.array(ids)
     array = np.empty(len(ids), dtype=np.dtypes.StringDType())
@@ -85,7 +88,7 @@ class ItemIdLookup:
     with the id itself.
 
     Args:
-        ids: int64 or StringDType [N], all distinct.
+        ids: int64 or StringDType (N,), all distinct.
 
     Raises:
         ValueError: an id occurs twice; names its rows.
@@ -117,7 +120,7 @@ class ItemIdLookup:
         return np.concatenate([np.zeros(0, dtype=np.uint64), *parts])
 
     def find(self, wanted: pa.Array) -> np.ndarray:
-        """Catalogue indices int64 [M] of ids [M] as [`as_item_ids`] gives them, -1 where there is no such item.
+        """Catalogue indices int64 (M,) of ids (M,) as [`as_item_ids`] gives them, -1 where there is no such item.
 
         Raises:
             ValueError: integers are wanted of a catalogue of strings, or the other way round.
@@ -147,9 +150,9 @@ class SemanticIdLookup:
     of all K, which overflow int64, are not needed.
 
     Args:
-        codes: integers [N, L].
+        codes: integers (N, L).
         codebook_sizes: K_l, L of them.
-        last: bool [N]. Of the items that share an ID these come last; otherwise catalogue order decides.
+        last: bool (N,). Of the items that share an ID these come last; otherwise catalogue order decides.
     """
 
     def __init__(self, codes: np.ndarray, codebook_sizes: Sequence[int], last: np.ndarray):
@@ -157,8 +160,7 @@ class SemanticIdLookup:
         order = np.lexsort((last, *codes.T[::-1]))
         self._order = order.astype(np.int32)
         self._keys: list[np.ndarray] = []
-        starts = np.zeros(len(order), dtype=bool)
-        starts[0] = True
+        starts = np.arange(len(order)) == 0
         rank = np.zeros(len(order), dtype=np.int64)
         for level, size in enumerate(self.codebook_sizes):
             column = codes[order, level]
@@ -169,7 +171,7 @@ class SemanticIdLookup:
         self._bounds = np.append(first, len(order)).astype(np.int32)
 
     def _ranks(self, codes: np.ndarray) -> np.ndarray:
-        """Rank [...] of IDs [..., L] among those in use, -1 for others."""
+        """Rank (...) of IDs (..., L) among those in use, -1 for others."""
         rank = np.zeros(codes.shape[:-1], dtype=np.int64)
         found = ((codes >= 0) & (codes < np.asarray(self.codebook_sizes))).all(-1)
         for level, (keys, size) in enumerate(zip(self._keys, self.codebook_sizes, strict=True)):
@@ -179,16 +181,55 @@ class SemanticIdLookup:
         return np.where(found, rank, -1)
 
     def first(self, codes: np.ndarray) -> np.ndarray:
-        """Catalogue index int64 [...] of the first item of each ID int64 [..., L], -1 where no item has it."""
+        """Catalogue index int64 (...) of the first item of each ID int64 (..., L), -1 where no item has it."""
         ranks = self._ranks(codes)
         return np.where(ranks < 0, -1, self._order[self._bounds[np.maximum(ranks, 0)]]).astype(np.int64)
 
     def all(self, codes: np.ndarray) -> np.ndarray:
-        """Catalogue indices int64 of all the items of one ID int64 [L], first ones first."""
+        """Catalogue indices int64 of all the items of one ID int64 (L,), first ones first."""
         rank = int(self._ranks(codes))
-        return (self._order[self._bounds[rank] : self._bounds[rank + 1]] if rank >= 0 else self._order[:0]).astype(
-            np.int64
+        found = slice(self._bounds[rank], self._bounds[rank + 1]) if rank >= 0 else slice(0)
+        return self._order[found].astype(np.int64)
+
+
+def _columns(num_levels: int) -> list[str]:
+    return ["item_id", *(f"code_{letter}" for letter in string.ascii_lowercase[:num_levels]), "removed"]
+
+
+def write_item_index(path: str | os.PathLike, item_ids: np.ndarray, codes: np.ndarray, removed: np.ndarray) -> None:
+    """Writes a Parquet file of item_id, one column of codes per level (`code_a`, `code_b`, ...) and removed.
+
+    Args:
+        item_ids: (N,) int64 or StringDType, in catalogue order.
+        codes: (N, L) integers.
+        removed: (N,) bool.
+    """
+    columns = [as_item_ids(item_ids), *(pa.array(column, type=pa.int32()) for column in codes.T), pa.array(removed)]
+    pq.write_table(pa.table(columns, names=_columns(codes.shape[1])), path, compression="zstd")
+
+
+def read_item_index(path: str | os.PathLike, num_levels: int) -> tuple[pa.ChunkedArray, np.ndarray, np.ndarray | None]:
+    """Item ids (N,), codes (N, L) and removed (N,) of [`write_item_index`]; None for a file without `removed`.
+
+    Raises:
+        ValueError: a file that cannot be read, or that has other columns; names it.
+    """
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet ({error}); save or download it again") from error
+    columns = _columns(num_levels)
+    # `removed` came later: an index without it has all its items.
+    if table.column_names not in (columns, columns[:-1]):
+        raise ValueError(
+            f"{path} has the columns {table.column_names}, expected {columns}: it is the item index of another "
+            "tokenizer"
         )
-
-
-__all__ = ["ItemIdLookup", "SemanticIdLookup", "as_item_ids", "item_id_array"]
+    for column in columns[1:-1]:
+        if not pa.types.is_integer(table[column].type) or table[column].null_count:
+            raise ValueError(
+                f"{path}: column {column} is not a column of codes ({table[column].type}, {table[column].null_count} "
+                "missing); save or download it again"
+            )
+    codes = np.stack([table[column].to_numpy() for column in columns[1:-1]], axis=1)
+    return table["item_id"], codes, table["removed"].to_numpy() if "removed" in table.column_names else None

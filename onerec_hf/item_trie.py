@@ -1,6 +1,8 @@
 """The trie of real items: which code may follow which prefix, as sorted arrays that live on the model's device, and
 which items a batch of users may be given."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers import LogitsProcessor
@@ -12,23 +14,19 @@ class ItemTrie(nn.Module):
     Items are sorted by code tuple, so that the items below a node and the children of a node are one range each. The
     place of an item in that order is its *position*; the leaves are the nodes of the last level. Items that share a
     semantic ID (collision policy "share") stand side by side below one leaf, in catalogue order.
+
+    Args:
+        codes: (num_items, L) code tuple per catalogue index.
+        codebook_sizes: Codes per level.
+        removed: (num_items,) marks items that are never generated.
+
+    Raises:
+        ValueError: If a code lies outside its level, or every item is removed.
     """
 
     def __init__(
-        self,
-        codes: torch.LongTensor,
-        codebook_sizes: list[int] | tuple[int, ...],
-        removed: torch.BoolTensor | None = None,
+        self, codes: torch.LongTensor, codebook_sizes: Sequence[int], removed: torch.BoolTensor | None = None
     ):
-        """
-        Args:
-            codes (`torch.LongTensor` of shape `(num_items, L)`): Code tuple per catalogue index.
-            codebook_sizes (`list[int]`): Codes per level.
-            removed (`torch.BoolTensor` of shape `(num_items,)`, *optional*): Items that are never generated.
-
-        Raises:
-            ValueError: If a code lies outside its level, or every item is removed.
-        """
         super().__init__()
         codes = torch.as_tensor(codes)
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
@@ -88,8 +86,8 @@ class ItemTrie(nn.Module):
         """The nodes of `level` below `nodes` of the level before (0, the root, below level 0).
 
         Returns:
-            `(..., fan-out)` nodes, padded to the level's largest fan-out by some node of the level, and whether each
-            is a child at all.
+            (..., fan-out) nodes, padded to the level's largest fan-out by some node of the level, and whether each is
+            a child at all.
         """
         first_child = self.get_buffer(f"first_child_{level}")
         child = first_child[nodes].unsqueeze(-1) + torch.arange(
@@ -103,7 +101,7 @@ class ItemTrie(nn.Module):
         return self.get_buffer(f"codes_{level}")[nodes].long()
 
     def item_range(self, nodes: torch.LongTensor, level: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """First position below nodes of `level` (-1: the root), and the first one behind them."""
+        """First position below nodes of `level` (-1: the root), and the first one after those."""
         if level < 0:
             return torch.zeros_like(nodes), torch.full_like(nodes, self.num_positions)
         first_item = self.get_buffer(f"first_item_{level}")
@@ -129,16 +127,15 @@ class ItemTrie(nn.Module):
 class ItemConstraint:
     """The items that each user of a batch may be given.
 
-    Seen items come as lists, whose cost goes by their length and not by the catalogue's; an inventory or a region
+    Consumed items come as lists, whose cost goes by their length and not by the catalogue's; an inventory or a region
     comes as a bitmap. Nothing here waits for the device after the constructor.
 
     Args:
-        trie (`ItemTrie`): The catalogue.
-        batch_size (`int`): Users.
-        excluded (`torch.LongTensor` of shape `(batch, S)`, *optional*): Catalogue indices by user that are not to be
-            generated, in any order, repeats allowed, padded with -1.
-        allowed (`torch.BoolTensor` of shape `(num_items,)` or `(batch, num_items)`, *optional*): Marks the only items
-            that may be generated, for all users or by user.
+        batch_size: Users.
+        excluded: (batch, S) catalogue indices by user that are not to be generated, in any order, repeats allowed,
+            padded with -1.
+        allowed: (num_items,) or (batch, num_items) marks the only items that may be generated, for all users or by
+            user.
 
     Raises:
         ValueError: For another shape or dtype, or an index outside the catalogue.
@@ -156,10 +153,7 @@ class ItemConstraint:
         self.allowed_before = None  # (1 or batch, positions + 1): allowed items before each position
         if allowed is not None:
             allowed = allowed.to(device)
-            if allowed.dtype != torch.bool or allowed.shape not in (
-                (trie.num_items,),
-                (batch_size, trie.num_items),
-            ):
+            if allowed.dtype != torch.bool or allowed.shape not in ((trie.num_items,), (batch_size, trie.num_items)):
                 raise ValueError(
                     f"allowed must be boolean of shape [{trie.num_items}] or [{batch_size}, {trie.num_items}] (users, "
                     f"items), got {allowed.dtype} of shape {list(allowed.shape)}."
@@ -200,17 +194,15 @@ class ItemConstraint:
         *self.most_excluded_below, largest, smallest = torch.stack([*runs, excluded.max(), excluded.min()]).tolist()
         if largest >= trie.num_items or smallest < -1:
             raise ValueError(
-                f"excluded holds {largest if largest >= trie.num_items else smallest}, which is no catalogue index in "
-                f"[0, {trie.num_items}) nor the padding -1."
+                f"excluded holds {largest if largest >= trie.num_items else smallest}, which is not a catalogue index "
+                f"in [0, {trie.num_items}), nor the padding -1."
             )
 
     def _allowed_between(self, start: torch.LongTensor, end: torch.LongTensor) -> torch.LongTensor:
         """Items in [start, end) that the bitmap allows, of shape (batch, ...)."""
         if self.allowed_before is None:
             return end - start
-        if len(self.allowed_before) == 1:
-            return (self.allowed_before[0][end] - self.allowed_before[0][start]).long()
-        before = self.allowed_before
+        before = self.allowed_before.expand(len(start), -1)
         counts = before.gather(1, end.flatten(1)) - before.gather(1, start.flatten(1))
         return counts.view(start.shape).long()
 
@@ -235,17 +227,14 @@ class ItemConstraint:
         """Whether an item that is allowed and not yet used lies below each child.
 
         Args:
-            nodes (`torch.LongTensor` of shape `(batch, beams)`): Nodes of the level before.
-            children, exists (of shape `(batch, beams, fan-out)`): Their [`ItemTrie.child_nodes`].
-            used (`torch.LongTensor` of shape `(batch, beams, items)`): Positions of a beam's items.
+            nodes: (batch, beams) nodes of the level before.
+            children, exists: (batch, beams, fan-out) their [`ItemTrie.child_nodes`].
+            level: The children's.
+            used: (batch, beams, items) positions of a beam's items.
         """
-        return self._count(nodes, children, exists, level, used) > 0
-
-    def _count(self, nodes, children, exists, level, used):
-        trie = self.trie
         if self.excluded is None and self.allowed_before is None and not used.shape[-1]:
             return exists
-        counts = self._allowed_between(*trie.item_range(children, level)) * exists
+        counts = self._allowed_between(*self.trie.item_range(children, level)) * exists
         taken = [used]
         if self.excluded is not None:
             # Every beam stands at the root at level 0: its excluded items are counted once for all of them.
@@ -255,7 +244,7 @@ class ItemConstraint:
             else:
                 taken.append(below)
         taken = torch.cat(taken, -1)
-        return counts - self._tally(taken, nodes, level) if taken.shape[-1] else counts
+        return (counts - self._tally(taken, nodes, level) if taken.shape[-1] else counts) > 0
 
     def _tally(self, positions: torch.LongTensor, nodes: torch.LongTensor, level: int) -> torch.LongTensor:
         """How many of a beam's positions (batch, beams, items) lie below each child of its node."""
@@ -290,9 +279,7 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
     """Lets plain `generate` produce real items only, each at most once per session, BOS before every item.
 
     Args:
-        trie (`ItemTrie`): The catalogue.
-        level_offsets (`list[int]`): Token id of code 0 of every level.
-        bos_token_id (`int`): The token before every item.
+        level_offsets: Token id of code 0 of every level.
         excluded, allowed: By user or for all, as [`ItemConstraint`] takes them.
 
     Raises:
@@ -307,15 +294,10 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         excluded: torch.LongTensor | None = None,
         allowed: torch.BoolTensor | None = None,
     ):
-        self.trie = trie
-        self.level_offsets = list(level_offsets)
-        self.bos_token_id = bos_token_id
+        self.trie, self.level_offsets, self.bos_token_id = trie, list(level_offsets), bos_token_id
         # Without anything by user the rows of all users are beams of one.
-        self.users = 1
-        if excluded is not None:
-            self.users = excluded.shape[0]
-        elif allowed is not None and allowed.ndim == 2:
-            self.users = allowed.shape[0]
+        by_user = [given for given in (excluded, allowed) if given is not None and given.ndim == 2]
+        self.users = len(by_user[0]) if by_user else 1
         self.constraint = ItemConstraint(trie, self.users, excluded, allowed)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -344,6 +326,3 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         tokens = tokens.masked_fill(~allowed, scores.shape[1])
         mask = nn.functional.pad(mask, (0, 1)).scatter_(1, tokens, 0.0)[:, :-1]
         return scores + mask
-
-
-__all__ = ["ItemConstraint", "ItemTrie", "ItemTrieLogitsProcessor"]

@@ -28,15 +28,15 @@ def export_remote_code(
     `AutoModelForSeq2SeqLM` and `pipeline` load with `trust_remote_code=True` alone.
 
     Args:
-        model: The session generator, or a reward model.
-        tokenizer ([`OneRecTokenizer`]): The tokenizer of its codes.
-        directory: Made if missing; files of the same names are replaced, each whole or not at all.
+        model: the session generator, or a reward model.
+        tokenizer: the tokenizer of its codes.
+        directory: made if missing; files of the same names are replaced, each whole or not at all.
 
     Returns:
-        `Path`: The directory.
+        The directory.
 
     Raises:
-        TypeError: If the model is neither.
+        TypeError: if the model is neither.
     """
     if isinstance(model, OneRecForConditionalGeneration):
         auto_classes = {"AutoModel": OneRecModel, "AutoModelForSeq2SeqLM": OneRecForConditionalGeneration}
@@ -64,9 +64,8 @@ def export_remote_code(
                 for task, cls in pipelines.items()
             }
         _update_json(staging / "config.json", config)
-        _update_json(
-            staging / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": [_reference(type(tokenizer)), None]}}
-        )
+        tokenizer_map = {"AutoTokenizer": [_reference(type(tokenizer)), None]}
+        _update_json(staging / "tokenizer_config.json", {"auto_map": tokenizer_map})
     return directory
 
 
@@ -74,13 +73,13 @@ def flat_modules(modules: Iterable[str]) -> dict[str, str]:
     """Source of modules of this package and of all that they import from it, with imports between flat siblings.
 
     Args:
-        modules: Names within the package, such as `"reward.modeling_onerec_reward"`.
+        modules: names within the package, such as `"reward.modeling_onerec_reward"`.
 
     Returns:
-        `dict[str, str]`: Source by file name.
+        Source by file name.
 
     Raises:
-        ValueError: If a module imports the package itself or a module as a whole, which has no flat form.
+        ValueError: if a module imports the package itself or a module as a whole, which has no flat form.
     """
     sources: dict[str, str] = {}
     to_do = list(modules)
@@ -122,10 +121,8 @@ def _flatten_imports(module: str) -> tuple[str, list[str]]:
                 f"{path}, line {node.lineno}: only imports of names from a module of {PACKAGE} can be exported."
             )
         if target:
-            line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = re.sub(
-                r"from\s+\S+\s+import", f"from .{_flat_name(target)} import", line, count=1
-            )
+            flat, number = f"from .{_flat_name(target)} import", node.lineno - 1
+            lines[number] = re.sub(r"from\s+\S+\s+import", flat, lines[number], count=1)
             imported.append(target)
     return "".join(lines), imported
 
@@ -154,6 +151,3 @@ def _reference(cls: type) -> str:
 def _update_json(path: Path, entries: dict) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) | entries
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-__all__ = ["export_remote_code", "flat_modules"]

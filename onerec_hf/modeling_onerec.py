@@ -61,9 +61,9 @@ class HistoryPrefixes(NamedTuple):
     """Which history, and how much of it, each decoder row reads where several targets share an encoding.
 
     Args:
-        rows (`torch.LongTensor` of shape `(targets,)`): The target's history, a row of the encoder's output.
-        recency (`torch.LongTensor` of shape `(targets, positions)`): Items from the latest one of the target's prefix.
-        embeddings (`torch.Tensor` of shape `(history_items, hidden_size)`): What is added to a position by recency.
+        rows: (targets,) each target's history, a row of the encoder's output.
+        recency: (targets, positions) items from the latest one of the target's prefix.
+        embeddings: (history_items, hidden_size) what is added to a position by recency.
     """
 
     rows: torch.LongTensor
@@ -346,7 +346,7 @@ class OneRecPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Shifts labels to the right behind BOS, which gives eq 3's BOS before *every* item; -100 becomes padding."""
+        """Shifts labels to the right after BOS, which gives eq 3's BOS before *every* item; -100 becomes padding."""
         decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
         decoder_input_ids[:, 1:] = labels[:, :-1]
         return decoder_input_ids.masked_fill_(decoder_input_ids == -100, self.config.pad_token_id)
@@ -410,8 +410,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
         return tokens.view(tokens.shape[0], -1, width)[..., :-1]
 
     def position_mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask over encoder positions: `attention_mask` (batch, tokens), or (batch, items) with item positions,
-        behind a 1 for every user feature."""
+        """The mask over encoder positions: a 1 for every user feature, then `attention_mask` (batch, tokens), or
+        (batch, items) with item positions."""
         if attention_mask is None:
             return None
         if self.config.history_positions == "item":
@@ -453,14 +453,14 @@ class OneRecEncoder(OneRecPreTrainedModel):
         """For targets that read the first `items` behaviours of histories `rows`: how, and the mask over positions.
 
         Args:
-            mask (`torch.Tensor` of shape `(batch, positions)`): From [`position_mask`].
-            rows, items (`torch.LongTensor` of shape `(targets,)`): A target's history and prefix, at least one item.
+            mask: (batch, positions), from [`position_mask`].
+            rows, items: (targets,) a target's history and prefix, at least one item.
 
         Returns:
-            `tuple`: [`HistoryPrefixes`], and a mask of shape `(targets, positions)`.
+            [`HistoryPrefixes`], and a mask (targets, positions).
         """
         from_oldest = (mask.cumsum(1) - 1)[rows]
-        # With a position per token the separator behind the last item is not part of the prefix.
+        # With a position per token the separator after the last item is not part of the prefix.
         length = items if self.config.history_positions == "item" else items * self.config.tokens_per_item - 1
         from_latest = length[:, None] - 1 - from_oldest
         prefixes = HistoryPrefixes(rows, self._item_steps(from_latest), self.embed_recency.weight)
@@ -485,18 +485,15 @@ class OneRecEncoder(OneRecPreTrainedModel):
         [`encode_history_rows`] makes them.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Code and SEP tokens.
-            attention_mask (`torch.Tensor` of shape `(batch, tokens)`): 0 on padding, which may be left or right.
-            inputs_embeds (`torch.Tensor` of shape `(batch, positions, hidden_size)`): In place of `input_ids`, one
-                embedding per encoder position.
-            history_feedback (`torch.LongTensor` of shape `(batch, items, conditions)`): 1 where the condition holds,
-                -1 where it does not, 0 where that is unknown and on padding.
-            history_time_gaps (`torch.LongTensor` of shape `(batch, items)`): Bucket of the time to the moment of
-                recommendation, 0 where it is unknown and on padding.
-            user_features (`torch.LongTensor` of shape `(batch, columns)`): Ids counted from 1 over the values of all
-                columns, 0 where the value is unknown.
-            recency_in_output (`bool`): Whether a causal encoder adds the recency of the whole history to its output;
-                `False` where each target adds that of its own prefix.
+            input_ids: (batch, tokens) code and SEP tokens.
+            attention_mask: (batch, tokens) 0 on padding, which may be left or right.
+            inputs_embeds: (batch, positions, hidden_size) in place of `input_ids`, one per encoder position.
+            history_feedback: (batch, items, conditions) 1 where the condition holds, -1 where it does not, 0 where
+                that is unknown and on padding.
+            history_time_gaps: (batch, items) bucket of the time to the recommendation, 0 where unknown and on padding.
+            user_features: (batch, columns) ids counted from 1 over the values of all columns, 0 where unknown.
+            recency_in_output: Whether a causal encoder adds the recency of the whole history to its output; `False`
+                where each target adds that of its own prefix.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -594,12 +591,12 @@ class OneRecDecoder(OneRecPreTrainedModel):
         """Decodes sessions.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch * beams, tokens)`): BOS and code tokens (eq 3).
-            encoder_hidden_states (`torch.Tensor` of shape `(batch, positions, hidden_size)`): The beams of a user
-                stand in consecutive rows of `input_ids` and share one row here.
-            encoder_attention_mask (`torch.Tensor` of shape `(batch, positions)`): 0 on padding.
-            prefixes ([`HistoryPrefixes`], *optional*): Each row of `input_ids` reads a prefix of the history that
-                this names, without a cache; `encoder_attention_mask` has shape `(targets, positions)` then.
+            input_ids: (batch * beams, tokens) BOS and code tokens (eq 3).
+            encoder_hidden_states: (batch, positions, hidden_size), a row for all beams of a user, which stand in
+                consecutive rows of `input_ids`.
+            encoder_attention_mask: (batch, positions) 0 on padding.
+            prefixes: Of which history each row of `input_ids` reads which prefix, without a cache;
+                `encoder_attention_mask` has the shape (targets, positions) then.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either decoder input_ids or inputs_embeds.")
@@ -671,9 +668,9 @@ class OneRecModel(OneRecPreTrainedModel):
         The counts are summed over the processes of a distributed run first, so that all ranks keep the same bias.
 
         Returns:
-            `dict[str, torch.Tensor]`: `expert_load` (layers, experts), the tokens of each expert relative to the mean
-            of its layer (1 is balance); `expert_load_max`, the largest of them, and `dead_experts`, the share of
-            experts with no token, both scalars. All on the model's device, so that no step has to wait for them.
+            `expert_load` (layers, experts), the tokens of each expert relative to the mean of its layer (1 is
+            balance); `expert_load_max`, the largest of them, and `dead_experts`, the share of experts with no token,
+            both scalars. All on the model's device, so that no step has to wait for them.
         """
         routers = [layer.moe.gate for layer in self.decoder.layers]
         counts = torch.stack([router.tokens_per_expert for router in routers])
@@ -721,9 +718,8 @@ class OneRecModel(OneRecPreTrainedModel):
         lays them out, with the result of encoding every prefix by itself:
 
         Args:
-            target_histories (`torch.LongTensor` of shape `(decoder rows,)`, *optional*): The history of each row.
-            target_prefixes (`torch.LongTensor` of shape `(decoder rows,)`, *optional*): How many of its oldest items
-                the row reads, at least 1.
+            target_histories: (decoder rows,) the history of each row.
+            target_prefixes: (decoder rows,) how many of its oldest items the row reads, at least 1.
         """
         shared = target_histories is not None
         if shared and (self.config.encoder_attention != "causal" or encoder_outputs is not None or use_cache):
@@ -841,14 +837,13 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         """Next-token prediction over session codes (eq 4).
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Histories from
-                [`OneRecTokenizer.encode_histories`].
-            labels (`torch.LongTensor` of shape `(batch, session tokens)`): From [`OneRecTokenizer.encode_sessions`]:
-                codes with BOS between items. BOS and -100 carry no loss: a BOS is certain, not predicted.
-            num_items_in_batch (`int`, *optional*): Divides the summed loss in place of the number of predicted codes.
+            input_ids: (batch, tokens) histories from [`OneRecTokenizer.encode_histories`].
+            labels: (batch, session tokens) from [`OneRecTokenizer.encode_sessions`], codes with BOS between items. BOS
+                and -100 carry no loss: a BOS is certain, not predicted.
+            num_items_in_batch: Divides the summed loss in place of the number of predicted codes.
 
         Returns:
-            `Seq2SeqMoEOutput`: `logits` has shape `(batch, session tokens, vocab_size)`.
+            `Seq2SeqMoEOutput` with `logits` (batch, session tokens, vocab_size).
         """
         if labels is not None:
             use_cache = bool(use_cache)  # a loss has no next step to keep keys and values for

@@ -10,8 +10,7 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     `histories` is one history (a list of item ids, oldest first, or a row as [`Recommender`] takes it) or a list of
     them. For each the result is `{"session": [...], "items": [...], "scores": [...]}` in the catalogue's own item ids,
-    as [`Recommender`] gives it, whose other arguments (`num_beams`, `exclude_seen`, `blocked_items`, ...) are accepted
-    too.
+    as [`Recommender`] gives it, whose other arguments (`num_beams`, `exclude_consumed`, ...) are accepted too.
     """
 
     _load_processor = False

@@ -26,6 +26,3 @@ def renamed_arguments(**new_names: str) -> Callable[[Callable], Callable]:
         return call
 
     return decorate
-
-
-__all__ = ["renamed_arguments"]

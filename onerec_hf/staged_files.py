@@ -28,8 +28,8 @@ def staged_files(directory: str | os.PathLike, last: str) -> Iterator[Path]:
     mixture: it is moved after all others.
 
     Args:
-        directory: Made if missing; files of the same names are replaced.
-        last (`str`): Name of the file that is moved last.
+        directory: made if missing; files of the same names are replaced.
+        last: name of the file that is moved last.
 
     Raises:
         NotADirectoryError: `directory` is a file.

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,27 +32,14 @@ from tokenizers.models import WordLevel
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from .configuration_onerec import (
-    BOS_TOKEN_ID,
-    NUM_SPECIAL_TOKENS,
-    PAD_TOKEN_ID,
-    SEP_TOKEN_ID,
-    SPECIAL_TOKENS,
-)
-from .item_index import ItemIdLookup, SemanticIdLookup, as_item_ids, item_id_array
+from .configuration_onerec import BOS_TOKEN_ID, NUM_SPECIAL_TOKENS, PAD_TOKEN_ID, SEP_TOKEN_ID, SPECIAL_TOKENS
+from .item_index import ItemIdLookup, SemanticIdLookup, as_item_ids, item_id_array, read_item_index, write_item_index
+from .renamed_arguments import renamed_arguments
+from .semantic_ids.refit import added_items, displaced_items, refit_reasons
 from .staged_files import staged_files
 
 IGNORE_INDEX = -100
-
 ITEMS_AT_ONCE = 65_536  # in passes over the catalogue that make copies
-
-# When a refit is due, see `OneRecTokenizer.refit_reasons`. Mean squared error of the added items' nearest codes, as a
-# multiple of the fitted items'; share of them that found their ID taken, above the fitted items' share; perplexity of
-# a level's codes, as a share of the fitted one; and how many items must be added before the first two are judged.
-REFIT_ERROR_RATIO = 1.5
-REFIT_DISPLACED_SHARE = 0.2
-REFIT_PERPLEXITY_RATIO = 0.8
-REFIT_MIN_ITEMS = 100
 
 VOCAB_FILES_NAMES = {
     "tokenizer_file": "tokenizer.json",
@@ -82,6 +68,38 @@ def _build_backend(codebook_sizes: Sequence[int]) -> Tokenizer:
     return backend
 
 
+def _check_backend(backend: Tokenizer, codebook_sizes: Sequence[int]) -> None:
+    expected = NUM_SPECIAL_TOKENS + sum(codebook_sizes)
+    last_token = code_token(len(codebook_sizes) - 1, codebook_sizes[-1] - 1)
+    if (
+        backend.get_vocab_size(with_added_tokens=False) != expected
+        or backend.token_to_id(last_token) != expected - 1
+        or any(backend.token_to_id(token) != i for i, token in enumerate(SPECIAL_TOKENS))
+    ):
+        raise ValueError(
+            f"tokenizer.json does not hold the {expected} tokens of codebook_sizes {list(codebook_sizes)}: it belongs "
+            "to another tokenizer; save or download the tokenizer again"
+        )
+
+
+def _checked_codebooks(codebooks: Sequence, codebook_sizes: Sequence[int]) -> list[torch.Tensor]:
+    codebooks = [torch.as_tensor(codebook, dtype=torch.float32).contiguous() for codebook in codebooks]
+    for level, codebook in enumerate(codebooks):
+        if codebook.ndim != 2 or level >= len(codebook_sizes) or codebook.shape[0] != codebook_sizes[level]:
+            raise ValueError(
+                f"codebooks[{level}] has shape {tuple(codebook.shape)}, which does not fit codebook_sizes "
+                f"{list(codebook_sizes)}"
+            )
+    return codebooks
+
+
+def _ids_of_rows(item_ids: Iterable, embeddings) -> pa.Array:
+    ids = as_item_ids(item_ids)
+    if len(ids) != len(embeddings):
+        raise ValueError(f"{len(ids)} item_ids but {len(embeddings)} embeddings; one row per item is needed")
+    return ids
+
+
 def _code_dtype(codebook_sizes: Sequence[int]) -> np.dtype:
     """Smallest integer type of the codes among those that torch has all operations for."""
     largest = max(codebook_sizes) - 1
@@ -98,35 +116,47 @@ def _load_quantizer(quantizer_path: str):
     return load_quantizer(Path(quantizer_path).parent)
 
 
+def _read_codebooks(path: str) -> list[torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            levels = itertools.takewhile(file.keys().__contains__, map("level_{}".format, itertools.count()))
+            return [file.get_tensor(name) for name in levels]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as codebooks ({error}); save it again") from error
+
+
 class OneRecTokenizer(TokenizersBackend):
     """Item ids <-> semantic-ID tokens, with the item index and the codebooks it was built from.
 
     Build one with [`OneRecTokenizer.fit`] or [`OneRecTokenizer.from_semantic_ids`]; `save_pretrained`, `push_to_hub`
     and `AutoTokenizer.from_pretrained` carry `tokenizer.json`, `item_index.parquet` (item_id, one code column per
-    level and removed, in catalogue order), `codebooks.safetensors` (`level_0`, ... [K_l, d], and what else the
+    level and removed, in catalogue order), `codebooks.safetensors` (`level_0`, ... (K_l, d), and what else the
     quantizer has), `quantizer.json` where there is a quantizer, and `semantic_id_report.json`.
 
     A catalogue changes without a refit: [`add_items`] appends items with codes of the frozen quantizer,
-    [`remove_items`] takes items out of generation. Build the [`ItemTrie`] anew after either.
+    [`remove_items`] takes items out of generation. Build the [`ItemTrie`] again after either.
 
     Args:
         codebook_sizes: K_l, number of codes of each of the L levels.
         item_ids: N integers or N strings, in catalogue order.
-        codes: integers [N, L], codes[i, l] in [0, K_l).
-        codebooks: centroids [K_l, d] of each quantized level. May have fewer levels than `codebook_sizes`: a last
+        codes: integers (N, L), codes[i, l] in [0, K_l).
+        codebooks: centroids (K_l, d) of each quantized level. May have fewer levels than `codebook_sizes`: a last
             level that only tells items with equal codes apart ("suffix") has no centroids.
         report: JSON-able quality report of the semantic IDs.
         tokenizer_object: backend that was read from `tokenizer.json`; built from `codebook_sizes` when None.
         quantizer: the fitted `onerec_hf.semantic_ids.Quantizer` of the codes, which gives new items theirs; its
             codebooks take the place of `codebooks`.
-        removed: bool [N], items that are not to be generated; none by default.
+        removed: bool (N,), items that are not to be generated; none by default.
 
     Attributes:
-        item_ids (int64 or StringDType array [N]), codes (array [N, L] of the smallest integer type: uint8, int16 ...),
-        removed (bool array [N]), codebook_sizes (tuple), codebooks (list of float tensors), quantizer (or None),
-        report (dict), num_items (removed ones included), num_levels, tokens_per_item (L + 1: the codes and one
-        separator), level_offsets (token id of code 0 of each level), semantic_id_fingerprint (str: another one for
-        every other catalogue, code or removed item).
+        item_ids: (N,) int64 or StringDType.
+        codes: (N, L) of the smallest integer type: uint8, int16 ...
+        removed: (N,) bool.
+        codebook_sizes, codebooks, quantizer, report: as given; the quantizer may be None.
+        num_items, num_levels: N, removed ones included, and L.
+        tokens_per_item: L + 1, the codes and one separator.
+        level_offsets: token id of code 0 of each level.
+        semantic_id_fingerprint: another one for every other catalogue, code or removed item.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -155,23 +185,13 @@ class OneRecTokenizer(TokenizersBackend):
             raise ValueError(f"codebook_sizes must be 1 to 26 positive integers, got {list(codebook_sizes)}")
         self.num_levels = len(self.codebook_sizes)
         self.tokens_per_item = self.num_levels + 1
-        self.level_offsets = tuple(
-            NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)
-        )
+        self.level_offsets = tuple(itertools.accumulate(self.codebook_sizes[:-1], initial=NUM_SPECIAL_TOKENS))
         self.quantizer = quantizer
         if quantizer is not None and tuple(quantizer.id_sizes) != self.codebook_sizes:
-            raise ValueError(
-                f"codebook_sizes are {list(self.codebook_sizes)}, those of the quantizer's IDs "
-                f"{list(quantizer.id_sizes)}"
-            )
+            own, given = list(self.codebook_sizes), list(quantizer.id_sizes)
+            raise ValueError(f"codebook_sizes are {own}, those of the quantizer's IDs {given}")
         codebooks = codebooks if quantizer is None else quantizer.codebooks
-        self.codebooks = [torch.as_tensor(codebook, dtype=torch.float32).contiguous() for codebook in codebooks or []]
-        for level, codebook in enumerate(self.codebooks):
-            if codebook.ndim != 2 or level >= self.num_levels or codebook.shape[0] != self.codebook_sizes[level]:
-                raise ValueError(
-                    f"codebooks[{level}] has shape {tuple(codebook.shape)}, which does not fit codebook_sizes "
-                    f"{list(self.codebook_sizes)}"
-                )
+        self.codebooks = _checked_codebooks(codebooks or [], self.codebook_sizes)
         self.report = dict(report or {})
         item_ids = item_id_array(as_item_ids(item_ids))
         self._set_items(item_ids, codes, np.zeros(len(item_ids), dtype=bool) if removed is None else removed)
@@ -183,17 +203,7 @@ class OneRecTokenizer(TokenizersBackend):
             )
         if tokenizer_object is None:
             tokenizer_object = _build_backend(self.codebook_sizes)
-        expected = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
-        last_token = code_token(self.num_levels - 1, self.codebook_sizes[-1] - 1)
-        if (
-            tokenizer_object.get_vocab_size(with_added_tokens=False) != expected
-            or tokenizer_object.token_to_id(last_token) != expected - 1
-            or any(tokenizer_object.token_to_id(token) != i for i, token in enumerate(SPECIAL_TOKENS))
-        ):
-            raise ValueError(
-                f"tokenizer.json does not hold the {expected} tokens of codebook_sizes {list(self.codebook_sizes)}: "
-                "it belongs to another tokenizer; save or download the tokenizer again"
-            )
+        _check_backend(tokenizer_object, self.codebook_sizes)
         for name, token in zip(("pad", "eos", "bos", "sep", "unk"), SPECIAL_TOKENS, strict=True):
             kwargs.setdefault(f"{name}_token", token)
         # The latest behaviours are the ones to keep, in text as in encode_histories.
@@ -217,15 +227,9 @@ class OneRecTokenizer(TokenizersBackend):
         codebook_sizes: Sequence[int] | None = None,
         quantizer=None,
     ) -> "OneRecTokenizer":
-        """Tokenizer of items whose codes are known.
+        """Tokenizer of items whose codes are known; arguments as in the class.
 
-        Args:
-            item_ids: N unique integers or N unique strings, in catalogue order.
-            codes: integers [N, L].
-            codebooks: L tensors [K_l, d]; optional when `codebook_sizes` or `quantizer` is given.
-            report: JSON-able report of the semantic IDs.
-            codebook_sizes: L sizes; taken from `quantizer` or `codebooks` when None.
-            quantizer: the fitted quantizer of the codes. Without one no items can be added.
+        `codebook_sizes` come from `quantizer` or `codebooks` when None. Without a quantizer no items can be added.
 
         Raises:
             ValueError: duplicate or missing ids, a code out of range, shapes that do not fit.
@@ -241,14 +245,9 @@ class OneRecTokenizer(TokenizersBackend):
 
     @classmethod
     def fit(cls, item_ids: Iterable, embeddings, quantizer) -> "OneRecTokenizer":
-        """Fits `quantizer` on item embeddings [N, d] and builds the tokenizer of its semantic IDs.
-
-        `quantizer` is a `onerec_hf.semantic_ids.Quantizer`: its `fit(embeddings)` returns codes, codebook_sizes,
-        report and the fitted quantizer.
-        """
-        item_ids = as_item_ids(item_ids)
-        if len(item_ids) != len(embeddings):
-            raise ValueError(f"{len(item_ids)} item_ids but {len(embeddings)} embeddings; one row per item is needed")
+        """Fits `quantizer`, a `onerec_hf.semantic_ids.Quantizer`, on item embeddings (N, d), and builds the tokenizer
+        of its semantic IDs."""
+        item_ids = _ids_of_rows(item_ids, embeddings)
         result = quantizer.fit(embeddings)
         return cls(result.codebook_sizes, item_ids, result.codes, report=result.report, quantizer=result.quantizer)
 
@@ -310,12 +309,12 @@ class OneRecTokenizer(TokenizersBackend):
 
     @property
     def generatable(self) -> np.ndarray:
-        """Items that may be generated, bool [N]: those that are not removed."""
+        """Items that may be generated, bool (N,): those that are not removed."""
         return ~self.removed
 
     @property
     def item_token_ids(self) -> torch.LongTensor:
-        """Code token ids of every item, [N, L], computed at each access."""
+        """Code token ids of every item, (N, L), computed at each access."""
         return torch.from_numpy(self._token_ids(slice(None)))
 
     def _token_ids(self, indices) -> np.ndarray:
@@ -327,15 +326,15 @@ class OneRecTokenizer(TokenizersBackend):
         """Appends new items, with codes of the frozen quantizer beside the IDs that are taken.
 
         No existing catalogue index or semantic ID changes, and no token is added: models trained with this tokenizer
-        stay valid, and generate the new items once the trie is built anew. Warns when a refit is due
+        stay valid, and generate the new items once the trie is built again. Warns when a refit is due
         ([`refit_reasons`]).
 
         Args:
             item_ids: M new ids of the catalogue's type.
-            embeddings: M rows in the space of the fitted embeddings, [M, d].
+            embeddings: M rows in the space of the fitted embeddings, (M, d).
 
         Returns:
-            Catalogue indices of the new items, int64 [M].
+            Catalogue indices of the new items, int64 (M,).
 
         Raises:
             ValueError: the tokenizer has no quantizer; an id is in the catalogue or given twice; an embedding of wrong
@@ -347,9 +346,7 @@ class OneRecTokenizer(TokenizersBackend):
                 "OneRecTokenizer.fit(...) or from_semantic_ids(..., quantizer=...), and load it where onerec_hf is "
                 "installed"
             )
-        new = as_item_ids(item_ids)
-        if len(new) != len(embeddings):
-            raise ValueError(f"{len(new)} item_ids but {len(embeddings)} embeddings; one row per item is needed")
+        new = _ids_of_rows(item_ids, embeddings)
         if len(new) == 0:
             return np.zeros(0, dtype=np.int64)
         known = np.flatnonzero(self._id_lookup.find(new) >= 0)
@@ -363,39 +360,22 @@ class OneRecTokenizer(TokenizersBackend):
         ItemIdLookup(new_ids)  # names the rows of a duplicate as they were given
         width = self.quantizer.embedding_dim
         if isinstance(embeddings, (list, tuple)):
-            for row, embedding in enumerate(embeddings):
-                if len(embedding) != width:
-                    raise ValueError(
-                        f"embeddings row {row} has {len(embedding)} dimensions, the quantizer was fitted on {width}"
-                    )
-        nearest = self.quantizer.encode(embeddings)
+            for row, own in enumerate(map(len, embeddings)):
+                if own != width:
+                    raise ValueError(f"embeddings row {row} has {own} dimensions, the quantizer was fitted on {width}")
         placed = self.quantizer.place(embeddings, self.codes.astype(np.int64))
-        errors = self.quantizer.quantization_error(embeddings)
-        if placed.shape[1] > nearest.shape[1]:
-            displaced = placed[:, -1] > 0
-        elif self.quantizer.collision_policy == "share":
-            displaced = self.codes_to_index(nearest) >= 0
-        else:
-            displaced = (placed != nearest).any(1)
-
+        nearest, errors = self.quantizer.encode(embeddings), self.quantizer.quantization_error(embeddings)
+        displaced = displaced_items(self.quantizer, nearest, placed, self.codes_to_index)
         first = self.num_items
         self._set_items(
             np.concatenate([self.item_ids, new_ids]),
             np.concatenate([self.codes, placed]),
             np.concatenate([self.removed, np.zeros(len(new_ids), dtype=bool)]),
         )
-        before = self.report.get("added_items", {"items": 0, "quantization_error": 0.0, "displaced": 0.0})
-        total = before["items"] + len(new_ids)
-        self.report["added_items"] = {
-            "items": total,
-            **{
-                name: (before[name] * before["items"] + float(values.sum())) / total
-                for name, values in (("quantization_error", errors), ("displaced", displaced))
-            },
-        }
+        self.report["added_items"] = added_items(self.report, errors, displaced)
         reasons = self.refit_reasons()
         if reasons:
-            warnings.warn(f"the semantic IDs should be fitted anew: {'; '.join(reasons)}", stacklevel=2)
+            warnings.warn(f"the semantic IDs should be fitted again: {'; '.join(reasons)}", stacklevel=2)
         return np.arange(first, self.num_items)
 
     def remove_items(self, item_ids: Iterable) -> None:
@@ -415,68 +395,43 @@ class OneRecTokenizer(TokenizersBackend):
         self._set_removed(removed)
 
     def refit_reasons(self) -> list[str]:
-        """Why the semantic IDs should be fitted anew, by what was added and removed since; empty if they need not be.
+        """Why the semantic IDs should be fitted again, by what was added and removed since; empty if they need not be.
 
-        A refit is due when, of at least 100 added items, the mean squared error of their nearest codes is over 1.5
-        times the fitted items', or the share that found its ID taken exceeds the fitted items' by over 0.2; or when
-        the codes of a quantized level, over the items that may be generated, have less than 0.8 times the perplexity
-        they were fitted with. `report["added_items"]` has the figures.
+        [`semantic_ids.refit`] says when; `report["added_items"]` has the figures.
         """
-        reasons = []
-        added = self.report.get("added_items", {"items": 0})
-        if self.quantizer is not None and added["items"] >= REFIT_MIN_ITEMS:
-            error, fitted_error = added["quantization_error"], self.quantizer.fitted_error
-            if fitted_error is not None and error > REFIT_ERROR_RATIO * fitted_error:
-                reasons.append(
-                    f"the {added['items']} added items have a quantization error of {error:.3g}, the fitted ones "
-                    f"{fitted_error:.3g}"
-                )
-            fitted_share = self.report.get("collision_rate_before_policy", 0.0)
-            if added["displaced"] > fitted_share + REFIT_DISPLACED_SHARE:
-                reasons.append(
-                    f"{added['displaced']:.0%} of the added items found their ID taken, {fitted_share:.0%} of the "
-                    "fitted ones"
-                )
-        for level, fitted in enumerate(self.report.get("levels", [])[: len(self.codebooks)]):
-            counts = np.bincount(self.codes[self.generatable, level])
-            shares = counts[counts > 0] / counts.sum()
-            perplexity = float(np.exp2(-(shares * np.log2(shares)).sum()))
-            if perplexity < REFIT_PERPLEXITY_RATIO * fitted["perplexity"]:
-                reasons.append(
-                    f"the codes of level {level} have a perplexity of {perplexity:.1f}, {fitted['perplexity']:.1f} "
-                    "when fitted"
-                )
-        return reasons
+        codes = self.codes[self.generatable, : len(self.codebooks)]
+        return refit_reasons(self.report, codes, self.quantizer)
 
     # Items
 
-    def item_index(self, item_ids: Iterable, unknown: str = "error") -> np.ndarray:
+    @renamed_arguments(unknown="unknown_items")
+    def item_index(self, item_ids: Iterable, unknown_items: str = "error") -> np.ndarray:
         """Catalogue indices of item ids.
 
         Args:
             item_ids: M item ids of the catalogue's type.
-            unknown: "error" raises for an id that is not in the catalogue, "skip" gives it the index -1.
+            unknown_items: "error" raises for an id that is not in the catalogue, "skip" gives it the index -1.
 
         Returns:
-            int64 array [M].
+            int64 array (M,).
 
         Raises:
             ValueError: names the first unknown id and its position.
         """
-        if unknown not in ("error", "skip"):
-            raise ValueError(f'unknown must be "error" or "skip", got {unknown!r}')
+        if unknown_items not in ("error", "skip"):
+            raise ValueError(f'unknown_items must be "error" or "skip", got {unknown_items!r}')
         wanted = as_item_ids(item_ids)
         indices = self._id_lookup.find(wanted)
-        if unknown == "error" and (indices < 0).any():
+        if unknown_items == "error" and (indices < 0).any():
             position = int(np.flatnonzero(indices < 0)[0])
             raise ValueError(
                 f"item id {wanted[position].as_py()!r} (position {position}) is not in the catalogue of "
-                f"{self.num_items} items; drop it or pass unknown='skip'"
+                f"{self.num_items} items; drop it or pass unknown_items='skip'"
             )
         return indices
 
     def codes_to_index(self, codes) -> np.ndarray:
-        """Catalogue indices [...] of code tuples [..., L]; -1 where no item has these codes.
+        """Catalogue indices (...) of code tuples (..., L); -1 where no item has these codes.
 
         Where several items share the codes, the first that is not removed is given; `items_of_semantic_id` has all.
         """
@@ -504,42 +459,57 @@ class OneRecTokenizer(TokenizersBackend):
     # Sequences
 
     def _flatten(
-        self, sequences: Sequence[Sequence], unknown: str, catalogue_indices: bool, name: str
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Catalogue indices of all the items in one row, and the number of them in each sequence."""
+        self,
+        sequences: Sequence[Sequence],
+        name: str,
+        max_items: int | None,
+        catalogue_indices: bool,
+        unknown_items: str = "error",
+        latest: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The first or `latest` items of B sequences in one row: catalogue indices, sequences and places, counted from
+        the first or last item; and the number of them in each sequence, (B,)."""
+        if max_items is not None and max_items < 1:
+            raise ValueError(f"max_items must be at least 1, got {max_items}")
         lengths = np.fromiter((len(sequence) for sequence in sequences), dtype=np.int64, count=len(sequences))
         non_empty = [sequence for sequence in sequences if len(sequence)]
         if non_empty and all(isinstance(sequence, np.ndarray) for sequence in non_empty):
             flat = np.concatenate(non_empty)
         else:
             flat = list(itertools.chain.from_iterable(non_empty))
+        rows = np.repeat(np.arange(len(lengths)), lengths)
         if catalogue_indices:
-            flat = np.asarray(flat, dtype=np.int64)
-            wrong = (flat < 0) | (flat >= self.num_items)
-            if wrong.any():
-                position = int(np.flatnonzero(wrong)[0])
-                row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
-                raise ValueError(f"{name}[{row}]: {flat[position]} is no catalogue index in [0, {self.num_items})")
-            return flat, lengths
-        flat = as_item_ids(flat)
-        indices = self.item_index(flat, unknown="skip")
-        if (indices < 0).any():
-            if unknown == "error":
-                position = int(np.flatnonzero(indices < 0)[0])
-                row = int(np.searchsorted(np.cumsum(lengths), position, side="right"))
+            indices = np.asarray(flat, dtype=np.int64)
+            wrong = np.flatnonzero((indices < 0) | (indices >= self.num_items))
+            if len(wrong):
                 raise ValueError(
-                    f"{name}[{row}] holds item id {flat[position].as_py()!r}, which is not in the catalogue of "
-                    f"{self.num_items} items; drop it or pass unknown='skip'"
+                    f"{name}[{rows[wrong[0]]}]: {indices[wrong[0]]} is not a catalogue index in [0, {self.num_items})"
                 )
-            rows = np.repeat(np.arange(len(lengths)), lengths)[indices >= 0]
-            indices, lengths = indices[indices >= 0], np.bincount(rows, minlength=len(lengths))
-        return indices, lengths
+        else:
+            flat = as_item_ids(flat)
+            indices = self.item_index(flat, unknown_items="skip")
+            wrong = np.flatnonzero(indices < 0)
+            if len(wrong) and unknown_items == "error":
+                raise ValueError(
+                    f"{name}[{rows[wrong[0]]}] holds item id {flat[int(wrong[0])].as_py()!r}, which is not in the "
+                    f"catalogue of {self.num_items} items; drop it or pass unknown_items='skip'"
+                )
+            indices, rows = np.delete(indices, wrong), np.delete(rows, wrong)
+            lengths = np.bincount(rows, minlength=len(lengths))
+        places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        if latest:
+            places = lengths[rows] - 1 - places
+        if max_items is not None:
+            kept = places < max_items
+            indices, rows, places, lengths = indices[kept], rows[kept], places[kept], np.minimum(lengths, max_items)
+        return indices, rows, places, lengths
 
+    @renamed_arguments(unknown="unknown_items")
     def encode_histories(
         self,
         histories: Sequence[Sequence],
         max_items: int | None = None,
-        unknown: str = "error",
+        unknown_items: str = "error",
         catalogue_indices: bool = False,
     ) -> BatchEncoding:
         """Encoder input of B histories.
@@ -547,25 +517,19 @@ class OneRecTokenizer(TokenizersBackend):
         Args:
             histories: B sequences of item ids, oldest first.
             max_items: keeps the latest `max_items` of each history (n of the paper: 256); None keeps all.
-            unknown: "error" raises for an id outside the catalogue, "skip" leaves it out.
+            unknown_items: "error" raises for an id outside the catalogue, "skip" leaves it out.
             catalogue_indices: the histories hold catalogue indices, not item ids.
 
         Returns:
-            `input_ids` and `attention_mask`, LongTensors [B, T], T = longest * (L + 1) - 1, left padded with
+            `input_ids` and `attention_mask`, LongTensors (B, T), T = longest * (L + 1) - 1, left padded with
             `<pad>` and 0. An empty history is the single token `<sep>`, so that attention always has a place to go.
 
         Raises:
             ValueError: names the history and the first unknown id.
         """
-        if max_items is not None and max_items < 1:
-            raise ValueError(f"max_items must be at least 1, got {max_items}")
-        indices, lengths = self._flatten(histories, unknown, catalogue_indices, "histories")
-        from_end = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(indices))
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        if max_items is not None:
-            kept = from_end < max_items
-            indices, rows, from_end = indices[kept], rows[kept], from_end[kept]
-            lengths = np.minimum(lengths, max_items)
+        indices, rows, from_end, lengths = self._flatten(
+            histories, "histories", max_items, catalogue_indices, unknown_items, latest=True
+        )
         longest = max(int(lengths.max(initial=0)), 1)
         tokens = np.full((len(lengths) * longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
         items = np.full((len(indices), self.tokens_per_item), SEP_TOKEN_ID, dtype=np.int64)
@@ -588,37 +552,27 @@ class OneRecTokenizer(TokenizersBackend):
             catalogue_indices: the sessions hold catalogue indices, not item ids.
 
         Returns:
-            LongTensor [B, longest * (L + 1) - 1]: `a b c <bos> a b c ...`, right padded with -100.
+            LongTensor (B, longest * (L + 1) - 1): `a b c <bos> a b c ...`, right padded with -100.
 
         Raises:
             ValueError: an empty session, or an unknown id; names the session.
         """
-        if max_items is not None and max_items < 1:
-            raise ValueError(f"max_items must be at least 1, got {max_items}")
-        indices, lengths = self._flatten(sessions, "error", catalogue_indices, "sessions")
+        indices, rows, positions, lengths = self._flatten(sessions, "sessions", max_items, catalogue_indices)
         if (lengths == 0).any():
-            row = int(np.flatnonzero(lengths == 0)[0])
-            raise ValueError(f"sessions[{row}] is empty; a target session needs at least one item")
-        positions = np.arange(len(indices)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        if max_items is not None:
-            kept = positions < max_items
-            indices, rows, positions = indices[kept], rows[kept], positions[kept]
-            lengths = np.minimum(lengths, max_items)
+            raise ValueError(f"sessions[{lengths.argmin()}] is empty; a target session needs at least one item")
         longest = max(int(lengths.max(initial=0)), 1)
         labels = np.full((len(lengths), longest, self.tokens_per_item), IGNORE_INDEX, dtype=np.int64)
         labels[rows, positions, :-1] = self._token_ids(indices)
         has_next = positions + 1 < lengths[rows]
         labels[rows[has_next], positions[has_next], -1] = BOS_TOKEN_ID
-        return torch.from_numpy(
-            np.ascontiguousarray(labels.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1])
-        )
+        labels = labels.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1]
+        return torch.from_numpy(np.ascontiguousarray(labels))
 
     def decode_sessions(self, token_ids, illegal: str = "error") -> list[list[int | str | None]]:
         """Item ids of B token sequences; special tokens and -100 are passed over.
 
         Args:
-            token_ids: LongTensor [B, T] or B lists of token ids: generated sequences, labels or encoded histories.
+            token_ids: LongTensor (B, T) or B lists of token ids: generated sequences, labels or encoded histories.
             illegal: what happens to codes that name no item (not L codes in the order of the levels, or codes that no
                 item has): "error" raises, "none" puts None in the item's place.
 
@@ -632,12 +586,11 @@ class OneRecTokenizer(TokenizersBackend):
         arrays = [np.asarray(row, dtype=np.int64) for row in token_ids]
         flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
         rows = np.repeat(np.arange(len(arrays)), [len(array) for array in arrays])
-        is_code = flat >= NUM_SPECIAL_TOKENS
         if (flat >= self.vocab_size).any():
             raise ValueError(f"token id {flat.max()} is outside the vocabulary of {self.vocab_size} tokens")
 
         # An item starts at a code of level 0, after a special token and at the start of a row.
-        positions = np.flatnonzero(is_code)
+        positions = np.flatnonzero(flat >= NUM_SPECIAL_TOKENS)
         tokens, rows = flat[positions], rows[positions]
         levels = np.searchsorted(self.level_offsets, tokens, side="right") - 1
         starts = levels == 0
@@ -656,7 +609,7 @@ class OneRecTokenizer(TokenizersBackend):
             wrong = int(np.flatnonzero(items < 0)[0])
             text = "".join(self.convert_ids_to_tokens(tokens[group == wrong].tolist()))
             raise ValueError(
-                f"token_ids[{rows[first[wrong]]}] holds {text}, which is no item's semantic ID; generate with the "
+                f"token_ids[{rows[first[wrong]]}] holds {text}, which is not an item's semantic ID; generate with the "
                 "trie of real items, or pass illegal='none'"
             )
         ids = self.item_ids[items].tolist()
@@ -667,14 +620,7 @@ class OneRecTokenizer(TokenizersBackend):
 
     # Files
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> tuple[str, ...]:
+    def save_pretrained(self, save_directory, legacy_format=None, filename_prefix=None, push_to_hub=False, **kwargs):
         """Saves the tokenizer, its item index, quantizer and report; each file appears whole or not at all.
 
         A kill between two files leaves a mixture of the old and the new tokenizer, which `from_pretrained` refuses.
@@ -693,9 +639,7 @@ class OneRecTokenizer(TokenizersBackend):
             self.push_to_hub(hub_arguments.pop("repo_id", target.resolve().name), **hub_arguments)
         return tuple(str(target / name) for name in names)
 
-    def _save_pretrained(
-        self, save_directory, file_names, legacy_format=None, filename_prefix=None
-    ) -> tuple[str, ...]:
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
         file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         return file_names + self.save_vocabulary(save_directory, filename_prefix)
 
@@ -706,25 +650,16 @@ class OneRecTokenizer(TokenizersBackend):
             key: directory / self._file_name(f"{key}_file", filename_prefix)
             for key in ("item_index", "codebooks", "quantizer", "semantic_id_report")
         }
-        columns = {"item_id": as_item_ids(self.item_ids)}
-        for level in range(self.num_levels):
-            columns[f"code_{string.ascii_lowercase[level]}"] = pa.array(self.codes[:, level], type=pa.int32())
-        columns["removed"] = pa.array(self.removed)
-        pq.write_table(pa.table(columns), paths["item_index"], compression="zstd")
+        write_item_index(paths["item_index"], self.item_ids, self.codes, self.removed)
         if self.quantizer is None:
             del paths["quantizer"]
-            save_file(
-                {f"level_{i}": codebook for i, codebook in enumerate(self.codebooks)},
-                paths["codebooks"],
-                {"format": "pt"},
-            )
+            levels = {f"level_{level}": codebook for level, codebook in enumerate(self.codebooks)}
+            save_file(levels, paths["codebooks"], {"format": "pt"})
         else:
             self.quantizer.save_pretrained(directory)
             for key in ("codebooks", "quantizer"):
                 os.replace(directory / VOCAB_FILES_NAMES[f"{key}_file"], paths[key])
-        with open(paths["semantic_id_report"], "w", encoding="utf-8") as file:
-            json.dump(self.report, file, indent=2)
-            file.write("\n")
+        paths["semantic_id_report"].write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
         return tuple(str(path) for path in paths.values())
 
     @staticmethod
@@ -738,26 +673,24 @@ class OneRecTokenizer(TokenizersBackend):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"tokenizer_config.json or config.json of {pretrained_model_name_or_path} is no valid JSON ({error}); "
-                "save or download it again"
+                f"tokenizer_config.json or config.json of {pretrained_model_name_or_path} is not valid JSON "
+                f"({error}); save or download it again"
             ) from error
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs):
         for key, name in cls.vocab_files_names.items():
-            if resolved_vocab_files.get(key) is None:
-                if key == "quantizer_file":
-                    continue
+            if resolved_vocab_files.get(key) is None and key != "quantizer_file":
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds no {name}: it is no complete OneRecTokenizer. Save it "
-                    "with OneRecTokenizer.save_pretrained"
+                    f"{pretrained_model_name_or_path} holds no {name}: it is not a complete OneRecTokenizer. Save "
+                    "it with OneRecTokenizer.save_pretrained"
                 )
         for path in filter(None, resolved_vocab_files.values()):
             if Path(path).suffix == ".json":
                 try:
                     json.loads(Path(path).read_text(encoding="utf-8"))
                 except ValueError as error:
-                    raise ValueError(f"{path} is no valid JSON ({error}); save or download it again") from error
+                    raise ValueError(f"{path} is not valid JSON ({error}); save or download it again") from error
         tokenizer = super()._from_pretrained(resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs)
         # Arrow would keep what reading the item index took, half as much again as the tokenizer itself.
         pa.default_memory_pool().release_unused()
@@ -771,60 +704,29 @@ class OneRecTokenizer(TokenizersBackend):
                 "tokenizer_config.json is missing or has no codebook_sizes: these are not the files of a "
                 "OneRecTokenizer"
             )
-        tokenizer_path = kwargs.pop("tokenizer_file")
-        index_path = kwargs.pop("item_index_file")
-        codebooks_path = kwargs.pop("codebooks_file")
-        quantizer_path = kwargs.pop("quantizer_file", None)
-        if kwargs.pop("quantizer_type", None) is not None and quantizer_path is None:
+        keys = ("tokenizer", "item_index", "codebooks", "quantizer", "semantic_id_report")
+        paths = {key: kwargs.pop(f"{key}_file", None) for key in keys}
+        if kwargs.pop("quantizer_type", None) is not None and paths["quantizer"] is None:
             raise ValueError(
                 f"{kwargs['name_or_path']} holds no {VOCAB_FILES_NAMES['quantizer_file']}, which its "
                 "tokenizer_config.json speaks of; save or download the tokenizer again"
             )
-        report_path = kwargs.pop("semantic_id_report_file")
-
-        columns = [
-            "item_id",
-            *(f"code_{letter}" for letter in string.ascii_lowercase[: len(kwargs["codebook_sizes"])]),
-        ]
-        try:
-            table = pq.read_table(index_path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{index_path} cannot be read as Parquet ({error}); save or download it again") from error
-        # `removed` came later: an index without it has all its items.
-        if table.column_names not in (columns, [*columns, "removed"]):
-            raise ValueError(
-                f"{index_path} has the columns {table.column_names}, expected {[*columns, 'removed']}: it is the item "
-                "index of another tokenizer"
-            )
-        for column in columns[1:]:
-            if not pa.types.is_integer(table[column].type) or table[column].null_count:
-                raise ValueError(
-                    f"{index_path}: column {column} is no column of codes ({table[column].type}, "
-                    f"{table[column].null_count} missing); save or download it again"
-                )
-        kwargs["item_ids"] = table["item_id"]
-        kwargs["codes"] = np.stack([table[column].to_numpy() for column in columns[1:]], axis=1)
-        if "removed" in table.column_names:
-            kwargs["removed"] = table["removed"].to_numpy()
-        kwargs["quantizer"] = None if quantizer_path is None else _load_quantizer(quantizer_path)
+        sizes = kwargs["codebook_sizes"]
+        kwargs["item_ids"], kwargs["codes"], kwargs["removed"] = read_item_index(paths["item_index"], len(sizes))
+        kwargs["quantizer"] = None if paths["quantizer"] is None else _load_quantizer(paths["quantizer"])
         if kwargs["quantizer"] is None:
-            try:
-                with safe_open(codebooks_path, framework="pt") as file:
-                    levels = itertools.takewhile(file.keys().__contains__, map("level_{}".format, itertools.count()))
-                    kwargs["codebooks"] = [file.get_tensor(name) for name in levels]
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{codebooks_path} cannot be read as codebooks ({error}); save it again") from error
-            sizes = [len(codebook) for codebook in kwargs["codebooks"]]
+            kwargs["codebooks"] = _read_codebooks(paths["codebooks"])
+            found = [len(codebook) for codebook in kwargs["codebooks"]]
         else:
-            sizes = list(kwargs["quantizer"].id_sizes)
-        if sizes != kwargs["codebook_sizes"][: len(sizes)]:
+            found = list(kwargs["quantizer"].id_sizes)
+        if found != sizes[: len(found)]:
             raise ValueError(
-                f"{codebooks_path} holds codebooks of {sizes} codes, tokenizer_config.json speaks of "
-                f"{kwargs['codebook_sizes']}: it belongs to another tokenizer; save or download the tokenizer again"
+                f"{paths['codebooks']} holds codebooks of {found} codes, tokenizer_config.json speaks of {sizes}: it "
+                "belongs to another tokenizer; save or download the tokenizer again"
             )
         try:
-            kwargs["tokenizer_object"] = Tokenizer.from_file(tokenizer_path)
+            kwargs["tokenizer_object"] = Tokenizer.from_file(paths["tokenizer"])
         except Exception as error:  # tokenizers raises bare Exception
-            raise ValueError(f"{tokenizer_path} cannot be read as a tokenizer ({error}); save it again") from error
-        kwargs["report"] = json.loads(Path(report_path).read_text(encoding="utf-8"))
+            raise ValueError(f"{paths['tokenizer']} cannot be read as a tokenizer ({error}); save it again") from error
+        kwargs["report"] = json.loads(Path(paths["semantic_id_report"]).read_text(encoding="utf-8"))
         return kwargs

@@ -11,10 +11,7 @@ prints the table. Complete cells are skipped, a killed one is resumed. `--help` 
 import itertools
 import sys
 
-# This folder's tokenize.py would hide the standard library's module of that name.
-sys.path.pop(0)
-
-from onerec_hf.stages import ablate, parse_recipe_arguments
+from onerec_hf.stages import parse_recipe_arguments, run_ablation
 from onerec_hf.stages.ablations import ABLATIONS, TABLE_1
 
 if __name__ == "__main__":
@@ -22,4 +19,4 @@ if __name__ == "__main__":
     args = parse_recipe_arguments(sys.argv[1 + len(words) :])
     if not words:
         raise SystemExit(f"The first word is the ablation, one of {', '.join([*ABLATIONS, TABLE_1])}.")
-    ablate(args, *words)
+    run_ablation(args, *words)

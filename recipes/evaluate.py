@@ -6,12 +6,7 @@ Writes `<output_dir>/evaluate`. Complete stages are skipped, a killed
 one is resumed. `--help` lists all options.
 """
 
-import sys
-
-# This folder's tokenize.py would hide the standard library's module of that name.
-sys.path.pop(0)
-
-from onerec_hf.stages import evaluate, parse_recipe_arguments
+from onerec_hf.stages import parse_recipe_arguments, run_evaluate
 
 if __name__ == "__main__":
-    evaluate(parse_recipe_arguments())
+    run_evaluate(parse_recipe_arguments())

@@ -6,11 +6,6 @@ Every stage writes one folder of `<output_dir>`; complete ones are skipped, a ki
 command. `--help` lists all options.
 """
 
-import sys
-
-# This folder's tokenize.py would hide the standard library's module of that name.
-sys.path.pop(0)
-
 from onerec_hf.stages import parse_recipe_arguments, run_pipeline
 
 if __name__ == "__main__":

@@ -6,12 +6,7 @@ Writes `<output_dir>/reward`. Complete stages are skipped, a killed
 one is resumed. `--help` lists all options.
 """
 
-import sys
-
-# This folder's tokenize.py would hide the standard library's module of that name.
-sys.path.pop(0)
-
-from onerec_hf.stages import parse_recipe_arguments, reward
+from onerec_hf.stages import parse_recipe_arguments, run_reward
 
 if __name__ == "__main__":
-    reward(parse_recipe_arguments())
+    run_reward(parse_recipe_arguments())

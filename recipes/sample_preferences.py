@@ -7,12 +7,7 @@ Writes `<output_dir>/preferences/pairs.parquet`. A complete stage is skipped, a 
 all options.
 """
 
-import sys
-
-# This folder's tokenize.py would hide the standard library's module of that name.
-sys.path.pop(0)
-
-from onerec_hf.stages import parse_recipe_arguments, sample_preference_pairs
+from onerec_hf.stages import parse_recipe_arguments, run_sample_preferences
 
 if __name__ == "__main__":
-    sample_preference_pairs(parse_recipe_arguments())
+    run_sample_preferences(parse_recipe_arguments())

@@ -1,6 +1,5 @@
 """Ablations and Table 1 in debug size, on one run of the quickstart as far as its reward model."""
 
-import functools
 import json
 import os
 import signal
@@ -17,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from onerec_hf.evaluation import comparison_figure, comparison_table
-from onerec_hf.stages import ablate, align, parse_recipe_arguments, pretrain, reward, tokenize
-from onerec_hf.stages.evaluate import evaluate_seed
-from onerec_hf.stages.policy_evaluation import PolicyEvaluation
+from onerec_hf.reporting import comparison_figure, comparison_table
+from onerec_hf.stages import parse_recipe_arguments, run_ablation, run_align, run_pretrain, run_reward, run_tokenize
+from onerec_hf.stages.evaluate_stage import run_evaluate_seed
+from onerec_hf.stages.evaluated_run import EvaluatedRun
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes" / "quickstart" / "debug.yaml"
@@ -44,9 +43,9 @@ def args(tmp_path_factory):
     args = parse_recipe_arguments(
         ["--config", str(CONFIG), "--output_dir", str(tmp_path_factory.mktemp("runs") / "run"), *FLAGS]
     )
-    for stage in (tokenize, pretrain, reward):
+    for stage in (run_tokenize, run_pretrain, run_reward):
         stage(args)
-    evaluate_seed(args, True, functools.cache(lambda: PolicyEvaluation(args, "evaluate", True)))
+    run_evaluate_seed(EvaluatedRun(args, "evaluate", judged=True))
     return args
 
 
@@ -60,7 +59,7 @@ def rows_of(folder: Path) -> dict[str, dict]:
     for row in rows:
         assert set(row["judges"]) == {"reward_model", "independent_judge", "truth"}
         for judge in row["judges"].values():
-            assert {f"{head}_{which}" for head in ("reward", "swt", "ltr") for which in ("mean", "max")} <= set(judge)
+            assert {f"{name}_{which}" for name in ("reward", "swt", "ltr") for which in ("mean", "max")} <= set(judge)
     return {row["name"]: row for row in rows}
 
 
@@ -93,7 +92,7 @@ def test_a_killed_command_goes_on_where_it_was_and_a_complete_one_does_nothing(a
     before, drawn = written(cells / "0.05"), pairs.stat().st_mtime_ns
     assert (cells / "0.05" / "evaluate" / "results.safetensors").exists() and not (cells / "table.md").exists()
 
-    rows = rows_of(ablate(args, "r_dpo", "0.05", "0.2"))
+    rows = rows_of(run_ablation(args, "r_dpo", "0.05", "0.2"))
     assert written(cells / "0.05") == before
     assert (cells / "0.2" / "align" / "round_1" / "pairs.parquet").stat().st_mtime_ns == drawn
     assert {name: written(output_dir / name) for name in STAGES} == stages
@@ -112,12 +111,12 @@ def test_a_killed_command_goes_on_where_it_was_and_a_complete_one_does_nothing(a
     assert counts[0] < counts[1]
 
     everything = written(output_dir / "ablations" / "r_dpo" / "0.2")
-    ablate(args, "r_dpo", "0.05", "0.2")
+    run_ablation(args, "r_dpo", "0.05", "0.2")
     assert written(output_dir / "ablations" / "r_dpo" / "0.2") == everything
 
 
 def test_losses_share_their_pairs_and_table_1_has_their_cells(args):
-    rows = rows_of(ablate(args, "losses", "dpo", "sdpo"))
+    rows = rows_of(run_ablation(args, "losses", "dpo", "sdpo"))
     assert list(rows) == ["seed model", "dpo", "sdpo"]
     cells = args.output_dir / "ablations" / "losses"
     drawn = pq.read_table(cells / "pairs" / "pairs.parquet")
@@ -127,7 +126,7 @@ def test_losses_share_their_pairs_and_table_1_has_their_cells(args):
     assert not same_weights(cells / "dpo" / "align" / "model", cells / "sdpo" / "align" / "model")
 
     before = written(cells)
-    table = rows_of(ablate(args, "table1", "popularity", "tiger", "dpo", "ipa"))
+    table = rows_of(run_ablation(args, "table1", "popularity", "tiger", "dpo", "ipa"))
     assert list(table) == ["Popularity", "TIGER-like", "OneRec", "OneRec + DPO", "OneRec + IPA"]
     assert written(cells) == before
     assert table["OneRec + DPO"]["judges"] == rows["dpo"]["judges"]
@@ -143,16 +142,16 @@ def test_losses_share_their_pairs_and_table_1_has_their_cells(args):
 
 
 def test_the_runs_own_alignment_is_the_cell_of_its_settings_and_rounds_are_one_alignment(args):
-    own = replace(args, training=replace(args.training, align_rounds=2))
-    align(own)
-    rows = rows_of(ablate(own, "reference"))
+    own = replace(args, align_rounds=2)
+    run_align(own)
+    rows = rows_of(run_ablation(own, "reference"))
     cells = args.output_dir / "ablations" / "reference"
     assert not (cells / "previous" / "align").exists()
     # The first round's reference is the seed model either way; its pairs were drawn by the round and beforehand.
     run, sft = args.output_dir / "align", cells / "sft" / "align"
     assert same_weights(run / "round_1", sft / "round_1") and not same_weights(run / "round_2", sft / "round_2")
 
-    by_round = rows_of(ablate(args, "rounds", "1", "2"))
+    by_round = rows_of(run_ablation(args, "rounds", "1", "2"))
     assert list(by_round) == ["seed model", "1", "2"]
     assert [by_round[number]["rounds"] for number in ("1", "2")] == [1, 2]
     assert by_round["2"]["judges"] == rows["previous"]["judges"] != by_round["1"]["judges"]
@@ -161,7 +160,7 @@ def test_the_runs_own_alignment_is_the_cell_of_its_settings_and_rounds_are_one_a
 @pytest.mark.parametrize("name, cells", [("num_candidates", ("4", "6")), ("ntp", ("with", "without"))])
 def test_other_ablations_and_users(args, name, cells):
     evaluated = (args.output_dir / "evaluate_seed" / "stage.json").stat().st_mtime_ns
-    rows = rows_of(ablate(replace(args, evaluation=replace(args.evaluation, evaluation_users=20)), name, *cells))
+    rows = rows_of(run_ablation(replace(args, evaluation_users=20), name, *cells))
     assert list(rows) == ["seed model", *cells]
     assert (args.output_dir / "ablations" / name / "figure.png").stat().st_size > 10_000
     # The seed model is evaluated on these users too, beside the run's evaluation.
@@ -173,13 +172,13 @@ def test_other_ablations_and_users(args, name, cells):
 
 def test_what_there_is_not_is_said(args, tmp_path):
     with pytest.raises(ValueError, match="no ablation 'loss'; choose one of r_dpo"):
-        ablate(args, "loss")
+        run_ablation(args, "loss")
     with pytest.raises(ValueError, match="losses has not all of the cells dpo, kto"):
-        ablate(args, "losses", "dpo", "kto")
+        run_ablation(args, "losses", "dpo", "kto")
     with pytest.raises(ValueError, match="align_rounds is 0"):
-        ablate(replace(args, training=replace(args.training, align_rounds=0)), "ntp")
-    with pytest.raises(FileNotFoundError, match="run recipes/pretrain.py|run recipes/tokenize.py"):
-        ablate(replace(args, run=replace(args.run, output_dir=str(tmp_path))), "ntp")
+        run_ablation(replace(args, align_rounds=0), "ntp")
+    with pytest.raises(FileNotFoundError, match="run recipes/pretrain.py|run recipes/fit_tokenizer.py"):
+        run_ablation(replace(args, output_dir=str(tmp_path)), "ntp")
 
 
 def test_a_table_has_a_row_by_policy_and_judge():

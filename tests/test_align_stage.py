@@ -19,11 +19,11 @@ from onerec_hf.alignment import session_sampler
 from onerec_hf.evaluation.alignment_checks import RECALL, AlignmentChecks
 from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel
 from onerec_hf.stages import parse_recipe_arguments
-from onerec_hf.stages.align import Alignment, align
-from onerec_hf.stages.data_stage import prepare_data
-from onerec_hf.stages.sample_preferences import sample_preference_pairs
+from onerec_hf.stages.align_stage import Alignment, run_align
+from onerec_hf.stages.data_stage import run_data
+from onerec_hf.stages.preferences_stage import run_sample_preferences
 
-align_stage = sys.modules[align.__module__]
+align_stage = sys.modules[run_align.__module__]
 ROOT = Path(__file__).parents[1]
 CODEBOOK_SIZES = [8, 8, 8]
 TRAINING = {
@@ -58,7 +58,7 @@ def prepared(tmp_path_factory) -> Path:
     """A run up to the stage `reward`, whose models are not trained."""
     run = tmp_path_factory.mktemp("runs") / "prepared"
     args = parse_recipe_arguments(recipe(run))
-    prepare_data(args)
+    run_data(args)
     items = pq.read_table(run / "data" / "feed" / "items.parquet")["item_id"].to_pylist()
     places = np.random.default_rng(0).choice(8**3, len(items), replace=False)
     codes = np.stack(np.unravel_index(places, CODEBOOK_SIZES), axis=1)
@@ -81,7 +81,7 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(prepared) -> Path:
-    return align(parse_recipe_arguments(recipe(shutil.copytree(prepared, prepared.with_name("undisturbed")))))
+    return run_align(parse_recipe_arguments(recipe(shutil.copytree(prepared, prepared.with_name("undisturbed")))))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_rounds_are_checked_before_and_after(undisturbed):
     stage = json.loads((undisturbed / "stage.json").read_text())
     assert [entry["round"] for entry in stage["rounds"]] == [1, 2]
-    figures = {"recall@10", "illegal_rate", "diversity", "popular_share"}
+    figures = {"session_recall@10", "illegal_rate", "diversity", "popular_share"}
     assert set(stage["seed_checks"]) == figures
     for entry in stage["rounds"]:
         assert entry["kept"] and set(entry["checks"]) == figures | {"kl_to_previous", "kl_to_seed"}
@@ -131,9 +131,9 @@ def test_a_run_killed_everywhere_gives_the_pairs_and_weights_of_an_undisturbed_o
     ):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(owner, name, replacement)
-            align(args)
+            run_align(args)
         assert (partial / left_behind).exists() and not (partial / "round_1" / "aligned.json").exists()
-    align(args)
+    run_align(args)
     for part in ("round_1", "round_2"):
         pairs = [pq.read_table(run / part / "pairs.parquet") for run in (undisturbed, args.output_dir / "align")]
         assert len(pairs[0]) >= 17 and pairs[0].equals(pairs[1])
@@ -150,7 +150,7 @@ def test_two_processes_give_the_pairs_and_weights_of_one(prepared, undisturbed):
     # mean over the codes of a process is not the mean over all codes.
     training = TRAINING | {"ntp_per_pair": 0, "max_steps": 4}
     runs = [shutil.copytree(prepared, prepared.with_name(name)) for name in ("one", "two")]
-    align(parse_recipe_arguments(recipe(runs[0], align=json.dumps(training), align_rounds=1)))
+    run_align(parse_recipe_arguments(recipe(runs[0], align=json.dumps(training), align_rounds=1)))
     halves = json.dumps(training | {"per_device_train_batch_size": 2})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(ROOT / "recipes" / "align.py"), *recipe(runs[1], align=halves, align_rounds=1)]
@@ -176,7 +176,7 @@ def test_a_round_that_costs_recall_is_dropped_and_the_last(prepared, monkeypatch
         return {RECALL: next(recalls), "kl_to_seed": 0.0}
 
     monkeypatch.setattr(AlignmentChecks, "measure", measure)
-    folder = align(parse_recipe_arguments(recipe(run, align_rounds=3, max_recall_drop=0.1)))
+    folder = run_align(parse_recipe_arguments(recipe(run, align_rounds=3, max_recall_drop=0.1)))
     rounds = json.loads((folder / "stage.json").read_text())["rounds"]
     assert [entry["kept"] for entry in rounds] == [True, False]
     kept = weights(folder / "model")
@@ -185,7 +185,7 @@ def test_a_round_that_costs_recall_is_dropped_and_the_last(prepared, monkeypatch
 
 def test_reference_is_the_previous_snapshot_or_the_seed_model(prepared, undisturbed):
     run = shutil.copytree(prepared, prepared.with_name("sft"))
-    against_seed = align(parse_recipe_arguments(recipe(run, align_reference="sft")))
+    against_seed = run_align(parse_recipe_arguments(recipe(run, align_reference="sft")))
     for folder, starts_at_the_reference in ((undisturbed, [True, True]), (against_seed, [True, False])):
         rounds = json.loads((folder / "stage.json").read_text())["rounds"]
         losses = [entry["log"][0]["dpo_loss"] for entry in rounds]
@@ -195,7 +195,7 @@ def test_reference_is_the_previous_snapshot_or_the_seed_model(prepared, undistur
 def test_lora_rounds_end_in_whole_models(prepared):
     run = shutil.copytree(prepared, prepared.with_name("lora"))
     lora = json.dumps({"r": 2, "target_modules": ["q_proj", "v_proj"]})
-    folder = align(parse_recipe_arguments(recipe(run, align_rounds=1, align_lora=lora)))
+    folder = run_align(parse_recipe_arguments(recipe(run, align_rounds=1, align_lora=lora)))
     seed, aligned = weights(prepared / "pretrain" / "model"), weights(folder / "model")
     changed = {name.split(".")[-2] for name, tensor in aligned.items() if not torch.equal(tensor, seed[name])}
     assert set(aligned) == set(seed) and changed == {"q_proj", "v_proj"}
@@ -210,8 +210,8 @@ def test_pairs_alone_are_those_of_the_first_round(prepared, undisturbed, monkeyp
 
     monkeypatch.setattr("datasets.Dataset.push_to_hub", push_to_hub)
     run = shutil.copytree(prepared, prepared.with_name("pairs"))
-    folder = sample_preference_pairs(parse_recipe_arguments(recipe(run)))
+    folder = run_sample_preferences(parse_recipe_arguments(recipe(run)))
     pairs = pq.read_table(folder / "pairs.parquet")
     assert pairs.equals(pq.read_table(undisturbed / "round_1" / "pairs.parquet")) and not pushed
-    sample_preference_pairs(parse_recipe_arguments(recipe(run, hub_preferences_id="me/pairs")))
+    run_sample_preferences(parse_recipe_arguments(recipe(run, hub_preferences_id="me/pairs")))
     assert pushed == {"me/pairs": pairs.to_pylist()}

@@ -233,7 +233,9 @@ class TestTrainer:
         assert logs["bf16"] == pytest.approx(logs["plain"], rel=0.03) and logs["bf16"] != logs["plain"]
 
     def test_what_is_missing_is_named(self, tokenizer, tmp_path):
-        with pytest.raises(ValueError, match="no preference pair"):
+        with pytest.raises(
+            ValueError, match="no preference pair.*: raise r_dpo or num_candidates, or lower min_reward_margin"
+        ):
             OneRecDPOTrainer(tiny_generator(), dpo_arguments(tmp_path), preference_pairs().select([]), tokenizer)
         with pytest.raises(ValueError, match="stands alone"):
             dpo_arguments(tmp_path, loss_type=["cpo", "sigmoid"])

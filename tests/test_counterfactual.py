@@ -45,12 +45,12 @@ def test_true_propensities_give_the_true_value_and_difference(world):
     wrong = np.full_like(chance, 0.5)
     log = feedback(world, wrong, logging)
     result = log.estimates(on_log(world, 1, wrong), on_log(world, 0, wrong))
-    head = result["heads"]["vtr"]
+    values = result["heads"]["vtr"]
     for name in ("snips", "doubly_robust"):
-        low, high = head[f"{name}_interval"]
+        low, high = values[f"{name}_interval"]
         assert low < value < high and high - low < 0.08
-        assert head[name] == pytest.approx(value, abs=0.03)
-        low, high = head[f"{name}_difference_interval"]
+        assert values[name] == pytest.approx(value, abs=0.03)
+        low, high = values[f"{name}_difference_interval"]
         assert low < value - seed_value < high
     assert result["mean_weight"] == pytest.approx(1, abs=0.03) and result["conclusive"]
     off = feedback(world, wrong, logging / 3).estimates(on_log(world, 1, wrong))
@@ -61,9 +61,9 @@ def test_true_propensities_give_the_true_value_and_difference(world):
 def test_a_true_model_makes_up_for_wrong_propensities_and_narrows_the_interval(world):
     _, chance, logging, _, _, _, (_, value) = world
     wrong = np.full(ITEMS, 1 / ITEMS)
-    head = feedback(world, chance, wrong).estimates(on_log(world, 1, chance))["heads"]["vtr"]
-    assert head["doubly_robust"] == pytest.approx(value, abs=0.015)
-    assert abs(head["snips"] - value) > 3 * abs(head["doubly_robust"] - value)
+    values = feedback(world, chance, wrong).estimates(on_log(world, 1, chance))["heads"]["vtr"]
+    assert values["doubly_robust"] == pytest.approx(value, abs=0.015)
+    assert abs(values["snips"] - value) > 3 * abs(values["doubly_robust"] - value)
     width = {}
     for name, model in (("true", chance), ("none", np.zeros_like(chance))):
         low, high = feedback(world, model, logging).estimates(on_log(world, 1, model))["heads"]["vtr"][
@@ -83,10 +83,10 @@ def test_by_hand_with_clipped_weights():
     policy = PolicyOnLog(np.log([[0.5, 0.4], [0.25, np.nan]]), {"vtr": np.array([0.6, 0.3])})
     np.testing.assert_allclose(log.weights(policy), [[1, 2], [1, np.nan]])
     result = log.estimates(policy)
-    head = result["heads"]["vtr"]
-    assert head["snips"] == pytest.approx(1.5 / 4)
-    assert head["doubly_robust"] == pytest.approx((2 * 0.6 + 0.3) / 3 + (0.5 - 1.0) / 4)
-    assert head["logged"] == pytest.approx(0.5)
+    values = result["heads"]["vtr"]
+    assert values["snips"] == pytest.approx(1.5 / 4)
+    assert values["doubly_robust"] == pytest.approx((2 * 0.6 + 0.3) / 3 + (0.5 - 1.0) / 4)
+    assert values["logged"] == pytest.approx(0.5)
     assert result["effective_sample_size"] == pytest.approx(16 / 6) and not result["conclusive"]
     assert result["clipped_share"] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="nothing to estimate from"):

@@ -108,14 +108,14 @@ def test_encoder_reads_features_whatever_the_padding(tokenizer, positions):
         alone = encode_history_rows([row], tokenizer, encoder.config)
         expected = encoder(**alone).last_hidden_state[0][encoder.position_mask(alone["attention_mask"])[0] > 0]
         torch.testing.assert_close(states[index][mask[index] > 0], expected, rtol=0, atol=1e-5)
-    # Two items of padding behind the history in place of none before it.
+    # Two items of padding after the history in place of none before it.
     one = encode_history_rows(ROWS[:1], tokenizer, encoder.config)
-    behind = {name: torch.cat([tensor, torch.zeros_like(tensor)], 1) for name, tensor in one.items()}
-    behind["user_features"] = one["user_features"]
+    after = {name: torch.cat([tensor, torch.zeros_like(tensor)], 1) for name, tensor in one.items()}
+    after["user_features"] = one["user_features"]
     separator = torch.zeros(1, 1, dtype=torch.long)
     for name in ("input_ids", "attention_mask"):
-        behind[name] = torch.cat([one[name], separator, torch.zeros_like(one[name])], 1)
-    right = encoder(**behind).last_hidden_state
+        after[name] = torch.cat([one[name], separator, torch.zeros_like(one[name])], 1)
+    right = encoder(**after).last_hidden_state
     expected = encoder(**one).last_hidden_state
     torch.testing.assert_close(right[:, : expected.shape[1]], expected, rtol=0, atol=1e-5)
     # Each input matters, and by the behaviour that it belongs to.
@@ -182,7 +182,7 @@ def test_generate_recommend_and_reload(tokenizer, positions, tmp_path):
     ]
     for row in rows:
         row.pop("history")
-    by_id = recommend_items(model, tokenizer, rows, top_k=4, exclude_seen=False, normalization="vocabulary")
+    by_id = recommend_items(model, tokenizer, rows, top_k=4, exclude_consumed=False, normalization="vocabulary")
     assert [user["items"] for user in by_id] == [tokenizer.item_ids[row].tolist() for row in found.items[..., 0]]
     with pytest.raises(ValueError, match="row 0 has no 'history_feedback'"):
         recommend_items(model, tokenizer, [["w"]], top_k=1)

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSeq2SeqLM
 
 import onerec_hf
-from onerec_hf.model_cards import (
+from onerec_hf.reporting.model_cards import (
     alignment_table,
     onerec_card,
     push_to_hub,
@@ -75,17 +75,17 @@ def test_cards_carry_the_metadata_and_the_figures_of_the_run(run_directory):
     assert "onerec" in card.data.tags
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {name: value for name, value in RANKING.items() if "@" in name}
-    assert "| recall@10 |" in card.text and "| popularity | 0.25 | 0.125 |" in card.text
-    assert "| split method | time |" in card.text and "| split test_start | - |" in card.text
+    assert "| recall@10 |" in card.text and "| popularity | 0.2500 | 0.1250 |" in card.text
+    assert "| split method | time |" in card.text and "| split test_start | – |" in card.text
     assert "| illegal_rate | 0 |" in card.text and "| codebook_sizes | 8, 8, 8 |" in card.text
     model = AutoModelForSeq2SeqLM.from_pretrained(run_directory / "model")
     stored = sum(tensor.numel() for tensor in model.state_dict().values())
     assert f"It has {stored:,} parameters" in card.text
-    assert "| 1 | 0.5 | 0.3 | 0 | 1.25 | 1.5 |" in alignment_table(METRICS["alignment"])
+    assert "| 1 | 0.5000 | 0.3000 | 0 | 1.2500 | 1.5000 |" in alignment_table(METRICS["alignment"])
     assert "2502.18965" in card.text
 
     reward_card = reward_model_card(run_directory / "reward_model", run_directory / "model", METRICS)
-    assert "| swt_auc | 0.625 |" in reward_card.text and "swt, vtr, wtr, ltr" in reward_card.text
+    assert "| swt_auc | 0.6250 |" in reward_card.text and "swt, vtr, wtr, ltr" in reward_card.text
 
 
 def test_rounds_in_the_card_have_intervals_and_changes_and_dropped_ones_are_marked():
@@ -93,7 +93,7 @@ def test_rounds_in_the_card_have_intervals_and_changes_and_dropped_ones_are_mark
     judges = {"truth": JUDGE | {"reward_mean": 1.25, "reward_mean_interval": [1.125, 1.375]}}
     dropped = METRICS["alignment"][0] | {"round": 1, "kept": False, "judges": judges, "change": change}
     row = alignment_table([METRICS["alignment"][0] | {"judges": {"truth": JUDGE}}, dropped]).splitlines()[-1]
-    assert row == "| 1 (dropped) | 0.5 | 0.3 | 0 | 1.25 [1.125, 1.375], +25.0% [+12.5%, +50.0%] | 1.5 |"
+    assert row == "| 1 (dropped) | 0.5000 | 0.3000 | 0 | 1.2500 [1.12, 1.38] +25.0% [+12.5%, +50.0%] | 1.5000 |"
 
 
 def test_alignment_is_left_out_of_the_card_of_a_run_without_it(run_directory):
@@ -114,8 +114,8 @@ def test_ranking_table_keeps_to_the_metrics_that_every_method_has():
     assert ranking_table(metrics).splitlines() == [
         "| method | recall@5 |",
         "| --- | --- |",
-        "| ease | - |",
-        "| onerec | 0.1 |",
+        "| ease | – |",
+        "| onerec | 0.1000 |",
     ]
 
 
@@ -147,7 +147,7 @@ import json, sys
 from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer
-from onerec_hf.model_cards import push_run_to_hub
+from onerec_hf.reporting import push_run_to_hub
 
 run = Path(sys.argv[1])
 metrics = json.loads((run / "metrics.json").read_text())

@@ -75,14 +75,14 @@ def test_a_million_items_take_little_memory():
     assert sum(buffer.numel() * buffer.element_size() for buffer in trie.buffers()) <= 100 * len(codes)
 
 
-def test_refuses_what_is_no_catalogue_and_no_request():
+def test_refuses_what_is_not_a_catalogue_or_a_request():
     with pytest.raises(ValueError, match="catalogue index 1 has code 4 at level 0"):
         ItemTrie(torch.tensor([[0, 1, 2], [4, 0, 0]]), SIZES)
     codes = torch.tensor([[0, 1, 2], [2, 0, 0]])
     with pytest.raises(ValueError, match="No item is left"):
         ItemTrie(codes, SIZES, torch.tensor([True, True]))
     trie = ItemTrie(codes, SIZES)
-    with pytest.raises(ValueError, match="excluded holds 2, which is no catalogue index"):
+    with pytest.raises(ValueError, match="excluded holds 2, which is not a catalogue index"):
         ItemConstraint(trie, 1, excluded=torch.tensor([[2, -1]]))
     with pytest.raises(ValueError, match="goes to `allowed`"):
         ItemConstraint(trie, 1, excluded=torch.tensor([[True, False]]))

@@ -1,20 +1,26 @@
 """Batches for pretraining, expert balance while training, and which checkpoint a run is resumed from."""
 
+import doctest
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments
 
-from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
-from onerec_hf.pretraining import (
-    CHECKPOINT_COMPLETE,
-    OneRecPretrainer,
-    SessionCollator,
-    index_sessions,
-    latest_complete_checkpoint,
+from onerec_hf import (
+    OneRecConfig,
+    OneRecForConditionalGeneration,
+    OneRecTokenizer,
+    pretraining,
+    session_rows,
+    shared_histories,
+    training_checkpoints,
 )
-from onerec_hf.stages.pretrain import recent_sessions
+from onerec_hf.pretraining import OneRecPretrainer, SessionCollator
+from onerec_hf.session_rows import index_sessions
+from onerec_hf.stages.pretrain_stage import recent_sessions
+from onerec_hf.training_checkpoints import CHECKPOINT_COMPLETE, latest_complete_checkpoint
 
 
 @pytest.fixture
@@ -41,6 +47,23 @@ def test_sessions_by_catalogue_index(tokenizer):
     unknown = Dataset.from_dict({"history_item_ids": [["w", "nobody"]]})
     with pytest.raises(ValueError, match="nobody"):
         index_sessions(unknown, tokenizer)
+
+
+@pytest.mark.parametrize("module", [session_rows, shared_histories, training_checkpoints])
+def test_names_of_before_are_found_in_pretraining(module):
+    for name in module.__all__:
+        assert getattr(pretraining, name) is getattr(module, name) and name in pretraining.__all__
+
+
+def test_the_worked_example_of_shared_histories():
+    assert doctest.testmod(shared_histories) == doctest.TestResults(failed=0, attempted=4)
+
+
+def test_histories_that_continue_nothing_beside_a_long_one():
+    histories = [[9] * 9, [5], [6]]
+    rows = [{"user_id": len(h), "history": h, "session": [1], "length": len(h)} for h in histories]
+    rows = shared_histories.share_histories(Dataset.from_list(rows), history_items=9)[0]["rows"]
+    assert [(row["history"], row["prefixes"]) for row in rows] == [([5], [1]), ([6], [1]), ([9] * 9, [9])]
 
 
 def test_recent_sessions_are_those_of_the_latest_days():

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from metrics_keys import undescribed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
+from onerec_hf.reporting import number
 from onerec_hf.stages import parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,7 @@ def test_a_killed_run_finishes_without_redoing_what_was_complete(killed_and_resu
     output_dir, written, _ = killed_and_resumed
     assert set(written) == set(KEPT)
     assert {path: (output_dir / path).stat().st_mtime_ns for path in KEPT} == written
-    # The log of the resumed training goes on behind the checkpoint at step 10 and holds the steps before it too.
+    # The log of the resumed training goes on after the checkpoint at step 10 and holds the steps before it too.
     steps = [row["step"] for row in json.loads((output_dir / "pretrain" / "stage.json").read_text())["log"]]
     assert steps[:2] == [5, 10] and steps[-1] == 20
     log = output_dir.with_suffix(".log").read_text()
@@ -116,6 +118,7 @@ def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed)
     report = (output_dir / "report.html").read_text()
     assert "data:image" in report and "http://" not in report.replace("http://www.w3.org", "")
     metrics = json.loads((output_dir / "metrics.json").read_text())
+    assert undescribed(metrics) == []
     assert metrics["onerec"]["illegal_rate"] == 0 and metrics["onerec"]["duplicate_rate"] == 0
     for name in ("popularity", "item_knn", "ease", "sasrec"):
         assert {"recall@10", "ndcg@10", "coverage"} <= set(metrics["baselines"][name])
@@ -141,7 +144,7 @@ def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed)
 def test_a_run_ends_in_the_last_round_that_was_kept(killed_and_resumed, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(killed_and_resumed[0], output_dir)
-    # As a kill would leave it behind round 2, had its checks failed, and behind the judging of its sessions.
+    # As a kill would leave it after round 2, had its checks failed, and after the judging of its sessions.
     for stage, left in (("align", "model"), ("evaluate", "metrics.json")):
         (output_dir / stage).rename(output_dir / f"{stage}.partial")
         (output_dir / f"{stage}.partial" / "stage.json").unlink()
@@ -159,7 +162,7 @@ def test_a_run_ends_in_the_last_round_that_was_kept(killed_and_resumed, tmp_path
     assert {name: kept[name] for name in metrics["onerec"]} == metrics["onerec"]
     assert metrics["onerec"]["kl_to_seed"] != dropped["kl_to_seed"]
     card = (output_dir / "align" / "model" / "README.md").read_text()
-    assert "| 2 (dropped) |" in card and f"| kl_to_seed | {kept['kl_to_seed']:.4g} |" in card
+    assert "| 2 (dropped) |" in card and f"| kl_to_seed | {number(kept['kl_to_seed'])} |" in card
     assert "2 (dropped)" in result.stdout and "The run ends in round 1." in (output_dir / "report.html").read_text()
 
 
@@ -170,14 +173,14 @@ def test_a_complete_run_is_left_alone_and_changed_settings_redo_a_stage(killed_a
     assert "[pretrain] complete" in result.stderr
     assert (output_dir / "pretrain" / "model" / "model.safetensors").stat().st_mtime_ns == before
     result = run("pretrain", "quickstart", output_dir, "--holdout_sessions", "8")
-    assert "settings or inputs changed, done anew" in result.stderr
+    assert "settings or inputs changed, done again" in result.stderr
     assert (output_dir / "pretrain" / "model" / "model.safetensors").stat().st_mtime_ns > before
 
 
 def test_a_stage_without_its_inputs_says_which_recipe_makes_them(tmp_path):
     result = run("pretrain", "quickstart", tmp_path, check=False)
     assert result.returncode != 0
-    assert "run recipes/tokenize.py" in result.stderr
+    assert "run recipes/fit_tokenizer.py" in result.stderr
 
 
 @pytest.mark.parametrize("data_set", ["kuairand", "amazon_beauty"])
@@ -187,7 +190,7 @@ def test_real_data_runs_in_debug_size(data_set, tmp_path):
         pytest.skip(f"{data_dir} is not there")
     run("pipeline", data_set, tmp_path / "run", "--data_dir", str(data_dir))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["onerec"]["illegal_rate"] == 0
+    assert metrics["onerec"]["illegal_rate"] == 0 and undescribed(metrics) == []
     assert len(metrics["alignment"]) == (2 if data_set == "kuairand" else 1)
 
 
@@ -216,7 +219,7 @@ def test_help_lists_the_options_and_unknown_ones_are_refused(capsys, tmp_path):
         ("model", {"hiden_size": 8}, "'hidden_size'"),
         ("judge_model", {"towers": 8}, "OneRecRewardConfig"),
         ("quantizer", {"assignmnt": "greedy"}, "'assignment'"),
-        ("item_alignment", {"steps": 8}, "ItemAlignment"),
+        ("embedding_adaptation", {"steps": 8}, "EmbeddingAdaptation"),
         ("align_lora", {"rank": 8}, "align_lora has 'rank', which LoraConfig"),
         ("baselines", {"sasrec": {"epoch": 1}}, "baselines.sasrec has 'epoch', which SASRec .* 'epochs'"),
     ],

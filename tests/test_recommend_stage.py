@@ -76,7 +76,7 @@ def test_two_processes_give_what_a_killed_and_resumed_one_gives(checkpoint, hist
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "one" / "recommend").exists()
-    # If the resumed run made this part anew, the mark in it would be gone.
+    # If the resumed run made this part again, the mark in it would be gone.
     marked = pq.read_table(first)
     marked = marked.set_column(0, "user_id", pa.array(np.full(len(marked), -1)))
     pq.write_table(marked, first)
@@ -121,7 +121,7 @@ def test_sessions_that_the_reward_model_chooses(checkpoint, tmp_path):
     finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run", *flags)]))
     found = pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")
     model = OneRecForConditionalGeneration.from_pretrained(checkpoint).eval()
-    options = {"top_k": 5, "num_beams": 8, "search": "diverse_beam", "unknown": "skip"}
+    options = {"top_k": 5, "num_beams": 8, "search": "diverse_beam", "unknown_items": "skip"}
     expected = Recommender(model, tokenizer, SessionScorer(judge, tokenizer))(rows, **options)
     assert found["session"].to_pylist() == [row["session"] for row in expected]
     assert found["session"].to_pylist() != [row["session"] for row in Recommender(model, tokenizer)(rows, **options)]

@@ -1,33 +1,37 @@
+import importlib
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
+from metrics_keys import undescribed
 
-from onerec_hf.evaluation import print_table, write_report
+import onerec_hf.evaluation
+from onerec_hf.reporting import Measured, Table, print_table, write_report
 
 
 def ranking(value):
     return {f"{m}@{c}": value * c / 10 for m in ("recall", "ndcg") for c in (5, 10, 50)} | {"coverage": 0.25}
 
 
-HEADS = ("reward", "swt", "vtr", "wtr", "ltr", "click")
+OBJECTIVES = ("reward", "swt", "vtr", "wtr", "ltr", "click")
 JUDGES = ("reward_model", "independent_judge", "truth")
 
 
 def judged(value):
-    figures = {f"{head}_{kind}": value * scale for head in HEADS for kind, scale in (("mean", 1.0), ("max", 1.5))}
+    figures = {f"{name}_{kind}": value * scale for name in OBJECTIVES for kind, scale in (("mean", 1.0), ("max", 1.5))}
     return figures | {f"{name}_interval": [0.9 * figure, 1.1 * figure] for name, figure in figures.items()}
 
 
 def changes(gains):
-    """Of the judges, by their gains: +-0.01 around each."""
+    """Changes of the judges by their gains: +-0.01 around each."""
     return {
         "recall@10": {"relative": -0.015, "interval": [-0.0333, 0.004]},
         "judges": {
             judge: {
-                f"{head}_{kind}": {"relative": gain, "interval": [gain - 0.01, gain + 0.01]}
-                for head in HEADS
+                f"{name}_{kind}": {"relative": gain, "interval": [gain - 0.01, gain + 0.01]}
+                for name in OBJECTIVES
                 for kind in ("mean", "max")
             }
             for judge, gain in zip(JUDGES, gains, strict=True)
@@ -36,13 +40,13 @@ def changes(gains):
 
 
 def on_log(effective, difference):
-    head = {"logged": 0.31, "snips": 0.321, "snips_interval": [0.3, 0.35]}
-    head |= {"doubly_robust": 0.322, "doubly_robust_interval": [0.29, 0.36]}
+    estimates = {"logged": 0.31, "snips": 0.321, "snips_interval": [0.3, 0.35]}
+    estimates |= {"doubly_robust": 0.322, "doubly_robust_interval": [0.29, 0.36]}
     if difference:
         for name in ("snips", "doubly_robust"):
-            head |= {f"{name}_difference": 0.0123, f"{name}_difference_interval": [0.0012, 0.0234]}
+            estimates |= {f"{name}_difference": 0.0123, f"{name}_difference_interval": [0.0012, 0.0234]}
     facts = {"exposures": 4321, "effective_sample_size": effective, "mean_weight": 0.9, "clipped_share": 0.01}
-    return facts | {"conclusive": effective >= 100, "heads": {"vtr": head}}
+    return facts | {"conclusive": effective >= 100, "heads": {"vtr": estimates}}
 
 
 @pytest.fixture
@@ -109,13 +113,13 @@ class TestWriteReport:
         page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
         groups = "".join(f'<th colspan="2">{name}</th>' for name in ("Reward model", "Independent judge"))
         groups += '<th colspan="2">Simulated truth</th>'
-        assert page.count(groups) == len(HEADS)
+        assert page.count(groups) == len(OBJECTIVES)
         cells = "".join(
             f"<td>{value}<br><small>[{interval}]</small><br><small>{change}</small></td>"
             for change in ("+16.0% [+15.0%, +17.0%]", "+8.0% [+7.0%, +9.0%]", "+2.0% [+1.0%, +3.0%]")
             for value, interval in (("0.5000", "0.45, 0.55"), ("0.7500", "0.675, 0.825"))
         )
-        assert page.count(f'<tr class=""><td>2</td>{cells}</tr>') == len(HEADS)
+        assert page.count(f'<tr class=""><td>2</td>{cells}</tr>') == len(OBJECTIVES)
         assert "-1.5% [-3.3%, +0.4%]" in page and "<h3>click</h3>" in page
         assert "Round 2, mean reward: the reward model, which trains, says +16.0%" in page
         assert "not confirm" not in page
@@ -123,8 +127,8 @@ class TestWriteReport:
     def test_a_dropped_round_is_shown_and_is_not_what_the_run_ends_in(self, tmp_path, metrics, arguments):
         metrics["alignment"][2]["kept"] = False
         page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
-        # In the tables of rounds, of each head, of the sample and of the log.
-        assert page.count('<tr class="dropped"><td>2 (dropped)</td>') == 1 + len(HEADS) + 2
+        # In the tables of rounds, of each objective, of the sample and of the log.
+        assert page.count('<tr class="dropped"><td>2 (dropped)</td>') == 1 + len(OBJECTIVES) + 2
         assert "Round 2 was dropped" in page and "The run ends in round 1." in page
         # Round 1's: the truth has gained half a percent, less than its interval.
         assert '<div class="card"><b>+4.0%</b>' in page and '<div class="card"><b>+0.5%</b>' in page
@@ -190,3 +194,43 @@ class TestPrintTable:
 
     def test_without_alignment(self):
         assert "OneRec " in print_table({"onerec": ranking(0.05)}) and "aligned" not in print_table({"onerec": {}})
+
+
+def test_one_table_in_three_forms():
+    change = {"relative": 0.25, "interval": [0.1, 0.375]}
+    figures = {"recall": 0.5, "recall_interval": [0.4, 0.6]}
+    rows = [["a|b", Measured.of(figures, "recall", change)], ["c", Measured.of(figures, "none")], ["d", 1234]]
+    table = Table(["policy", "recall"], rows)
+    assert table.text().splitlines() == [
+        "policy                     recall",
+        "-" * 33,
+        "a|b             0.5000 [0.4, 0.6]",
+        "  change  +25.0% [+10.0%, +37.5%]",
+        "c                               –",
+        "d                           1,234",
+    ]
+    assert table.markdown().splitlines()[2] == "| a\\|b | 0.5000 [0.4, 0.6] +25.0% [+10.0%, +37.5%] |"
+    cell = "0.5000<br><small>[0.4, 0.6]</small><br><small>+25.0% [+10.0%, +37.5%]</small>"
+    assert f"<td>a|b</td><td>{cell}</td>" in table.html() and "<td>d</td><td>1,234</td>" in table.html()
+    assert Table(["policy"], []).markdown() == ""
+
+
+def test_the_schema_knows_keys_their_intervals_and_what_stands_for_many(metrics):
+    known = {name: metrics[name] for name in ("onerec", "baselines", "alignment", "reward_models", "timings")}
+    assert undescribed(known) == []
+    known["onerec"] = {"recall": 0.1, "coverage_interval": [0, 1]}
+    known["alignment"] = [{"judges": {"truth": {"vtr_median": 0.1}}}]
+    known["timings"] = {"align": {"seconds": 1}}
+    found = [".onerec.recall", ".alignment.0.judges.truth.vtr_median", ".timings.align"]
+    assert undescribed(known) == found
+
+
+def test_what_has_moved_is_found_at_its_former_place():
+    with pytest.warns(FutureWarning, match="moved to onerec_hf.reporting"):
+        assert onerec_hf.evaluation.write_report is write_report
+    with pytest.raises(AttributeError, match="write_reports"):
+        _ = onerec_hf.evaluation.write_reports
+    sys.modules.pop("onerec_hf.model_cards", None)
+    with pytest.warns(FutureWarning, match="moved to onerec_hf.reporting.model_cards"):
+        cards = importlib.import_module("onerec_hf.model_cards")
+    assert cards.push_to_hub is onerec_hf.reporting.push_to_hub

@@ -273,7 +273,7 @@ class TestForward:
         torch.testing.assert_close(seen["inputs"][13:33], torch.tensor(expected))
 
     def test_repetition_by_hand(self, item_token_ids):
-        """Of the latest behaviours and of the session so far, a part of which may be behaviours."""
+        """Counts the latest behaviours and the session so far, a part of which may be behaviours."""
         model = featured_model(item_embedding_size=2, session_items=3)
         seen = {}
         model.fusion.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0]))
@@ -372,7 +372,7 @@ class TestForward:
         torch.testing.assert_close(output.logits, logits.mean(0))
         torch.testing.assert_close(output.loss, torch.stack([one.loss for one in alone]).mean())
 
-    def test_loss_sums_the_heads_over_known_labels(self, item_token_ids):
+    def test_loss_sums_the_objectives_over_known_labels(self, item_token_ids):
         model = tiny_model(num_members=1)
         history, sessions = random_batch(item_token_ids)
         labels = torch.rand(3, 4)
@@ -509,7 +509,7 @@ class TestScoring:
             "exposed_item_ids": [103, -1, 104],
             "exposed_feedback": [5.0, 10, 1, 0, 0, 0, 30, 20, math.nan],
         }
-        skipped = recommender([extended], top_k=5, num_beams=10 if groups else 12, search=search, unknown="skip")
+        skipped = recommender([extended], top_k=5, num_beams=10 if groups else 12, search=search, unknown_items="skip")
         assert skipped[0]["session"] == results[0]["session"]
         with pytest.raises(ValueError, match=r"histories\[1\] holds item id -1"):
             recommender([rows[0], extended])
@@ -537,7 +537,8 @@ class TestScoring:
         loaded = SessionScorer.from_pretrained(tmp_path, device="cpu")
         assert loaded.objectives == OBJECTIVES
         assert torch.equal(loaded.score(rows, sessions).reward, scorer.score(rows, sessions).reward)
-        assert loaded.score([], sessions[:0]).probabilities.shape == (0, 2, 4)
+        with pytest.warns(FutureWarning, match="'progress' is now called 'show_progress'"):
+            assert loaded.score([], sessions[:0], progress=False).probabilities.shape == (0, 2, 4)
 
     def test_wrong_input_is_an_error(self, tokenizer):
         scorer = SessionScorer(tiny_model(), tokenizer)

@@ -20,6 +20,7 @@ from onerec_hf.reward import (
     fit_calibration,
     group_auc,
     label_means,
+    objective_labels,
     objective_metrics,
     predict_rewards,
     reliability_plot,
@@ -37,7 +38,7 @@ SIZES = {"hidden_size": 16, "tower_hidden_size": 16, "num_attention_heads": 2, "
 
 
 def tiny_feed(users: int = 40, rows: int = 14) -> Feed:
-    """A user watches what has his own parity; the first three of his rows have no time and no watch time."""
+    """Users watch what has their own parity; the first three of their rows have no time and no watch time."""
     rng = np.random.default_rng(0)
     frames = []
     for user in range(users):
@@ -191,6 +192,15 @@ class TestLabels:
         assert self.label("share", "watch_time", sessions) == pytest.approx(shares, nan_ok=True)
         quantiles = self.label("quantile", "watch_time", sessions, quantiles=[2.0, 10.0, 20.0, 40.0])
         assert quantiles == pytest.approx([(1 / 4 + 3 / 4) / 2, 1 / 4, 1 / 8, math.nan], nan_ok=True)
+
+    def test_of_all_objectives(self):
+        objectives = [
+            {"name": "vtr", "source": "watch_time", "kind": "binary"},
+            {"name": "swt", "source": "watch_time", "kind": "share"},
+        ]
+        labels = objective_labels(objectives, self.FEEDBACK, self.COLUMNS, np.array([[0, 1], [0, 3]]))
+        assert labels.dtype == np.float64
+        np.testing.assert_allclose(labels, [[1, 25 / 30], [np.nan, np.nan]])
 
     def test_missing_source_is_named(self):
         with pytest.raises(ValueError, match="needs the feedback column 'like'.*watch_time, duration, view"):

@@ -234,7 +234,7 @@ class TestFiles:
             load_quantizer(folder)
         described = (folder / "quantizer.json").read_text()
         (folder / "quantizer.json").write_text(described[:50])
-        with pytest.raises(ValueError, match="quantizer.json is no valid JSON"):
+        with pytest.raises(ValueError, match="quantizer.json is not valid JSON"):
             load_quantizer(folder)
         (folder / "quantizer.json").write_text('{"model_type": "bert"}')
         with pytest.raises(ValueError, match="file of something else"):

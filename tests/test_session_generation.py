@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList, pipeline
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList, pipeline
+from transformers.generation import MaxLengthCriteria, TemperatureLogitsWarper
 
 from onerec_hf import (
     ItemTrie,
@@ -21,6 +22,7 @@ from onerec_hf import (
     recommend,
     stream_sessions,
 )
+from onerec_hf.session_generation import session_log_probs
 
 SIZES = (4, 3, 4)
 
@@ -119,7 +121,7 @@ def test_equals_stock_generate_with_the_logits_processor(normalization):
     torch.testing.assert_close(stock.sequences_scores.view(3, 6), beams.scores, atol=1e-4, rtol=1e-4)
     assert torch.equal(stock.sequences.view(3, 6, 3, 4)[..., 1:], beams.token_ids)
     assert stock.sequences[0].tolist()[::4] == [2, 2, 2]
-    hooked = model.generate(
+    through = model.generate(
         **encoded,
         num_beams=6,
         num_return_sequences=6,
@@ -129,11 +131,99 @@ def test_equals_stock_generate_with_the_logits_processor(normalization):
         return_dict_in_generate=True,
         **constraint,
     )
-    assert torch.equal(hooked.sequences, stock.sequences)
-    torch.testing.assert_close(hooked.sequences_scores, stock.sequences_scores, atol=1e-4, rtol=1e-4)
+    assert torch.equal(through.sequences, stock.sequences)
+    torch.testing.assert_close(through.sequences_scores, stock.sequences_scores, atol=1e-4, rtol=1e-4)
 
 
-def test_padding_and_order_of_the_seen_items_change_nothing():
+def hooked(model, tokenizer, encoded, **options):
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    return model.generate(**encoded, custom_generate=generate_with_trie, trie=trie, **options)
+
+
+def test_generate_reaches_every_search():
+    tokenizer, model = catalogue(30), tiny_model(session_items=3)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1, 2, 3], [4]], catalogue_indices=True)
+
+    def same(found, **options):
+        expected = generate_sessions(model, trie, **encoded, num_beams=6, **options).token_ids
+        return torch.equal(found.view(2, 6, 3, 4)[..., 1:], expected)
+
+    both = {"num_beams": 6, "num_return_sequences": 6}
+    groups = {"num_beam_groups": 3, "diversity_penalty": 0.7}
+    assert same(hooked(model, tokenizer, encoded, **both, **groups), search="diverse_beam", **groups)
+    draws = [{"generator": torch.Generator().manual_seed(0), "temperature": 0.8} for _ in range(4)]
+    stochastic = {"search": "stochastic_beam"}
+    assert same(hooked(model, tokenizer, encoded, **both, **draws[0], **stochastic), **draws[1], **stochastic)
+    with pytest.warns(FutureWarning, match="search='stochastic_beam'"):
+        named_before = hooked(model, tokenizer, encoded, **both, **draws[2], stochastic_beams=True)
+    assert same(named_before, **draws[3], **stochastic)
+    draws = [{"generator": torch.Generator().manual_seed(0), "top_k": 3, "top_p": 0.9} for _ in range(2)]
+    sampled = hooked(model, tokenizer, encoded, **both, **draws[0], do_sample=True)
+    assert same(sampled, search="sample", **draws[1])
+    constrained = {"normalization": "constrained"}
+    assert same(hooked(model, tokenizer, encoded, **both, renormalize_logits=True, **constrained), **constrained)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logits_processor": LogitsProcessorList([lambda tokens, scores: scores])}, "does not follow function"),
+        ({"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(0.5)])}, "TemperatureLogitsWarper"),
+        ({"prefix_allowed_tokens_fn": lambda row, tokens: [5]}, "PrefixConstrainedLogitsProcessor"),
+        ({"stopping_criteria": StoppingCriteriaList([lambda tokens, scores: True])}, "does not follow function"),
+        ({"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(3)])}, "MaxLengthCriteria"),
+        ({"max_time": 1.0}, "MaxTimeCriteria"),
+        ({"repetition_penalty": 1.5}, "RepetitionPenaltyLogitsProcessor"),
+        ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"bad_words_ids": [[5]]}, "NoBadWordsLogitsProcessor"),
+        ({"renormalize_logits": True}, "normalization='constrained'"),
+        ({"do_sample": True, "min_p": 0.1}, "MinPLogitsWarper"),
+        ({"do_sample": True, "search": "beam"}, "search='beam' does not follow TopKLogitsWarper"),
+        ({"num_beams": 4, "num_beam_groups": 2, "search": "beam"}, "group_beam_search"),
+        ({"force_words_ids": [[5]]}, "constrained_beam_search"),
+        ({"decoder_input_ids": torch.tensor([[2, 5]])}, "decoder_input_ids"),
+        ({"search": "wide"}, "search must be one of beam"),
+    ],
+)
+def test_generate_refuses_what_the_search_would_drop(options, message):
+    tokenizer, model = catalogue(12), tiny_model()
+    encoded = tokenizer.encode_histories([[1, 2]], catalogue_indices=True)
+    with pytest.raises(ValueError, match=message):
+        hooked(model, tokenizer, encoded, **options)
+
+
+def test_an_unknown_keyword_is_named():
+    tokenizer, model = catalogue(12), tiny_model()
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    encoded = tokenizer.encode_histories([[1, 2]], catalogue_indices=True)
+    for generate in (generate_sessions, lambda *args, **options: list(stream_sessions(*args, **options))):
+        with pytest.raises(TypeError, match="temprature"):
+            generate(model, trie, **encoded, num_beams=4, temprature=0.5)
+    with pytest.raises(TypeError, match="exclude"):
+        session_log_probs(model, trie, torch.tensor([[[3]]]), **encoded, exclude=None)
+    for unknown in ("temprature", "num_items"):
+        with pytest.raises(TypeError, match=unknown):
+            recommend(model, tokenizer, [[]], num_beams=4, **{unknown: 1})
+    with pytest.raises(ValueError, match="unknown_items must be 'error' or 'skip'"):
+        recommend(model, tokenizer, [[]], unknown_items="drop")
+
+
+def test_former_names_of_arguments_still_work():
+    tokenizer, model = catalogue(12), tiny_model()
+    histories = [[100, -7]]
+    with pytest.warns(FutureWarning) as warned:
+        former = recommend(model, tokenizer, histories, num_beams=12, top_k=12, exclude_seen=False, unknown="skip")
+    assert {str(warning.message).partition(": ")[2] for warning in warned} == {
+        "'exclude_seen' is now called 'exclude_consumed'",
+        "'unknown' is now called 'unknown_items'",
+    }
+    today = {"exclude_consumed": False, "unknown_items": "skip"}
+    assert former == recommend(model, tokenizer, histories, num_beams=12, top_k=12, **today)
+    assert len(former[0]["items"]) == 12
+
+
+def test_padding_and_order_of_the_consumed_items_change_nothing():
     tokenizer, model = catalogue(30), tiny_model(session_items=3)
     trie = ItemTrie.from_tokenizer(tokenizer)
     encoded = tokenizer.encode_histories([[1, 2, 3], []], catalogue_indices=True)
@@ -224,7 +314,7 @@ def test_filters_of_sampling():
     assert (drawn.items.sort(-1).values.diff(dim=-1) > 0).all()
     with pytest.raises(ValueError, match="top_k and top_p 'sample'"):
         generate_sessions(model, trie, **encoded, top_k=3)
-    hooked = model.generate(
+    sampled = model.generate(
         **encoded,
         custom_generate=generate_with_trie,
         trie=trie,
@@ -233,7 +323,7 @@ def test_filters_of_sampling():
         num_beams=1,
         num_return_sequences=2,
     )
-    assert torch.equal(hooked.view(2, 2, 3, 4)[..., 1:], greedy.token_ids.expand(-1, 2, -1, -1))
+    assert torch.equal(sampled.view(2, 2, 3, 4)[..., 1:], greedy.token_ids.expand(-1, 2, -1, -1))
 
 
 @pytest.mark.parametrize("search", ["beam", "sample", "stochastic_beam"])
@@ -257,7 +347,7 @@ def test_the_stream_is_the_first_session(search):
 
 
 @pytest.mark.parametrize("strings", [False, True])
-def test_recommends_item_ids_without_repeats_or_seen_items(strings, tmp_path):
+def test_recommends_item_ids_without_repeats_or_consumed_items(strings, tmp_path):
     tokenizer, model = catalogue(20, strings=strings), tiny_model(session_items=3)
     ids = tokenizer.item_ids.tolist()
     histories = [ids[:4], [], ids[5:6]]
@@ -270,8 +360,8 @@ def test_recommends_item_ids_without_repeats_or_seen_items(strings, tmp_path):
         assert {*result["items"], *result["session"]} <= set(ids)
         assert result["scores"] == sorted(result["scores"], reverse=True)
         assert all(type(item) is type(ids[0]) for item in result["items"])
-    seen = recommender([ids[:19]], top_k=30, num_beams=16, exclude_seen=False)[0]["items"]
-    assert sorted(seen) == sorted(ids)
+    every = recommender([ids[:19]], top_k=30, num_beams=16, exclude_consumed=False)[0]["items"]
+    assert sorted(every) == sorted(ids)
     assert recommender([ids[:19]], top_k=30)[0] == {
         "session": ids[19:],
         "items": ids[19:],
@@ -285,7 +375,7 @@ def test_recommends_item_ids_without_repeats_or_seen_items(strings, tmp_path):
     assert all(len(set(result["items"])) == 5 for result in drawn)
     with pytest.raises(ValueError, match=r"histories\[1\] holds item id .* not in the catalogue"):
         recommender([[], ["nobody" if strings else -7]])
-    assert recommender([[ids[0], "nobody" if strings else -7]], unknown="skip") == recommender([ids[:1]])
+    assert recommender([[ids[0], "nobody" if strings else -7]], unknown_items="skip") == recommender([ids[:1]])
     tokenizer.remove_items(ids[8:])
     assert sorted(recommender([[]], top_k=30)[0]["items"]) == sorted(ids[:8])
     tokenizer.restore_items(ids[8:])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
-from onerec_hf.session_likelihood import session_log_probs
+from onerec_hf.session_generation import session_log_probs
 
 SIZES = (4, 3, 4)
 HISTORIES = [[0, 7], [3], []]

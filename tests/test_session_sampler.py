@@ -44,8 +44,8 @@ def trie() -> ItemTrie:
 
 
 def draw(model, trie, scorer, rows, seed=0, parts_dir=None, **options) -> Dataset:
-    sampling = PreferenceSampling(**({"sample_share": 1.0, "num_candidates": 6} | options))
-    return sample_preferences(model, trie, scorer, rows, sampling, seed=seed, parts_dir=parts_dir, progress=False)
+    sampling = PreferenceSampling(**({"r_dpo": 1.0, "num_candidates": 6} | options))
+    return sample_preferences(model, trie, scorer, rows, sampling, seed=seed, parts_dir=parts_dir, show_progress=False)
 
 
 def test_best_and_worst_of_the_beams(tokenizer, judge, trie):
@@ -86,7 +86,7 @@ def test_best_and_worst_of_the_beams(tokenizer, judge, trie):
 )
 def test_pairs_by_quantile_gap_and_number(rewards, winner, loser, num_rejected, gap):
     options = PreferenceSampling(
-        winner_quantile=winner, loser_quantile=loser, num_rejected=num_rejected, min_reward_gap=gap
+        winner_quantile=winner, loser_quantile=loser, num_rejected=num_rejected, min_reward_margin=gap
     )
     sessions = np.arange(2 * len(rewards)).reshape(-1, 2)
     pair = options.pair(sessions, np.array(rewards, dtype=np.float32))
@@ -145,13 +145,13 @@ def test_features_of_histories_reach_the_model(tokenizer, judge, trie):
 
 def test_share_and_seed(judge, trie):
     model, rows = tiny_generator(), training_rows(40)
-    drawn = draw(model, trie, judge, rows, sample_share=0.25)
+    drawn = draw(model, trie, judge, rows, r_dpo=0.25)
     assert len(drawn) == 10
-    assert draw(model, trie, judge, rows, sample_share=0.25).to_list() == drawn.to_list()
-    assert draw(model, trie, judge, rows, sample_share=0.25, seed=1)["user_id"][:] != drawn["user_id"][:]
+    assert draw(model, trie, judge, rows, r_dpo=0.25).to_list() == drawn.to_list()
+    assert draw(model, trie, judge, rows, r_dpo=0.25, seed=1)["user_id"][:] != drawn["user_id"][:]
 
 
-def test_parts_that_are_there_are_not_drawn_anew(judge, trie, tmp_path):
+def test_parts_that_are_there_are_not_drawn_again(judge, trie, tmp_path):
     model, rows = tiny_generator(), training_rows(40)
     whole = draw(model, trie, judge, rows, search="sample")
     assert draw(model, trie, judge, rows, parts_dir=tmp_path, search="sample").to_list() == whole.to_list()
@@ -171,7 +171,7 @@ def test_rows_without_a_choice_make_no_pair(judge, trie):
     pairs = draw(tiny_generator(), trie, judge, rows)
     gaps = np.subtract(pairs["chosen_reward"][:], pairs["rejected_reward"][:])
     largest = float(gaps.max())
-    kept = draw(tiny_generator(), trie, judge, rows, min_reward_gap=largest)
+    kept = draw(tiny_generator(), trie, judge, rows, min_reward_margin=largest)
     assert len(kept) == (gaps >= largest).sum() < 10
     # The trie of two items has two sessions of two, of one reward: their sum knows no order.
     few = OneRecTokenizer.from_semantic_ids([1, 2], np.array([[0, 0, 0], [1, 1, 1]]), codebook_sizes=CODEBOOK_SIZES)
@@ -183,7 +183,7 @@ def test_rows_without_a_choice_make_no_pair(judge, trie):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sample_share": 0.0}, "sample_share"),
+        ({"r_dpo": 0.0}, "r_dpo"),
         ({"num_candidates": 1}, "at least 2"),
         ({"search": "greedy"}, "search must be one of beam"),
         ({"loser_quantile": 1.0}, "quantiles"),
@@ -193,3 +193,9 @@ def test_rows_without_a_choice_make_no_pair(judge, trie):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PreferenceSampling(**options)
+
+
+def test_old_names_of_options_warn():
+    with pytest.warns(FutureWarning, match="'exclude_history' is now called 'exclude_consumed'"):
+        options = PreferenceSampling(sample_share=0.5, min_reward_gap=0.1, exclude_history=False)
+    assert options == PreferenceSampling(r_dpo=0.5, min_reward_margin=0.1, exclude_consumed=False)

@@ -1,11 +1,16 @@
-"""The simulated feed: reproducible, within its own rules, true to its stated expectations."""
+"""The simulated feed: reproducible, within its own rules, true to its stated expectations. A world of one's own."""
+
+import dataclasses
+import types
 
 import numpy as np
 import pytest
+import torch
 
 from onerec_hf.data import (
     DataArguments,
     DataError,
+    SessionSimulator,
     SimulatedFeed,
     evaluation_cases,
     exposure_sessions,
@@ -14,6 +19,7 @@ from onerec_hf.data import (
     split_feed,
 )
 from onerec_hf.data.simulated_feed import topic_fatigue
+from onerec_hf.evaluation import judge_by_truth
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +132,27 @@ def test_world_and_feed_come_back(world, tmp_path):
     users, sessions = world.user_ids[:4], world.item_ids[:20].reshape(4, 5)
     one, other = (w.expected_feedback(users, sessions) for w in (world, loaded.world))
     assert all(np.array_equal(one[label], other[label]) for label in one)
+
+
+class LikesLongSessions:
+    """A world of one's own, which answers for likes alone: their share grows with the session."""
+
+    def expected_feedback(self, user_ids, session_item_ids):
+        whole = (session_item_ids >= 0).all(-1)
+        return {"ltr": np.where(whole, session_item_ids.shape[-1] / 10, np.nan)}
+
+
+def test_a_world_of_ones_own_judges(world, tmp_path):
+    feed = dataclasses.replace(world.feed(), world=LikesLongSessions())
+    assert isinstance(feed.world, SessionSimulator) and isinstance(world, SessionSimulator)
+    scorer = types.SimpleNamespace(objectives=["vtr", "ltr"], scalar=lambda values: values.sum(-1))
+    sessions = torch.tensor([[[0, 1, 2], [0, 1, -1]]])
+    judged = judge_by_truth(feed.world, scorer, world.item_ids, world.user_ids[:1], sessions)
+    assert list(judged) == ["ltr"] and judged["ltr"].tolist() == [[0.3, pytest.approx(np.nan, nan_ok=True)]]
+
+    with pytest.warns(UserWarning, match="its world, a LikesLongSessions, is not saved; set `world`"):
+        save_feed(feed, tmp_path / "feed")
+    loaded = load_saved_feed(tmp_path / "feed")
+    assert loaded.world is None and loaded.interactions.equals(feed.interactions)
+    with pytest.raises(DataError, match="simulated: a dict cannot be the feed's world.*expected_feedback"):
+        dataclasses.replace(feed, world={})

@@ -79,7 +79,7 @@ class TestItemIndex:
 
         monkeypatch.setattr(item_index.pd.util, "hash_array", colliding)
         tokenizer = build(STRING_IDS)
-        assert tokenizer.item_index([*STRING_IDS, "7x"], unknown="skip").tolist() == [0, 1, 2, 3, 4, -1]
+        assert tokenizer.item_index([*STRING_IDS, "7x"], unknown_items="skip").tolist() == [0, 1, 2, 3, 4, -1]
         assert len(set(salts)) == 2
         salts.clear()
         with pytest.raises(ValueError, match="holds 'x y' twice, in rows 1 and 3"):
@@ -164,7 +164,7 @@ class TestSequences:
         tokenizer = build()
         by_id = tokenizer.encode_sessions([[100, 55]])
         assert torch.equal(by_id, tokenizer.encode_sessions(np.array([[0, 2]]), catalogue_indices=True))
-        with pytest.raises(ValueError, match=r"sessions\[1\]: -1 is no catalogue index"):
+        with pytest.raises(ValueError, match=r"sessions\[1\]: -1 is not a catalogue index"):
             tokenizer.encode_sessions([[0], [-1]], catalogue_indices=True)
 
     def test_decode_marks_what_is_no_item(self):
@@ -179,9 +179,11 @@ class TestSequences:
         tokenizer = build()
         with pytest.raises(ValueError, match=r"histories\[1\] holds item id 8,"):
             tokenizer.encode_histories([[100], [7, 8]])
-        skipped = tokenizer.encode_histories([[8], [7, 8]], unknown="skip", max_items=1)
+        skipped = tokenizer.encode_histories([[8], [7, 8]], unknown_items="skip", max_items=1)
         assert skipped["input_ids"].tolist() == [[0, 0, 3], [5, 8, 13]]
-        assert tokenizer.item_index([8, 55], unknown="skip").tolist() == [-1, 2]
+        assert tokenizer.item_index([8, 55], unknown_items="skip").tolist() == [-1, 2]
+        with pytest.warns(FutureWarning, match="'unknown' is now called 'unknown_items'"):
+            assert tokenizer.item_index([8], unknown="skip").tolist() == [-1]
         with pytest.raises(ValueError, match="are integers, got strings"):
             tokenizer.item_index(["100"])
         with pytest.raises(ValueError, match=r"sessions\[1\] is empty"):
@@ -207,7 +209,7 @@ def state(tokenizer):
     )
 
 
-@pytest.mark.filterwarnings("ignore:the semantic IDs should be fitted anew")
+@pytest.mark.filterwarnings("ignore:the semantic IDs should be fitted again")
 class TestChangingCatalogue:
     @settings(max_examples=25, deadline=None)
     @given(
@@ -312,7 +314,7 @@ class TestChangingCatalogue:
             tokenizer.add_items(range(1000, 1099), 3 + points(99, seed=5) / 10)  # too few to judge
         tokenizer.save_pretrained(tmp_path)
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-        with pytest.warns(UserWarning, match="fitted anew: the 100 added items have a quantization error"):
+        with pytest.warns(UserWarning, match="fitted again: the 100 added items have a quantization error"):
             tokenizer.add_items([1099], 3 + points(1, seed=6) / 10)
         added = tokenizer.report["added_items"]
         errors = tokenizer.quantizer.quantization_error(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onerec_hf.item_alignment import ItemAlignment
-from onerec_hf.stages import parse_recipe_arguments, tokenize
+from onerec_hf.embedding_adaptation import EmbeddingAdaptation
+from onerec_hf.stages import parse_recipe_arguments, run_tokenize
 from onerec_hf.stages.stage_runner import read_json
-from onerec_hf.stages.tokenize import semantic_id_pictures
+from onerec_hf.stages.tokenize_stage import semantic_id_pictures
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "quickstart" / "debug.yaml"
@@ -23,12 +23,12 @@ def arguments(tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_rqvae_on_aligned_embeddings_with_pictures(arguments):
+def test_rqvae_on_adapted_embeddings_with_pictures(arguments):
     flags = ("--quantizer_type", "rqvae", "--quantizer", '{"num_steps": 30}', "--collision_policy", "suffix")
-    folder = tokenize(arguments(*flags, "--item_alignment", '{"num_steps": 3, "dim": 12}'))
+    folder = run_tokenize(arguments(*flags, "--embedding_adaptation", '{"num_steps": 3, "dim": 12}'))
     embeddings = load_file(folder / "item_embeddings.safetensors")["embeddings"]
     assert embeddings.shape == (300, 12) and torch.allclose(embeddings.norm(dim=1), torch.ones(300), atol=1e-5)
-    assert ItemAlignment.from_pretrained(folder).num_steps == 3
+    assert EmbeddingAdaptation.from_pretrained(folder).num_steps == 3
     tokenizer = OneRecTokenizer.from_pretrained(folder)
     assert tokenizer.num_levels == 4 and len(np.unique(tokenizer.codes, axis=0)) == 300
     report = read_json(folder / "stage.json")["report"]
@@ -43,5 +43,5 @@ def test_rqvae_on_aligned_embeddings_with_pictures(arguments):
 def test_wrong_options_are_refused(arguments):
     with pytest.raises(ValueError, match="quantizer_type must be one of balanced_rkmeans, rkmeans, rqvae"):
         arguments("--quantizer_type", "kmeans")
-    with pytest.raises(ValueError, match="--item_alignment must be a JSON object"):
-        arguments("--item_alignment", "yes")
+    with pytest.raises(ValueError, match="--embedding_adaptation must be a JSON object"):
+        arguments("--embedding_adaptation", "yes")

@@ -2,5 +2,3 @@
 
 from .dpo_trainer import OneRecDPOConfig, OneRecDPOTrainer, PreferenceCollator
 from .session_sampler import PreferenceSampling, sample_preferences
-
-__all__ = ["OneRecDPOConfig", "OneRecDPOTrainer", "PreferenceCollator", "PreferenceSampling", "sample_preferences"]

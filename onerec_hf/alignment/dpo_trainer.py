@@ -31,9 +31,8 @@ REFERENCE_FREE = (CPO, SIMPO)
 
 @dataclass
 class OneRecDPOConfig(DPOConfig):
-    """
-    Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig`, how L_NTP and L_DPO are mixed, and further losses. `max_length`
-    has no effect: the tokenizer gives whole sessions.
+    """Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig`, how L_NTP and L_DPO are mixed, and further losses.
+    `max_length` has no effect: the tokenizer gives whole sessions.
 
     `loss_type` is one of TRL's (`"sigmoid"` is DPO, `"ipo"`, `"robust"` rDPO; several may be combined), or alone
 
@@ -42,20 +41,10 @@ class OneRecDPOConfig(DPOConfig):
       per code;
     - `"simpo"`: SimPO (arXiv 2405.14734), log-probabilities per code without reference and the margin `simpo_gamma`;
     - `"sdpo"`: S-DPO (arXiv 2406.09215), the winner against all rejected sessions of its pair at once.
-
-    Args:
-        lambda_dpo (`float`, *optional*, defaults to 1.0): Weight of L_DPO beside L_NTP (lambda of Algorithm 2).
-        ntp_per_pair (`int`, *optional*, defaults to 1): Ordinary training rows mixed in with each pair; 0 for none.
-        cpo_alpha (`float`, *optional*, defaults to 1.0): Weight of CPO's likelihood term.
-        simpo_gamma (`float`, *optional*, defaults to 0.5): SimPO's margin gamma.
     """
 
-    lambda_dpo: float = field(
-        default=1.0, metadata={"help": "Weight of the DPO loss beside next-token prediction (lambda of Algorithm 2)."}
-    )
-    ntp_per_pair: int = field(
-        default=1, metadata={"help": "Next-token prediction rows mixed in with each preference pair; 0 for none."}
-    )
+    lambda_dpo: float = field(default=1.0, metadata={"help": "Weight of L_DPO beside L_NTP (lambda of Algorithm 2)."})
+    ntp_per_pair: int = field(default=1, metadata={"help": "Ordinary training rows with each pair; 0: none."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the likelihood term of loss_type 'cpo'."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of loss_type 'simpo'."})
 
@@ -99,9 +88,8 @@ class OneRecDPOConfig(DPOConfig):
 
 
 class PreferenceCollator:
-    """
-    Batches of B pairs for [`OneRecDPOTrainer`] from rows of `history`, `chosen` and `rejected` (catalogue indices: a
-    session and a list of K or fewer).
+    """Batches of B pairs for [`OneRecDPOTrainer`] from rows of `history`, `chosen` and `rejected` (catalogue indices:
+    a session and a list of K or fewer).
 
     `encoder_input_ids` and `encoder_attention_mask` `(B, T)`, and what else [`encode_history_rows`] makes for this
     model, hold each history once. `input_ids` `((1 + K) B, S)` are the decoder's sequences `<bos> a b c <bos> a b c`:
@@ -111,15 +99,12 @@ class PreferenceCollator:
     `SessionCollator` makes of those rows of `ntp_dataset`, with the prefix `ntp_`.
 
     Args:
-        tokenizer (`OneRecTokenizer`): Gives the layout of histories and sessions.
-        model (`OneRecForConditionalGeneration`): Gives n and m.
-        ntp_dataset (`Dataset`, *optional*): Ordinary training rows with `history` and `session`, or those of
-            `share_histories` for a causal encoder.
-        num_rejected (`int`, *optional*): K; a pair's further ones are passed over. By default 1, whose log-probability
-            under the reference has the shape `(B,)` and not `(B, K)`.
-        chosen_margin (`float`, *optional*): What stands for the reference's log-probability per code of the chosen
-            sessions, 0 for the rejected ones, in `ref_chosen_logps` and `ref_rejected_logps`; by default these are the
-            rows' own, if any.
+        ntp_dataset: Ordinary training rows with `history` and `session`, or those of `share_histories` for a causal
+            encoder.
+        num_rejected: K; a pair's further ones are passed over. By default 1, whose log-probability under the reference
+            has the shape `(B,)` and not `(B, K)`.
+        chosen_margin: What stands for the reference's log-probability per code of the chosen sessions, 0 for the
+            rejected ones, in `ref_chosen_logps` and `ref_rejected_logps`; by default these are the rows' own, if any.
     """
 
     def __init__(
@@ -200,8 +185,7 @@ class _SessionModel:
 
 
 class OneRecDPOTrainer(DPOTrainer):
-    """
-    One round of iterative preference alignment, from M_t to M_(t+1).
+    """One round of iterative preference alignment, from M_t to M_(t+1).
 
     Without `ExpertBalanceCallback` the experts' selection biases stay as M_t has them, so that the policy differs from
     the reference by what the loss has changed and nothing else. Checkpoints hold the policy alone: to resume, build
@@ -209,18 +193,16 @@ class OneRecDPOTrainer(DPOTrainer):
     `train(resume_from_checkpoint=True)`.
 
     Args:
-        model (`OneRecForConditionalGeneration`): M_t, trained in place.
-        args (`OneRecDPOConfig`): Training arguments.
-        train_dataset (`Dataset`): Pairs from [`sample_preferences`]. With the columns `ref_chosen_logps` (numbers) and
+        model: M_t, trained in place.
+        train_dataset: Pairs from [`sample_preferences`]. With the columns `ref_chosen_logps` (numbers) and
             `ref_rejected_logps` (a list for each pair) these are the reference's log-probabilities, and there is no
             reference model.
-        processing_class (`OneRecTokenizer`): The model's tokenizer.
-        ntp_dataset (`Dataset`, *optional*): Training rows with `history` and `session` (catalogue indices), of which
-            `args.ntp_per_pair` go with each pair, every row once before any comes twice; with a causal encoder rows of
-            `share_histories` too, each of many sessions.
-        ref_model (`OneRecForConditionalGeneration`, *optional*): The reference. By default M_t: a frozen copy of
-            `model`, with `peft_config` the model without its adapter; none where the loss is reference-free.
-        kwargs: `DPOTrainer`'s other arguments.
+        processing_class: The tokenizer.
+        ntp_dataset: Training rows with `history` and `session` (catalogue indices), of which `args.ntp_per_pair` go
+            with each pair, every row once before any comes twice; with a causal encoder rows of `share_histories` too,
+            each of many sessions.
+        ref_model: The reference. By default M_t: a frozen copy of `model`, with `peft_config` the model without its
+            adapter; none where the loss is reference-free.
 
     Raises:
         ValueError: if there are no pairs, or `args.ntp_per_pair` is above 0 without rows in `ntp_dataset`.
@@ -238,38 +220,23 @@ class OneRecDPOTrainer(DPOTrainer):
     ):
         if not len(train_dataset):
             raise ValueError(
-                "There is no preference pair to train on: raise sample_share or num_candidates, or lower "
-                "min_reward_gap."
+                "There is no preference pair to train on: raise r_dpo or num_candidates, or lower min_reward_margin."
             )
         if args.ntp_per_pair and not ntp_dataset:
             raise ValueError(f"ntp_per_pair is {args.ntp_per_pair}, but ntp_dataset has no rows: give them, or set 0.")
         self._ntp_rows = len(ntp_dataset) if ntp_dataset is not None else 0
-        if REFERENCE_COLUMNS[0] in train_dataset.column_names:
-            args.precompute_ref_log_probs = True  # they are, so that no model need be there
         if args.reference_free or REFERENCE_COLUMNS[0] in train_dataset.column_names:
-            ref_model = None
+            args.precompute_ref_log_probs, ref_model = True, None  # constants, or there already
         elif ref_model is None and kwargs.get("peft_config") is None:
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
             # In evaluation mode the reference neither drops anything out nor counts towards the experts' load.
             ref_model.requires_grad_(False).eval()
-        several = SDPO in args.loss_type
-        margins = {CPO: 0.0, SIMPO: args.simpo_gamma / args.beta}
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=PreferenceCollator(
-                processing_class,
-                model,
-                ntp_dataset,
-                num_rejected=max(map(len, train_dataset["rejected"][:])) if several else None,
-                chosen_margin=margins.get(args.loss_type[0]),
-            ),
-            train_dataset=train_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        num_rejected = max(map(len, train_dataset["rejected"][:])) if SDPO in args.loss_type else None
+        chosen_margin = {CPO: 0.0, SIMPO: args.simpo_gamma / args.beta}.get(args.loss_type[0])
+        collator = PreferenceCollator(processing_class, model, ntp_dataset, num_rejected, chosen_margin)
+        kwargs |= {"train_dataset": train_dataset, "processing_class": processing_class}
+        super().__init__(model=model, ref_model=ref_model, args=args, data_collator=collator, **kwargs)
         self.loss_types, self.loss_weights = args.trl_losses()
         # TRL shall read the reference's log-probabilities from the batch, where `_compute_loss` puts them.
         self.precompute_ref_logps = True
@@ -286,14 +253,7 @@ class OneRecDPOTrainer(DPOTrainer):
         return dataset.add_column("ntp_rows", rows.tolist())
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = [
-            "history",
-            "chosen",
-            "rejected",
-            *HISTORY_FEATURES,
-            "ntp_rows",
-            *REFERENCE_COLUMNS,
-        ]
+        self._signature_columns = ["history", "chosen", "rejected", *HISTORY_FEATURES, "ntp_rows", *REFERENCE_COLUMNS]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.args.reference_free or REFERENCE_COLUMNS[0] in dataset.column_names:
@@ -359,6 +319,5 @@ class OneRecDPOTrainer(DPOTrainer):
 
 def _pair_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What TRL reads of a batch, without the ordinary rows."""
-    return {
-        name: tensor for name, tensor in inputs.items() if not name.startswith(NTP_PREFIX) and name != "rejected_mask"
-    }
+    left_out = (NTP_PREFIX, "rejected_mask")
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith(left_out)}

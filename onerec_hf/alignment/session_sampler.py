@@ -2,12 +2,13 @@
 generates N sessions, the reward model scores them, and the best and the worst become a pair.
 
 The rows are cut into parts of a fixed size, which the processes take in turn. A part is one file, written whole, and
-its draws have a seed of their own, so that a killed run goes on behind what it has, on any number of processes, and
+its draws have a seed of their own, so that a killed run goes on after what it has, on any number of processes, and
 the pairs do not depend on theirs.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from tqdm.auto import tqdm
 from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
+from ..renamed_arguments import renamed_arguments
 from ..reward import SessionScorer
-from ..session_generation import SEARCHES, excluded_items, generate_sessions
+from ..session_generation import SEARCHES, SearchOptions, excluded_items, generate_sessions
 from ..session_likelihood import session_log_probs
 from ..staged_files import staged_file
 
@@ -42,25 +44,24 @@ PAIR_FEATURES = {
 
 @dataclass
 class PreferenceSampling:
-    """
-    How a round's candidates are drawn and made pairs. `sample_share`, `num_candidates`, the search and the quantiles
-    are the paper's by default.
+    """How a round's candidates are drawn and made pairs. `r_dpo`, `num_candidates`, the search and the quantiles are
+    the paper's by default.
 
     Args:
-        sample_share (`float`): r_DPO, share of the rows drawn, in (0, 1]; at least one row is drawn.
-        num_candidates (`int`): N, sessions generated for each row; the same session counts once.
-        num_items (`int`, *optional*): Items of a session; the generator's `session_items` by default.
-        search (`str`): `"beam"`, `"diverse_beam"`, `"sample"` (nucleus sampling by `top_p`) or `"stochastic_beam"`.
+        r_dpo: Share of the rows drawn, in (0, 1]; at least one row is drawn.
+        num_candidates: N, sessions generated for each row; the same session counts once.
+        num_items: Items of a session; the generator's `session_items` by default.
+        search: `"beam"`, `"diverse_beam"`, `"sample"` (nucleus sampling by `top_p`) or `"stochastic_beam"`.
         temperature, top_p, num_beam_groups, diversity_penalty: Of the search, as [`generate_sessions`] has them.
-        winner_quantile (`float`): Rank of the winner among the row's rewards: 1 is the best, 0.5 the median.
-        loser_quantile (`float`): Rank of the loser; 0 is the worst.
-        num_rejected (`int`): Sessions rejected in a pair, the loser and those that rank right above it; S-DPO takes
-            all of them, a loss of pairs the loser alone.
-        min_reward_gap (`float`): Smallest difference to the winner's reward with which a session is rejected.
-        exclude_history (`bool`): Whether items of the row's history are kept out of its sessions.
+        winner_quantile: Rank of the winner among the row's rewards: 1 is the best, 0.5 the median.
+        loser_quantile: Rank of the loser; 0 is the worst.
+        num_rejected: Sessions rejected in a pair, the loser and those that rank right above it; S-DPO takes all of
+            them, a loss of pairs the loser alone.
+        min_reward_margin: Smallest difference to the winner's reward with which a session is rejected.
+        exclude_consumed: Whether items of the row's history are kept out of its sessions.
     """
 
-    sample_share: float = 0.01
+    r_dpo: float = 0.01
     num_candidates: int = 128
     num_items: int | None = None
     search: str = "beam"
@@ -71,12 +72,12 @@ class PreferenceSampling:
     winner_quantile: float = 1.0
     loser_quantile: float = 0.0
     num_rejected: int = 1
-    min_reward_gap: float = 0.0
-    exclude_history: bool = True
+    min_reward_margin: float = 0.0
+    exclude_consumed: bool = True
 
     def __post_init__(self):
-        if not 0 < self.sample_share <= 1:
-            raise ValueError(f"sample_share must lie in (0, 1], got {self.sample_share}.")
+        if not 0 < self.r_dpo <= 1:
+            raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
         if self.num_candidates < 2:
             raise ValueError(f"num_candidates must be at least 2 to make a pair, got {self.num_candidates}.")
         if self.search not in SEARCHES:
@@ -90,22 +91,15 @@ class PreferenceSampling:
             raise ValueError(f"num_rejected must be at least 1, got {self.num_rejected}.")
 
     def search_options(self, generator: torch.Generator) -> dict[str, Any]:
-        """The arguments of [`generate_sessions`] that the search reads."""
-        options: dict[str, Any] = {"search": self.search, "num_beams": self.num_candidates}
-        if self.search == "diverse_beam":
-            options |= {"num_beam_groups": self.num_beam_groups, "diversity_penalty": self.diversity_penalty}
-        elif self.search != "beam":
-            options |= {"temperature": self.temperature, "generator": generator}
-        return options | ({"top_p": self.top_p} if self.search == "sample" else {})
+        """The arguments of [`generate_sessions`] for this search."""
+        return vars(SearchOptions.read_from(self, self.search, self.num_candidates, generator))
 
     def pair(self, sessions: np.ndarray, rewards: np.ndarray) -> dict[str, Any] | None:
-        """
-        The pair of one row's candidates, or None where no reward is below the winner's by the gap.
+        """The pair of one row's candidates, or None where no reward is below the winner's by the margin.
 
         Args:
-            sessions (`np.ndarray` of shape `(C, m)`): Distinct sessions of catalogue indices, the likeliest of equal
-                reward first.
-            rewards (`np.ndarray` of shape `(C,)`): Their rewards.
+            sessions: (C, m) distinct sessions of catalogue indices, the likeliest of equal reward first.
+            rewards: (C,) their rewards.
         """
         count = len(rewards)
         if count < 2:
@@ -113,8 +107,8 @@ class PreferenceSampling:
         winner = np.argsort(-rewards, kind="stable")[round((1 - self.winner_quantile) * (count - 1))]
         start = round(self.loser_quantile * (count - 1))
         rejected = np.argsort(rewards, kind="stable")[start : start + self.num_rejected]
-        gaps = rewards[winner] - rewards[rejected]
-        rejected = rejected[(gaps > 0) & (gaps >= self.min_reward_gap)]
+        margins = rewards[winner] - rewards[rejected]
+        rejected = rejected[(margins > 0) & (margins >= self.min_reward_margin)]
         if not len(rejected):
             return None
         return {
@@ -128,6 +122,12 @@ class PreferenceSampling:
         }
 
 
+PreferenceSampling.__init__ = renamed_arguments(
+    sample_share="r_dpo", min_reward_gap="min_reward_margin", exclude_history="exclude_consumed"
+)(PreferenceSampling.__init__)
+
+
+@renamed_arguments(progress="show_progress")
 def sample_preferences(
     model: OneRecForConditionalGeneration,
     trie: ItemTrie,
@@ -136,28 +136,25 @@ def sample_preferences(
     options: PreferenceSampling | None = None,
     seed: int = 0,
     parts_dir: str | Path | None = None,
-    progress: bool = True,
+    show_progress: bool = True,
 ) -> Dataset:
-    """
-    Draw one round's preference pairs.
+    """Draws one round's preference pairs.
 
     A row is left out when fewer than two sessions could be generated for it or no reward is below the winner's by the
-    gap. Both models' training modes are left as they were.
+    margin. Both models' training modes are left as they were.
 
     Args:
-        model (`OneRecForConditionalGeneration`): Snapshot M_t that generates.
-        trie (`ItemTrie`): Trie of the catalogue, on the model's device.
-        scorer (`SessionScorer`): The reward model, with the tokenizer of both.
-        dataset (`Dataset`): Training rows with `user_id`, `history` (catalogue indices, oldest first) and the columns
-            that [`encode_history_rows`] and the scorer read.
-        options (`PreferenceSampling`, *optional*): How candidates are drawn and made pairs.
-        seed (`int`): Chooses the rows and the draws; give every round another one.
-        parts_dir (*optional*): Where the parts are kept, to be found again by a run that is resumed; a run of several
-            processes needs one that all of them see. Pairs drawn by other options must not be in it.
-        progress (`bool`): Whether to show a progress bar.
+        model: Snapshot M_t that generates.
+        trie: On the model's device.
+        scorer: The reward model, with the tokenizer of both.
+        dataset: Training rows with `user_id`, `history` (catalogue indices, oldest first) and the columns that
+            [`encode_history_rows`] and the scorer read.
+        seed: Chooses the rows and the draws; give every round another one.
+        parts_dir: Where the parts are kept, to be found again by a run that is resumed; a run of several processes
+            needs one that all of them see. Pairs drawn by other options must not be in it.
 
     Returns:
-        `Dataset`: `user_id`, `history`, `chosen` and `rejected` (one session and a list of them, the lowest reward
+        Dataset of `user_id`, `history`, `chosen` and `rejected` (one session and a list of them, the lowest reward
         first, as catalogue indices), `chosen_reward`, `rejected_reward` (of the first rejected), `mean_reward`,
         `candidates` and `candidate_rewards` (the row's distinct sessions in the order of the search), and the columns
         of `HISTORY_FEATURES` that `dataset` has.
@@ -168,58 +165,42 @@ def sample_preferences(
     options, state = options or PreferenceSampling(), PartialState()
     if state.num_processes > 1 and parts_dir is None:
         raise ValueError("Several processes exchange pairs through files: give parts_dir, which all of them see.")
-    count = min(len(dataset), max(1, round(options.sample_share * len(dataset))))
+    count = min(len(dataset), max(1, round(options.r_dpo * len(dataset))))
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     kept = ["user_id", "history", *(name for name in HISTORY_FEATURES if name in dataset.column_names)]
     features = Features({name: dataset.features[name] for name in kept} | {"history": List(Value("int64"))})
     features.update(PAIR_FEATURES)
     parts = [rows[start : start + ROWS_PER_PART] for start in range(0, count, ROWS_PER_PART)]
-    if parts_dir is not None:
-        Path(parts_dir).mkdir(parents=True, exist_ok=True)
 
     was_training = model.training
     model.eval()
-    drawn = []
-    for number, part in enumerate(tqdm(parts, desc="drawing sessions", disable=not progress)):
-        path = None if parts_dir is None else Path(parts_dir) / f"part_{number:06d}.parquet"
-        if path is None or number % state.num_processes == state.process_index and not path.exists():
-            draw_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            pairs = _pairs_of(model, trie, scorer, dataset.select(part).to_list(), options, draw_seed)
-            columns = {name: [pair[name] for pair in pairs] for name in features}
-            table = pa.table(columns, schema=features.arrow_schema)
-            if path is None:
-                drawn.append(table)
-            else:
-                with staged_file(path) as partial:
-                    pq.write_table(table, partial)
-    model.train(was_training)
-    state.wait_for_everyone()
-    if parts_dir is not None:
-        drawn = [pq.read_table(Path(parts_dir) / f"part_{number:06d}.parquet") for number in range(len(parts))]
-    return Dataset(pa.concat_tables(drawn))
+    with TemporaryDirectory() as temporary:
+        folder = Path(parts_dir or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"part_{number:06d}.parquet" for number in range(len(parts))]
+        for number, part in enumerate(tqdm(parts, desc="drawing sessions", disable=not show_progress)):
+            if number % state.num_processes == state.process_index and not paths[number].exists():
+                draw_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+                pairs = _pairs_of(model, trie, scorer, dataset.select(part).to_list(), options, draw_seed)
+                columns = {name: [pair[name] for pair in pairs] for name in features}
+                with staged_file(paths[number]) as partial:
+                    pq.write_table(pa.table(columns, schema=features.arrow_schema), partial)
+        model.train(was_training)
+        state.wait_for_everyone()
+        return Dataset(pa.concat_tables([pq.read_table(path) for path in paths]))
 
 
 @torch.no_grad()
 def _pairs_of(
-    model: OneRecForConditionalGeneration,
-    trie: ItemTrie,
-    scorer: SessionScorer,
-    rows: list[dict[str, Any]],
-    options: PreferenceSampling,
-    seed: int,
+    model, trie: ItemTrie, scorer: SessionScorer, rows: list[dict[str, Any]], options: PreferenceSampling, seed: int
 ) -> list[dict[str, Any]]:
     """Rows generated and scored at once, as pairs with the rows' own columns."""
     histories = [np.asarray(row["history"], dtype=np.int64) for row in rows]
     inputs = encode_history_rows(rows, scorer.tokenizer, model.config).to(model.device)
     encoded = {"attention_mask": inputs["attention_mask"], "encoder_outputs": model.get_encoder()(**inputs)}
-    found = generate_sessions(
-        model,
-        trie,
-        **encoded,
-        num_items=options.num_items,
-        excluded=excluded_items(histories, model.device) if options.exclude_history else None,
-        **options.search_options(torch.Generator(model.device).manual_seed(seed)),
-    )
+    excluded = excluded_items(histories, model.device) if options.exclude_consumed else None
+    search = options.search_options(torch.Generator(model.device).manual_seed(seed))
+    found = generate_sessions(model, trie, **encoded, num_items=options.num_items, excluded=excluded, **search)
     sessions = found.items.cpu()
     rewards = scorer.score(rows, sessions, batch_size=len(rows)).reward.numpy()
     pairs = []

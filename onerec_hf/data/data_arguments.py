@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
-DATASETS = ("simulated", "kuairand", "amazon", "table", "hub")
-SESSION_SOURCES = ("positive", "exposed")
-SESSION_CUTS = ("consecutive", "gap", "user_day", "session_id")
-QUALITY_JOINS = ("any", "all")
-SPLIT_METHODS = ("time", "leave_one_out")
-EVALUATION_SPLITS = ("test", "validation")
+from transformers.hf_argparser import HfArg
+
+CHOICES = {
+    "dataset": ("simulated", "kuairand", "amazon", "table", "hub"),
+    "session_source": ("positive", "exposed"),
+    "session_cut": ("consecutive", "gap", "user_day", "session_id"),
+    "quality_join": ("any", "all"),
+    "split_method": ("time", "leave_one_out"),
+    "evaluation_split": ("test", "validation"),
+}
+
+
+def option(default: Any, text: str) -> Any:
+    """Field of a class of arguments: its default, and its text in `--help`."""
+    return HfArg(default=default, help=text)
 
 
 @dataclass
@@ -21,98 +31,66 @@ class DataArguments:
         ValueError: a value that is not allowed; the message lists those that are.
     """
 
-    dataset: str = field(
-        default="simulated",
-        metadata={"help": "Where the data comes from: simulated, kuairand, amazon, table (CSV or Parquet) or hub."},
+    dataset: str = option(
+        "simulated", "Where the data comes from: simulated, kuairand, amazon, table (CSV or Parquet) or hub."
     )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the data files, for kuairand, amazon and table."}
+    data_dir: str | None = option(None, "Folder of the data files, for kuairand, amazon and table.")
+    column_mapping: str | None = option(None, "YAML file that maps your columns to the schema, for table and hub.")
+    hub_dataset: str | None = option(None, "Hub dataset repository id, for hub.")
+    simulated_users: int = option(2000, "Users of the simulated world.")
+    simulated_items: int = option(2000, "Items of the simulated world.")
+    data_seed: int = option(0, "Seed of the simulated world.")
+    positive_feedback: list[str] | None = option(
+        None,
+        "Feedback that makes a behaviour positive, any of: a column (more than 0) or a comparison such as "
+        "watch_time>=60. Default: the data set's own.",
     )
-    column_mapping: str | None = field(
-        default=None, metadata={"help": "YAML file that maps your columns to the schema, for table and hub."}
+    history_items: int = option(256, "n: latest positive behaviours that make a history (paper, 3.1: 256).")
+    session_items: int = option(5, "m: items of a session (paper, 3.2: 5).")
+    history_feedback: list[str] | None = option(
+        None,
+        "Feedback that the encoder reads with each behaviour, written like positive_feedback, e.g. like "
+        "'watch_time>=60'. Default: none.",
     )
-    hub_dataset: str | None = field(default=None, metadata={"help": "Hub dataset repository id, for hub."})
-    simulated_users: int = field(default=2000, metadata={"help": "Users of the simulated world."})
-    simulated_items: int = field(default=2000, metadata={"help": "Items of the simulated world."})
-    data_seed: int = field(default=0, metadata={"help": "Seed of the simulated world."})
-    positive_feedback: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Feedback that makes a behaviour positive, any of: a column (more than 0) or a comparison such as "
-            "watch_time>=60. Default: the data set's own."
-        },
+    history_timestamps: bool = option(
+        False, "Whether the encoder reads how long before the recommendation each behaviour was."
     )
-    history_items: int = field(
-        default=256, metadata={"help": "n: latest positive behaviours that make a history (paper, 3.1: 256)."}
+    user_features: list[str] | None = option(
+        None, "Categorical columns of the users that the encoder reads. Default: none."
     )
-    session_items: int = field(default=5, metadata={"help": "m: items of a session (paper, 3.2: 5)."})
-    history_feedback: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Feedback that the encoder reads with each behaviour, written like positive_feedback, e.g. like "
-            "'watch_time>=60'. Default: none."
-        },
+    min_history_items: int = option(1, "Shortest history of a session or evaluated user.")
+    min_session_items: int = option(1, "Shortest session that is kept.")
+    session_source: str = option(
+        "positive", "Cut target sessions from positive behaviours (positive) or from all exposures (exposed)."
     )
-    history_timestamps: bool = field(
-        default=False,
-        metadata={"help": "Whether the encoder reads how long before the recommendation each behaviour was."},
+    session_cut: str = option(
+        "consecutive",
+        "What makes a session: consecutive (session_items in a row), gap (of session_gap_hours), user_day "
+        "or session_id (given by the data). Sessions longer than session_items are cut into several. Behaviours "
+        "without a time, or without a session_id, are cut by consecutive.",
     )
-    user_features: list[str] | None = field(
-        default=None,
-        metadata={"help": "Categorical columns of the users that the encoder reads. Default: none."},
+    session_gap_hours: float = option(6.0, "Inactivity [h] that ends a session, for gap.")
+    session_stride: int | None = option(
+        None, "For consecutive: behaviours from one session's start to the next. Default: session_items."
     )
-    min_history_items: int = field(default=1, metadata={"help": "Shortest history of a session or evaluated user."})
-    min_session_items: int = field(default=1, metadata={"help": "Shortest session that is kept."})
-    session_source: str = field(
-        default="positive",
-        metadata={"help": "Cut target sessions from positive behaviours (positive) or from all exposures (exposed)."},
+    quality_predicates: list[str] | None = option(
+        None,
+        "Keep sessions whose totals satisfy these, e.g. 'watch_time>=60' like follow (paper, 3.2). Default: keep all.",
     )
-    session_cut: str = field(
-        default="consecutive",
-        metadata={
-            "help": "What makes a session: consecutive (session_items in a row), gap (of session_gap_hours), user_day "
-            "or session_id (given by the data). Sessions longer than session_items are cut into several. Behaviours "
-            "without a time, or without a session_id, are cut by consecutive."
-        },
+    quality_join: str = option("any", "Whether any or all quality predicates must hold.")
+    split_method: str = option(
+        "time", "time, or leave_one_out (each user's last items; for benchmarks: the future leaks)."
     )
-    session_gap_hours: float = field(default=6.0, metadata={"help": "Inactivity [h] that ends a session, for gap."})
-    session_stride: int | None = field(
-        default=None,
-        metadata={"help": "For consecutive: behaviours from one session's start to the next. Default: session_items."},
+    validation_start: str | None = option(
+        None, "ISO date-time, e.g. 2022-05-05T00:00+08:00. Default: the 0.8 quantile of the times."
     )
-    quality_predicates: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Keep sessions whose totals satisfy these, e.g. 'watch_time>=60' like follow (paper, 3.2). "
-            "Default: keep all."
-        },
-    )
-    quality_join: str = field(default="any", metadata={"help": "Whether any or all quality predicates must hold."})
-    split_method: str = field(
-        default="time",
-        metadata={"help": "time, or leave_one_out (each user's last items; for benchmarks: the future leaks)."},
-    )
-    validation_start: str | None = field(
-        default=None,
-        metadata={"help": "ISO date-time, e.g. 2022-05-05T00:00+08:00. Default: the 0.8 quantile of the times."},
-    )
-    test_start: str | None = field(
-        default=None, metadata={"help": "ISO date-time. Default: the 0.9 quantile of the times."}
-    )
-    evaluation_split: str = field(
-        default="test",
-        metadata={"help": "Period that is evaluated, test or validation; everything before it is fitted."},
+    test_start: str | None = option(None, "ISO date-time. Default: the 0.9 quantile of the times.")
+    evaluation_split: str = option(
+        "test", "Period that is evaluated, test or validation; everything before it is fitted."
     )
 
     def __post_init__(self):
-        for name, allowed in (
-            ("dataset", DATASETS),
-            ("session_source", SESSION_SOURCES),
-            ("session_cut", SESSION_CUTS),
-            ("quality_join", QUALITY_JOINS),
-            ("split_method", SPLIT_METHODS),
-            ("evaluation_split", EVALUATION_SPLITS),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {', '.join(allowed)}.")
         smallest = {"simulated_users": 2, "simulated_items": 2, "history_items": 1, "session_items": 1}
@@ -137,19 +115,14 @@ class DataArguments:
             if getattr(self, name) is None:
                 raise ValueError(f"dataset={self.dataset!r} needs {name}: give --{name}.")
         for name in ("validation_start", "test_start"):
-            setattr(self, name, _iso(name, getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, datetime.date):  # which an unquoted date in YAML is
+                setattr(self, name, value.isoformat())
+            elif value is not None:
+                try:
+                    datetime.datetime.fromisoformat(value)
+                except (TypeError, ValueError):
+                    text = f"{name}={value!r} is not an ISO date-time such as 2022-05-05T00:00+08:00."
+                    raise ValueError(text) from None
         if self.positive_feedback is not None:
             self.positive_feedback = [str(condition) for condition in self.positive_feedback]
-
-
-def _iso(name: str, value: str | datetime.date | None) -> str | None:
-    # An unquoted date in YAML arrives as a date object, not as text.
-    if value is None:
-        return None
-    if isinstance(value, datetime.date):
-        return value.isoformat()
-    try:
-        datetime.datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is not an ISO date-time such as 2022-05-05T00:00+08:00.") from None
-    return value

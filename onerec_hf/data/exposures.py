@@ -1,4 +1,4 @@
-"""What a user was exposed to and how he answered: the reward model's inputs and training examples.
+"""What users were exposed to and how they answered: the reward model's inputs and training examples.
 
 Feedback is kept as it is in the log. What is counted of it are signals in [0, 1]: the watched share of the duration
 and every other feedback column, cut off at 1. All totals are of strictly earlier exposures.
@@ -17,7 +17,7 @@ from datasets import Dataset
 from .data_arguments import DataArguments
 from .feed import Feed
 from .schema import SECONDS_COLUMNS, feedback_columns
-from .sessions import arrow_dataset, id_array, list_array, session_groups, user_codes
+from .sessions import arrow_dataset, id_array, list_array, session_groups, user_categories, user_codes
 
 WATCHED = "watched"
 # Exposures of a run that are judged: as many as most users of a sparse log have; more would pad a batch's other rows.
@@ -31,7 +31,7 @@ def signal_names(columns: Sequence[str]) -> list[str]:
 
 
 def feedback_signals(feedback: np.ndarray, columns: Sequence[str]) -> np.ndarray:
-    """Signals [..., S] in [0, 1] of feedback [..., F] in the order of `columns`; NaN where unknown."""
+    """Signals (..., S) in [0, 1] of feedback (..., F) in the order of `columns`; NaN where unknown."""
     place = {column: index for index, column in enumerate(columns)}
     signals = []
     for name in signal_names(columns):
@@ -45,12 +45,7 @@ def feedback_signals(feedback: np.ndarray, columns: Sequence[str]) -> np.ndarray
 
 
 class _Exposures:
-    """Rows of interactions as Arrow columns of slices.
-
-    Args:
-        interactions: canonical, of R rows.
-        feed: has the table of users.
-    """
+    """Rows of canonical interactions as Arrow columns of slices; `feed` has the table of users."""
 
     def __init__(self, interactions: pd.DataFrame, feed: Feed):
         self.feed = feed
@@ -70,23 +65,14 @@ class _Exposures:
         width = self.feedback.shape[1]
         before = self.totals[starts] - self.totals[self.first[self.users[starts]]]
         users = self.user_ids.iloc[starts]
-        columns = {
-            "user_id": id_array(users),
-            "exposed_item_ids": list_array(self.items, starts, ends - starts),
-        }
+        columns = {"user_id": id_array(users), "exposed_item_ids": list_array(self.items, starts, ends - starts)}
         if width:
-            # One exposure behind the other: nested lists take several times as long to read.
-            columns["exposed_feedback"] = list_array(
-                pa.array(self.feedback.ravel()), starts * width, (ends - starts) * width
-            )
-            flat = pa.array(before.astype(np.float32).ravel())
-            columns["feedback_totals"] = pa.FixedSizeListArray.from_arrays(flat, before.shape[1])
+            # One exposure after the other: nested lists take several times as long to read.
+            flat, totals = pa.array(self.feedback.ravel()), pa.array(before.astype(np.float32).ravel())
+            columns["exposed_feedback"] = list_array(flat, starts * width, (ends - starts) * width)
+            columns["feedback_totals"] = pa.FixedSizeListArray.from_arrays(totals, before.shape[1])
         if self.feed.users is not None and len(self.feed.users.columns) > 1:
-            found = self.feed.users.set_index("user_id").reindex(users)
-            names = list(found.columns)
-            columns["user_profile"] = pa.StructArray.from_arrays(
-                [pa.array(found[name], type=pa.string()) for name in names], names
-            )
+            columns["user_profile"] = user_categories(self.feed.users, users, self.feed.users.columns[1:])
         return columns
 
 
@@ -132,10 +118,9 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
     groups, _ = session_groups(interactions, args, feed.timezone)
     columns = exposures.columns(starts, ends)
     columns["exposed_timestamps"] = list_array(pa.array(exposures.times), starts, ends - starts)
+    lists = list_array(pa.array(np.arange(len(judged))), starts, ends - starts)
+    rows = lists.flatten().to_numpy()
     # Context may hold exposures that the run before judges.
-    lists = list_array(pa.array(np.where(judged, groups, -1)), starts, ends - starts)
-    values = lists.flatten().to_numpy().copy()
-    place = np.arange(len(values)) - np.repeat(np.cumsum(ends - starts) - (ends - starts), ends - starts)
-    values[place < np.repeat(first - starts, ends - starts)] = -1
-    columns["exposed_sessions"] = pa.ListArray.from_arrays(lists.offsets, pa.array(values))
+    own = judged[rows] & (rows >= np.repeat(first, ends - starts))
+    columns["exposed_sessions"] = pa.ListArray.from_arrays(lists.offsets, pa.array(np.where(own, groups[rows], -1)))
     return arrow_dataset(columns)

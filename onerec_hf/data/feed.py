@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -26,10 +26,6 @@ from .schema import (
     user_features,
 )
 
-if TYPE_CHECKING:
-    from .simulated_feed import SimulatedFeed
-
-
 PREDICATE = re.compile(r"^\s*([A-Za-z_]\w*)\s*(?:(>=|<=|==|>|<)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?))?\s*$")
 COMPARISONS = {">=": np.greater_equal, "<=": np.less_equal, "==": np.equal, ">": np.greater, "<": np.less}
 
@@ -44,7 +40,7 @@ class FeedbackPredicate:
 
     @classmethod
     def parse(cls, text: str, columns: list[str]) -> FeedbackPredicate:
-        """Reads `text`. Raises DataError if it is no such condition or its column is not among `columns`."""
+        """Reads `text`. Raises DataError if it is not such a condition or its column is not among `columns`."""
         match = PREDICATE.match(text)
         if match is None:
             raise DataError(
@@ -62,6 +58,23 @@ class FeedbackPredicate:
         return COMPARISONS[self.comparison](values, self.threshold) & ~np.isnan(values)
 
 
+@runtime_checkable
+class SessionSimulator(Protocol):
+    """A world that answers what a feed's users would do with any session, and so judges policies by truth."""
+
+    def expected_feedback(self, user_ids: np.ndarray, session_item_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """What these users are expected to do with these sessions.
+
+        Args:
+            user_ids: (B,), ids of the feed.
+            session_item_ids: (B, C, m) or (B, m) ids of the feed in the order of exposure, -1 where there is no item.
+
+        Returns:
+            By the objective's name (the paper's are swt, vtr, wtr and ltr, of which any may be left out), float64
+            (B, C) or (B,) in [0, 1], NaN for a session with a place of no item.
+        """
+
+
 @dataclass
 class Feed:
     """Interactions and items in the canonical schema (see schema.py).
@@ -74,7 +87,7 @@ class Feed:
             interaction is positive.
         text_column, categorical_columns, multi_categorical_columns, numeric_columns, embedding_column: of the items.
         timezone: IANA name of the time zone whose midnight separates the days of a user.
-        world: the generator with its truth, for simulated data.
+        world: knows the truth, for simulated data: a SimulatedFeed, or any other SessionSimulator.
         users: categories of the users, where the data has them; `user_id` is the first column.
     """
 
@@ -88,11 +101,16 @@ class Feed:
     numeric_columns: list[str] = field(default_factory=list)
     embedding_column: str | None = None
     timezone: str = "UTC"
-    world: SimulatedFeed | None = None
+    world: SessionSimulator | None = None
     users: pd.DataFrame | None = None
 
     def __post_init__(self):
         positive_mask(self.interactions[:0], self.positive_feedback)
+        if self.world is not None and not isinstance(self.world, SessionSimulator):
+            raise DataError(
+                f"{self.name}: a {type(self.world).__name__} cannot be the feed's world: it has no method "
+                "expected_feedback(user_ids, session_item_ids)."
+            )
         try:
             ZoneInfo(self.timezone)
         except (ValueError, ZoneInfoNotFoundError):
@@ -116,7 +134,7 @@ class Feed:
         Args:
             interactions: (frame, the file's name for errors), in an order that breaks ties of time.
             items: (frame, the file's name).
-            users: (frame, the file's name), if there is a table of users.
+            users: the same, if there is a table of users.
             columns: the roles of item columns, `timezone` and `world`, as in the class.
 
         Raises:
@@ -129,21 +147,17 @@ class Feed:
             part = canonical_interactions(frame, source)
             check_known_items(part, catalogue, source, items[1])
             parts.append(part)
+        tables = [(part, source) for (_, source), part in zip(interactions, parts, strict=True)]
+        if users is not None:
+            tables.append((canonical_users(*users), users[1]))
+            users = tables[-1][0]
         first = parts[0]["user_id"]
-        for (_, source), part in zip(interactions, parts, strict=True):
-            ids = part["user_id"]
+        for table, source in tables:
+            ids = table["user_id"]
             if id_type(ids) != id_type(first):
                 raise DataError(
                     f"{source}: column 'user_id' is {id_type(ids)} (first at row 0: {ids.iloc[0]}) but "
                     f"{id_type(first)} in {interactions[0][1]} ({first.iloc[0]}). Use one type in all files."
-                )
-        if users is not None:
-            users, source = canonical_users(*users), users[1]
-            if id_type(users["user_id"]) != id_type(first):
-                raise DataError(
-                    f"{source}: column 'user_id' is {id_type(users['user_id'])} (first at row 0: "
-                    f"{users['user_id'].iloc[0]}) but {id_type(first)} in {interactions[0][1]} ({first.iloc[0]}). "
-                    "Use one type in both."
                 )
         joined = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
         ordered = order_interactions(joined, ", ".join(source for _, source in interactions))
@@ -173,7 +187,7 @@ class Feed:
         return "; ".join(f"{column} {value}" for column, value in zip(columns, values, strict=True))
 
     def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
-        """A copy with another meaning of a positive behaviour. Raises DataError for an unknown column."""
+        """A copy with other conditions of a positive behaviour. Raises DataError for an unknown column."""
         return dataclasses.replace(self, positive_feedback=list(positive_feedback))
 
 

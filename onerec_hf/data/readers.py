@@ -40,7 +40,9 @@ positive_feedback: [view, "rating>=4"] # optional, default: every interaction is
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import datasets
@@ -57,29 +59,21 @@ from .schema import KEY_COLUMNS, DataError, require_columns
 from .simulated_feed import SimulatedFeed
 
 KUAIRAND_POSITIVE = ["view", "like", "follow", "comment", "forward"]
-KUAIRAND_FEEDBACK = {
-    "view": "long_view",
-    "like": "is_like",
-    "follow": "is_follow",
-    "comment": "is_comment",
-    "forward": "is_forward",
-    "click": "is_click",
-    "profile_enter": "is_profile_enter",
-    "hate": "is_hate",
+KUAIRAND_FEEDBACK = {"view": "long_view"} | {
+    name: f"is_{name}" for name in ("like", "follow", "comment", "forward", "click", "profile_enter", "hate")
 }
 KUAIRAND_USER_COLUMNS = [
-    "user_active_degree",
-    "is_live_streamer",
-    "is_video_author",
-    "follow_user_num_range",
-    "fans_user_num_range",
-    "friend_user_num_range",
-    "register_days_range",
+    *("user_active_degree", "is_live_streamer", "is_video_author"),
+    *("follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range"),
     *(f"onehot_feat{number}" for number in range(18)),
 ]
 KUAIRAND_TIMEZONE = "Asia/Shanghai"
 TIMESTAMP_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "iso": None}
 DURATION_COLUMN = "video_duration"
+SOURCE_PATTERNS = {
+    "kuairand": ("log_standard_*.csv", "video_features_basic_*.csv", "user_features_*.csv", "*.parquet"),
+    "amazon": ("interactions.parquet", "items.parquet"),
+}
 
 
 def load_feed(args: DataArguments) -> Feed:
@@ -101,7 +95,16 @@ def load_feed(args: DataArguments) -> Feed:
     return feed if args.positive_feedback is None else feed.with_positive_feedback(args.positive_feedback)
 
 
-# --------------------------------------------------------------------------------------------------------- public data
+def source_files(args: DataArguments) -> list[Path]:
+    """The files that [`load_feed`] reads: the column mapping and what lies below data_dir."""
+    if args.dataset == "table":
+        mapping = _read_mapping(args.column_mapping, "file")
+        sections = [mapping[name] for name in ("interactions", "items", "users") if name in mapping]
+        data = [path for section in sections for path in _mapped_files(section, args.data_dir, args.column_mapping)]
+    else:
+        patterns = SOURCE_PATTERNS.get(args.dataset, ())
+        data = [path for pattern in patterns for path in sorted(_folder(args.data_dir).glob(pattern))]
+    return data + ([Path(args.column_mapping)] if args.dataset in ("table", "hub") else [])
 
 
 def read_kuairand(data_dir: str | Path) -> Feed:
@@ -141,17 +144,17 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     # Music is unique to nearly every video, so it says nothing of what videos share.
     categorical = ["author_id", "video_type", "upload_type", "music_type"]
     columns = [item_column, *categorical, "tag", DURATION_COLUMN]
-    items = pd.concat([_read(path, columns) for path in catalogue], ignore_index=True)
+    items, items_source = _joined([(_read(path, columns), path.name) for path in catalogue])
     items = items.rename(columns={item_column: "item_id"})
     items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
     tables = sorted(folder.glob("user_features_*.csv" if item_column == "video_id" else "users.parquet"))
-    users = [_read(path, ["user_id", *KUAIRAND_USER_COLUMNS]) for path in tables]
+    users = [(_read(path, ["user_id", *KUAIRAND_USER_COLUMNS]), path.name) for path in tables]
     return Feed.from_frames(
         "kuairand",
         parts,
-        (items, ", ".join(path.name for path in catalogue)),
+        (items, items_source),
         KUAIRAND_POSITIVE,
-        users=(pd.concat(users, ignore_index=True), ", ".join(path.name for path in tables)) if users else None,
+        users=_joined(users) if users else None,
         categorical_columns=categorical,
         multi_categorical_columns=["tag"],
         numeric_columns=[DURATION_COLUMN],
@@ -179,9 +182,6 @@ def read_amazon(data_dir: str | Path) -> Feed:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ column mapping
-
-
 def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
     """A person's own CSV or Parquet files by a column mapping (see the module's docstring).
 
@@ -192,16 +192,21 @@ def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
     mapping = _read_mapping(column_mapping, "file")
 
     def read(section: dict, columns: list[str]) -> list[tuple[pd.DataFrame, str]]:
-        patterns = section["file"] if isinstance(section["file"], list) else [section["file"]]
-        paths = []
-        for pattern in map(str, patterns):
-            found = sorted(folder.glob(pattern))
-            if not found:
-                raise DataError(f"{column_mapping}: no file matches '{pattern}' below {folder}. Correct 'file'.")
-            paths += found
+        paths = _mapped_files(section, data_dir, column_mapping)
         return [(_read(path, columns), str(path.relative_to(folder))) for path in paths]
 
     return _map_feed(mapping, read, default_name=folder.name)
+
+
+def _mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Path) -> list[Path]:
+    """Files of a mapping's section, in the order of its patterns. Raises DataError if no file matches one."""
+    folder, paths = _folder(data_dir), []
+    for pattern in section["file"] if isinstance(section["file"], list) else [section["file"]]:
+        found = sorted(folder.glob(str(pattern)))
+        if not found:
+            raise DataError(f"{column_mapping}: no file matches '{pattern}' below {folder}. Correct 'file'.")
+        paths += found
+    return paths
 
 
 def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
@@ -224,11 +229,12 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
     return _map_feed(mapping, read, default_name=hub_dataset.split("/")[-1])
 
 
-MAPPING_KEYS = {
-    "": {"name", "timezone", "interactions", "items", "users", "positive_feedback"},
-    "interactions": {"columns", "timestamp_unit", "feedback"},
-    "items": {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding"},
-    "users": {"columns", "categorical"},
+MAPPING_KEYS = ("interactions", "items", "name", "positive_feedback", "timezone", "users")
+# Of each section: the schema's columns, of which the first two are needed, and the other keys.
+MAPPING_SECTIONS = {
+    "interactions": (KEY_COLUMNS, {"columns", "timestamp_unit", "feedback"}),
+    "items": (("item_id",), {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding"}),
+    "users": (("user_id",), {"columns", "categorical"}),
 }
 
 
@@ -243,31 +249,29 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
         raise DataError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(mapping, dict) or not isinstance(mapping.get("interactions"), dict):
         raise DataError(f"{path}: a column mapping needs a section 'interactions' with 'columns' in it.")
-    where_keys = {file_key} if file_key else {"config", "split"}
-    for section, allowed in MAPPING_KEYS.items():
-        if section and section not in mapping:
+    for key in mapping:
+        if key not in MAPPING_KEYS:
+            raise DataError(f"{path}: unknown key '{key}'; use {', '.join(MAPPING_KEYS)}.")
+    for section, (columns, keys) in MAPPING_SECTIONS.items():
+        if section not in mapping:
             continue
-        part = mapping[section] if section else mapping
-        allowed = allowed | where_keys if section else allowed
+        part = mapping[section]
+        keys = keys | ({file_key} if file_key else {"config", "split"})
         if not isinstance(part, dict):
-            raise DataError(f"{path}: '{section}' must be a mapping with {', '.join(sorted(allowed))}.")
+            raise DataError(f"{path}: '{section}' must be a mapping with {', '.join(sorted(keys))}.")
         for key in part:
-            if key not in allowed:
-                place = f" in '{section}'" if section else ""
-                raise DataError(f"{path}: unknown key '{key}'{place}; use {', '.join(sorted(allowed))}.")
-        needed = ([file_key] if file_key else []) + ["columns"] if section else []
-        for key in needed:
+            if key not in keys:
+                raise DataError(f"{path}: unknown key '{key}' in '{section}'; use {', '.join(sorted(keys))}.")
+        for key in filter(None, (file_key, "columns")):
             if key not in part:
                 raise DataError(f"{path}: '{section}' needs '{key}'.")
-        if section and not isinstance(part["columns"], dict):
+        if not isinstance(part["columns"], dict):
             raise DataError(f"{path}: '{section}.columns' must map schema columns to yours, e.g. item_id: video.")
-    for section, allowed in (("interactions", KEY_COLUMNS), ("items", ("item_id",)), ("users", ("user_id",))):
-        columns = mapping.get(section, {}).get("columns", {})
-        for name in columns:
-            if name not in allowed:
-                raise DataError(f"{path}: unknown column '{name}' in '{section}.columns'; use {', '.join(allowed)}.")
-        for name in allowed[:2]:
-            if section in mapping and name not in columns:
+        for name in part["columns"]:
+            if name not in columns:
+                raise DataError(f"{path}: unknown column '{name}' in '{section}.columns'; use {', '.join(columns)}.")
+        for name in columns[:2]:
+            if name not in part["columns"]:
                 raise DataError(f"{path}: '{section}.columns' needs '{name}'.")
     if mapping["interactions"].get("timestamp_unit", "s") not in TIMESTAMP_UNITS:
         unit = mapping["interactions"]["timestamp_unit"]
@@ -309,25 +313,21 @@ def _map_feed(mapping: dict, read, default_name: str) -> Feed:
     roles = {"categorical_columns": [], "multi_categorical_columns": [], "numeric_columns": []}
     if "items" in mapping:
         section = mapping["items"]
-        roles = {f"{key.removesuffix('_columns')}_columns": section.get(key[:-8], []) for key in roles}
+        roles = {key: section.get(key.removesuffix("_columns"), []) for key in roles}
+        wanted = [section["columns"]["item_id"], *(name for names in roles.values() for name in names)]
         roles |= {"text_column": section.get("text"), "embedding_column": section.get("embedding")}
-        wanted = [section["columns"]["item_id"], *(name for names in roles.values() for name in _as_list(names))]
-        tables = read(section, list(dict.fromkeys(wanted)))
-        items = pd.concat([table for table, _ in tables], ignore_index=True)
+        wanted += [section[key] for key in ("text", "embedding") if section.get(key)]
+        items, items_source = _joined(read(section, list(dict.fromkeys(wanted))))
         items.insert(0, "item_id", items.pop(section["columns"]["item_id"]))
-        items_source = ", ".join(source for _, source in tables)
     else:
         items = pd.concat([frame[["item_id"]] for frame, _ in parts]).dropna().drop_duplicates()
         items_source = parts[0][1]
     users = None
     if "users" in mapping:
         section = mapping["users"]
-        tables = read(section, [section["columns"]["user_id"], *section.get("categorical", [])])
-        frame = pd.concat([table for table, _ in tables], ignore_index=True)
-        users = (
-            frame.rename(columns={section["columns"]["user_id"]: "user_id"}),
-            ", ".join(source for _, source in tables),
-        )
+        id_column = section["columns"]["user_id"]
+        frame, source = _joined(read(section, [id_column, *section.get("categorical", [])]))
+        users = (frame.rename(columns={id_column: "user_id"}), source)
     return Feed.from_frames(
         str(mapping.get("name", default_name)),
         parts,
@@ -339,8 +339,9 @@ def _map_feed(mapping: dict, read, default_name: str) -> Feed:
     )
 
 
-def _as_list(value: str | list | None) -> list[str]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _joined(tables: list[tuple[pd.DataFrame, str]]) -> tuple[pd.DataFrame, str]:
+    """One frame of several with their names, and all the names, for errors."""
+    return pd.concat([frame for frame, _ in tables], ignore_index=True), ", ".join(name for _, name in tables)
 
 
 def _seconds(values: pd.Series, unit: str, source: str) -> pd.Series:
@@ -364,9 +365,6 @@ def _seconds(values: pd.Series, unit: str, source: str) -> pd.Series:
     return values * TIMESTAMP_UNITS[unit]
 
 
-# --------------------------------------------------------------------------------------------------------------- files
-
-
 def _folder(data_dir: str | Path) -> Path:
     folder = Path(data_dir)
     if not folder.is_dir():
@@ -385,32 +383,18 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
         if ".csv" not in path.suffixes:
             raise DataError(f"{path}: only .csv and .parquet files are read. Convert it to one of these.")
         require_columns(pd.read_csv(path, nrows=0), columns, path.name)
-        # Ids such as "NA" or "null" are ids. low_memory would infer a column's type from each block anew.
-        return pd.read_csv(
-            path, usecols=columns, keep_default_na=False, na_values=["", "nan", "NaN"], low_memory=False
-        )
+        # Ids such as "NA" or "null" are ids. low_memory would infer a column's type again from each block.
+        missing = ["", "nan", "NaN"]
+        return pd.read_csv(path, usecols=columns, keep_default_na=False, na_values=missing, low_memory=False)
     except (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Correct the file, or write it anew.") from None
-
-
-# --------------------------------------------------------------------------------------------------------- saved feeds
-
-_FEED_FIELDS = (
-    "name",
-    "positive_feedback",
-    "text_column",
-    "categorical_columns",
-    "multi_categorical_columns",
-    "numeric_columns",
-    "embedding_column",
-    "timezone",
-)
+        raise DataError(f"{path}: cannot be read: {error}. Correct the file, or write it again.") from None
 
 
 def save_feed(feed: Feed, directory: str | Path) -> None:
     """Writes interactions.parquet, items.parquet, feed.json and, if there are any, users.parquet and world/.
 
-    The folder `directory` appears whole or not at all, and replaces one of the same name.
+    The folder `directory` appears whole or not at all, and replaces one of the same name. Only a SimulatedFeed is
+    saved with its feed: any other world is left out, with a warning, and is to be set again on the loaded feed.
     """
     with staged_directory(directory) as folder:
         tables = {
@@ -422,10 +406,15 @@ def save_feed(feed: Feed, directory: str | Path) -> None:
         for name, (frame, features) in tables.items():
             table = pa.Table.from_pandas(frame, schema=features.arrow_schema, preserve_index=False)
             pq.write_table(table.replace_schema_metadata(None), folder / f"{name}.parquet", compression="zstd")
-        fields = {name: getattr(feed, name) for name in _FEED_FIELDS}
+        names = [field.name for field in dataclasses.fields(feed)]
+        fields = {name: getattr(feed, name) for name in names if name not in (*tables, "users", "world")}
         (folder / "feed.json").write_text(json.dumps(fields, indent=2) + "\n")
-        if feed.world is not None:
+        if isinstance(feed.world, SimulatedFeed):
             feed.world.save(folder / "world")
+        elif feed.world is not None:
+            kind = type(feed.world).__name__
+            text = f"{feed.name}: its world, a {kind}, is not saved; set `world` of the loaded feed again."
+            warnings.warn(text, stacklevel=2)
 
 
 def load_saved_feed(directory: str | Path) -> Feed:
@@ -439,8 +428,7 @@ def load_saved_feed(directory: str | Path) -> Feed:
         raise DataError(f"{folder}: holds no saved feed (feed.json is missing). Run the stage that writes it first.")
     fields = json.loads((folder / "feed.json").read_text())
     world = SimulatedFeed.load(folder / "world") if (folder / "world").is_dir() else None
-    interactions = pd.read_parquet(folder / "interactions.parquet")
-    items = pd.read_parquet(folder / "items.parquet")
+    interactions, items = (pd.read_parquet(folder / f"{name}.parquet") for name in ("interactions", "items"))
     for column in fields["multi_categorical_columns"]:
         items[column] = pd.Series([list(values) for values in items[column]], dtype=object)
     if "session_id" in interactions and interactions["session_id"].isna().any():

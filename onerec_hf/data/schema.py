@@ -41,8 +41,6 @@ Sessions (one row per training example)
 | timestamp | float64 [s] | of the session's first behaviour, NaN where unknown |
 | history_item_ids | list of item ids | positive behaviours strictly before the session, oldest first |
 | session_item_ids | list of item ids | in the order of exposure |
-| watch_time | float32 [s] | total of the session |
-| swt, vtr, wtr, ltr | float32 in [0, 1] | the four labels of the reward model (paper, eq 6), NaN where unknown |
 
 Features of histories, beside history_item_ids where they are asked for
 
@@ -58,12 +56,9 @@ What the reward model reads of a user (a run has the same columns, see exposures
 | column | type | meaning |
 |---|---|---|
 | exposed_item_ids | list of item ids | latest items that the user was exposed to, negatives included, oldest first |
-| exposed_feedback | list of float32 | all feedback columns of each, one exposure behind the other, NaN where unknown |
+| exposed_feedback | list of float32 | all feedback columns of each, one exposure after the other, NaN where unknown |
 | feedback_totals | list of float32 | of all exposures before these: the signals' sums, then how many are known |
 | user_profile | struct of string | all categories of the user by column, null where missing |
-
-swt (session watch time) is sum(min(watch_time, duration)) / sum(duration); vtr (view), wtr (follow) and ltr (like)
-are means over the session's items.
 """
 
 from __future__ import annotations
@@ -74,7 +69,6 @@ import numpy as np
 import pandas as pd
 from datasets import Features, List, Value
 
-SESSION_LABELS = ("swt", "vtr", "wtr", "ltr")
 SECONDS_COLUMNS = ("watch_time", "duration")
 PROBABILITY_COLUMNS = ("view", "follow", "like")
 KEY_COLUMNS = ("user_id", "item_id", "timestamp", "position", "session_id")
@@ -149,6 +143,16 @@ def require_columns(frame: pd.DataFrame, columns: Iterable[str], source: str) ->
             )
 
 
+def _unique_ids(frame: pd.DataFrame, column: str, source: str) -> pd.Series:
+    """`canonical_ids` of a table's key. Raises DataError for an id that repeats, too."""
+    ids = canonical_ids(frame[column], column, source)
+    duplicate = ids.duplicated().to_numpy()
+    if duplicate.any():
+        remedy = f"Keep one row per {column.removesuffix('_id')}."
+        raise _offence(source, column, duplicate, ids, "repeats an id", remedy)
+    return ids
+
+
 def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = False) -> pd.Series:
     """Ids as int64 or str, keeping their own kind.
 
@@ -165,12 +169,8 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
         return values.astype("Int64") if missing.any() else values.astype(np.int64)
     if nullable and pd.api.types.is_float_dtype(known.dtype) and bool((known % 1 == 0).all()):
         return values.astype("Int64")  # integers with gaps, as most readers give them
-    text = np.fromiter((isinstance(value, str) for value in values), dtype=bool, count=len(values))
-    number = np.fromiter(
-        (isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_)) for value in values),
-        dtype=bool,
-        count=len(values),
-    )
+    text = np.array([isinstance(v, str) for v in values], dtype=bool)
+    number = np.array([isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values], dtype=bool)
     kind = text if (text & ~missing).any() else number
     bad = ~kind & ~missing
     if bad.any():
@@ -190,21 +190,15 @@ def canonical_numbers(values: pd.Series, column: str, source: str, dtype: str = 
     if pd.api.types.is_numeric_dtype(values.dtype) or pd.api.types.is_bool_dtype(values.dtype):
         numbers = pd.Series(values.to_numpy(dtype="float64", na_value=np.nan), index=values.index)
     else:
-        numbers = pd.Series(
-            [np.nan if pd.isna(v) else v if isinstance(v, (int, float, np.number)) else None for v in values],
-            index=values.index,
-            dtype=object,
-        )
-        bad = np.fromiter((v is None for v in numbers), dtype=bool, count=len(numbers))
+        bad = np.array([not isinstance(v, (int, float, np.number)) and not pd.isna(v) for v in values], dtype=bool)
         if bad.any():
             problem = f"has dtype {values.dtype} where numbers are needed"
             raise _offence(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
-        numbers = numbers.astype("float64")
+        numbers = pd.Series([np.nan if pd.isna(v) else v for v in values], index=values.index, dtype="float64")
     infinite = np.isinf(numbers.to_numpy())
     if infinite.any():
-        raise _offence(
-            source, column, infinite, values, "is infinite", "Replace these by numbers or leave them empty."
-        )
+        remedy = "Replace these by numbers or leave them empty."
+        raise _offence(source, column, infinite, values, "is infinite", remedy)
     return numbers.astype(dtype)
 
 
@@ -282,8 +276,7 @@ def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
             f"{source}: column 'user_id' holds one user only (first at row 0: {interactions['user_id'].iloc[0]}). "
             "Recommending from the behaviour of others needs at least two users."
         )
-    time = interactions["timestamp"].to_numpy()
-    position = interactions["position"].to_numpy()
+    time, position = interactions["timestamp"].to_numpy(), interactions["position"].to_numpy()
     timeless = np.bincount(users, np.isnan(time)) > 0
     placed = np.bincount(users, np.isnan(position)) == 0
     by_position = (timeless & placed)[users]
@@ -291,9 +284,7 @@ def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
     order = np.lexsort((np.nan_to_num(position), primary, users))
     interactions = interactions.iloc[order].reset_index(drop=True)
     users = users[order]
-    first = np.flatnonzero(np.r_[True, users[1:] != users[:-1]])
-    counts = np.diff(np.r_[first, len(users)])
-    interactions["position"] = np.arange(len(users)) - np.repeat(first, counts)
+    interactions["position"] = np.arange(len(users)) - np.searchsorted(users, users)
     return interactions
 
 
@@ -328,11 +319,7 @@ def canonical_items(
     if not len(frame):
         raise DataError(f"{source}: no items (0 rows). Check the path and the filters that wrote the file.")
     frame = frame.reset_index(drop=True)
-    columns = {"item_id": canonical_ids(frame["item_id"], "item_id", source)}
-    duplicate = columns["item_id"].duplicated().to_numpy()
-    if duplicate.any():
-        remedy = "Keep one row per item."
-        raise _offence(source, "item_id", duplicate, columns["item_id"], "repeats an id", remedy)
+    columns = {"item_id": _unique_ids(frame, "item_id", source)}
     if text_column is not None:
         columns[text_column] = canonical_text(frame[text_column], text_column, source)
     for name in categorical_columns:
@@ -354,21 +341,17 @@ def canonical_users(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     """
     require_columns(frame, ["user_id"], source)
     frame = frame.reset_index(drop=True)
-    columns = {"user_id": canonical_ids(frame["user_id"], "user_id", source)}
-    duplicate = columns["user_id"].duplicated().to_numpy()
-    if duplicate.any():
-        raise _offence(source, "user_id", duplicate, columns["user_id"], "repeats an id", "Keep one row per user.")
+    columns = {"user_id": _unique_ids(frame, "user_id", source)}
     columns |= {name: canonical_categories(frame[name]) for name in frame.columns if name != "user_id"}
     return pd.DataFrame(columns)
 
 
 def canonical_text(values: pd.Series, column: str, source: str) -> pd.Series:
     """Text as str, null where missing or blank. Raises DataError where a value is not a string."""
-    bad = np.fromiter((not isinstance(v, str) and not pd.isna(v) for v in values), dtype=bool, count=len(values))
+    bad = np.array([not isinstance(v, str) and not pd.isna(v) for v in values], dtype=bool)
     if bad.any():
-        raise _offence(
-            source, column, bad, values, f"has dtype {values.dtype} where text is needed", "Convert to text."
-        )
+        problem = f"has dtype {values.dtype} where text is needed"
+        raise _offence(source, column, bad, values, problem, "Convert to text.")
     return pd.Series([v if isinstance(v, str) and v.strip() else None for v in values], dtype="str")
 
 
@@ -383,13 +366,13 @@ def canonical_embeddings(values: pd.Series, column: str, source: str) -> pd.Seri
     """One float32 vector per item, all finite and of one length. Raises DataError otherwise."""
     rows = [np.asarray(v, dtype=np.float32) if isinstance(v, (list, tuple, np.ndarray)) else None for v in values]
     width = next((len(row) for row in rows if row is not None), 0)
-    bad = np.fromiter((row is None or row.ndim != 1 or len(row) != width for row in rows), dtype=bool, count=len(rows))
+    bad = np.array([row is None or row.ndim != 1 or len(row) != width for row in rows], dtype=bool)
     if bad.any() or not width:
         bad = bad if bad.any() else np.ones(len(rows), dtype=bool)
         remedy = "Give every item an embedding of the same length, or leave the column out."
         raise _offence(source, column, bad, values, f"is not a list of {width} numbers", remedy)
     bad = ~np.isfinite(np.stack(rows)).all(axis=1)
     if bad.any():
-        remedy = "Compute these embeddings anew, or leave the column out."
+        remedy = "Compute these embeddings again, or leave the column out."
         raise _offence(source, column, bad, values, "holds NaN or infinite values", remedy)
     return pd.Series(rows, dtype=object)

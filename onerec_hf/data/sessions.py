@@ -1,4 +1,4 @@
-"""From a feed to training examples: split, histories, sessions, labels, evaluation cases (paper, 3.1 and 3.2).
+"""From a feed to training examples: split, histories, sessions, evaluation cases (paper, 3.1 and 3.2).
 
 A history holds the positive behaviours strictly before the session's first behaviour. A session is cut from the
 positive behaviours or from all exposures; what is cut from them is never looked at when the history is made.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -19,10 +20,9 @@ from datasets.table import InMemoryTable
 
 from .data_arguments import DataArguments
 from .feed import Feed, FeedbackPredicate, positive_mask
-from .schema import SESSION_LABELS, DataError, feedback_columns, id_type
+from .schema import DataError, feedback_columns, id_type
 
 DEFAULT_QUANTILES = {"validation": 0.8, "test": 0.9}
-LABEL_SOURCES = {"vtr": "view", "wtr": "follow", "ltr": "like"}
 # A user with fewer positive behaviours has no history left once the test and the validation item are taken away.
 LEAVE_ONE_OUT_MIN_POSITIVES = 3
 
@@ -36,9 +36,6 @@ class FeedSplit:
     description: dict
 
 
-# --------------------------------------------------------------------------------------------------------------- split
-
-
 def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
     """Parts the feed into what may be fitted and what is evaluated.
 
@@ -49,31 +46,18 @@ def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
     Raises:
         DataError: no times in the data, periods in the wrong order, an empty part.
     """
-    if args.split_method == "leave_one_out":
-        fit, evaluation, description = _leave_one_out(feed, args)
-    else:
-        fit, evaluation, description = _split_by_time(feed, args)
-    counts = {
-        "fit_interactions": len(fit),
-        "fit_users": int(fit["user_id"].nunique()),
-        "evaluation_interactions": len(evaluation),
-        "evaluation_users": int(evaluation["user_id"].nunique()),
-    }
-    description = {"method": args.split_method, "evaluation_split": args.evaluation_split} | description | counts
+    split = _leave_one_out if args.split_method == "leave_one_out" else _split_by_time
+    fit, evaluation, description = split(feed, args)
+    description = {"method": args.split_method, "evaluation_split": args.evaluation_split} | description
+    for name, part in (("fit", fit), ("evaluation", evaluation)):
+        description |= {f"{name}_interactions": len(part), f"{name}_users": int(part["user_id"].nunique())}
     for part, name in ((fit, "before the evaluated period"), (evaluation, "in the evaluated period")):
         if not len(part):
             raise DataError(
                 f"{feed.name}: no interactions {name} ({description}). Move validation_start and test_start into the "
                 "time that the data covers."
             )
-    return FeedSplit(fit, evaluation, description)
-
-
-def _order_time(interactions: pd.DataFrame) -> np.ndarray:
-    """Time at which each row has surely happened: never falls within a user, -inf before the first known time."""
-    users = user_codes(interactions)
-    time = interactions["timestamp"].fillna(-np.inf)
-    return time.groupby(users).cummax().to_numpy()
+    return FeedSplit(fit.reset_index(drop=True), evaluation.reset_index(drop=True), description)
 
 
 def _split_by_time(feed: Feed, args: DataArguments):
@@ -87,7 +71,8 @@ def _split_by_time(feed: Feed, args: DataArguments):
     for name, text in (("validation", args.validation_start), ("test", args.test_start)):
         quantile = DEFAULT_QUANTILES[name]
         starts[name] = float(known.quantile(quantile)) if text is None else _timestamp(text, feed.timezone)
-    time = _order_time(feed.interactions)
+    # When each row has surely happened: never falls within a user, -inf before the first known time.
+    time = feed.interactions["timestamp"].fillna(-np.inf).groupby(user_codes(feed.interactions)).cummax().to_numpy()
     start, end = starts[args.evaluation_split], np.inf
     if args.evaluation_split == "validation":
         end = starts["test"]
@@ -105,7 +90,7 @@ def _split_by_time(feed: Feed, args: DataArguments):
         "data_start": _iso(known.min(), feed),
         "data_end": _iso(known.max(), feed),
     }
-    return fit.reset_index(drop=True), evaluation.reset_index(drop=True), description
+    return fit, evaluation, description
 
 
 def _timestamp(text: str, timezone: str) -> float:
@@ -134,11 +119,7 @@ def _leave_one_out(feed: Feed, args: DataArguments):
     left_out = np.bincount(users, positive)[users] >= LEAVE_ONE_OUT_MIN_POSITIVES
     evaluated = left_out & positive & (later == held_out)
     fitted = ~left_out | (later > held_out)
-    fit, evaluation = interactions[fitted], interactions[evaluated]
-    return fit.reset_index(drop=True), evaluation.reset_index(drop=True), {"leaks_future": True}
-
-
-# ---------------------------------------------------------------------------------------------- histories and sessions
+    return interactions[fitted], interactions[evaluated], {"leaks_future": True}
 
 
 def user_codes(interactions: pd.DataFrame) -> np.ndarray:
@@ -158,8 +139,8 @@ class _Histories:
         args: which features go with a history.
 
     Attributes:
-        positive: int64 [P], rows of `fit`.
-        users, starts, lengths: [U], id and slice of each user that has any.
+        positive: int64 (P,), rows of `fit`.
+        users, starts, lengths: (U,), id and slice of each user that has any.
     """
 
     def __init__(self, fit: pd.DataFrame, feed: Feed, args: DataArguments):
@@ -186,21 +167,16 @@ class _Histories:
             columns["history_feedback"] = list_array(behaviours, starts, lengths)
         if args.history_timestamps:
             columns["history_timestamps"] = list_array(pa.array(rows["timestamp"]), starts, lengths)
-        if args.user_features:
-            columns["user_features"] = self._user_features(users)
-        return columns
-
-    def _user_features(self, users: pd.Series) -> pa.Array:
-        names = self.args.user_features
         known = [] if self.feed.users is None else list(self.feed.users.columns[1:])
-        for name in names:
+        for name in args.user_features or []:
             if name not in known:
                 raise DataError(
                     f"user_features: {self.feed.name} has no user column '{name}'; there are "
                     f"{', '.join(known) or 'none'}. Map a table of users that has it, or leave it out."
                 )
-        found = self.feed.users.set_index("user_id").reindex(users)
-        return pa.StructArray.from_arrays([pa.array(found[name], type=pa.string()) for name in names], names)
+        if args.user_features:
+            columns["user_features"] = user_categories(self.feed.users, users, args.user_features)
+        return columns
 
 
 def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
@@ -218,33 +194,16 @@ def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Datase
 
 
 def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
-    """Sessions to be generated, with their histories and labels (see schema.py).
+    """Sessions to be generated, with their histories (see schema.py).
 
-    `args.session_source` says whether they are cut from positive behaviours or from all exposures; labels are means
-    over the session's own items.
-
-    Raises:
-        DataError: no session is left, or a cut or predicate needs a column that is missing.
-    """
-    if args.session_source == "exposed":
-        return exposure_sessions(fit, feed, args)
-    positive = np.flatnonzero(positive_mask(fit, feed.positive_feedback))
-    return _sessions(fit, positive, feed, args)
-
-
-def exposure_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
-    """Sessions of all exposures, negatives included, in the same schema: what the reward model learns from.
+    `args.session_source` says whether they are cut from positive behaviours or from all exposures.
 
     Raises:
         DataError: no session is left, or a cut or predicate needs a column that is missing.
     """
-    return _sessions(fit, np.arange(len(fit)), feed, args)
-
-
-def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArguments) -> Dataset:
-    """Sessions of the given rows (ascending) of `fit`."""
     histories = _Histories(fit, feed, args)
     positive = histories.positive
+    rows = positive if args.session_source == "positive" else np.arange(len(fit))
     users = user_codes(fit)
     user_start = np.searchsorted(positive, np.searchsorted(users, np.arange(users[-1] + 1 if len(users) else 0)))
 
@@ -254,7 +213,6 @@ def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArgumen
         enough = np.searchsorted(positive, rows) - user_start[users[rows]] >= args.min_history_items
         rows = rows[timed[rows] | enough]
     members, lengths = _cut(rows, groups, timed, args)
-    candidates = len(members)
     first = members[:, 0]
     history_end = np.searchsorted(positive, first)
     history_length = history_end - user_start[users[first]]
@@ -263,8 +221,8 @@ def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArgumen
     kept &= _quality(fit, members, args)
     if not kept.any():
         raise DataError(
-            f"{feed.name}: no sessions: of {len(fit)} interactions, {len(rows)} were cut into {candidates} "
-            f"candidates, {long_enough} of them with min_session_items={args.min_session_items} and "
+            f"{feed.name}: no sessions: of {len(fit)} interactions, {len(rows)} were cut into "
+            f"{len(members)} candidates, {long_enough} of them with min_session_items={args.min_session_items} and "
             f"min_history_items={args.min_history_items}, none of those by "
             f"quality_predicates={args.quality_predicates}. Lower these, or choose another session_cut than "
             f"{args.session_cut} or another positive_feedback than {feed.positive_feedback}."
@@ -272,17 +230,19 @@ def _sessions(fit: pd.DataFrame, rows: np.ndarray, feed: Feed, args: DataArgumen
     members, lengths, first = members[kept], lengths[kept], first[kept]
     history_length, history_end = np.minimum(history_length[kept], args.history_items), history_end[kept]
 
-    user_ids = pd.Series(fit["user_id"].to_numpy()[first])
+    user_ids = fit["user_id"].iloc[first]
     columns = {
         "user_id": id_array(user_ids),
         "timestamp": pa.array(fit["timestamp"].to_numpy()[first]),
         **histories.columns(history_end - history_length, history_length, user_ids),
-        "session_item_ids": _padded_list_array(id_array(fit["item_id"]), members, lengths),
-        "watch_time": pa.array(_total(fit, "watch_time", members).astype(np.float32)),
+        "session_item_ids": _lists_by_index(id_array(fit["item_id"]), members[members >= 0], lengths),
     }
-    labels = session_labels(fit, members)
-    columns |= {label: pa.array(labels[label]) for label in SESSION_LABELS}
     return arrow_dataset(columns)
+
+
+def exposure_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
+    """[`pretraining_sessions`] of all exposures, negatives included, whatever `args.session_source` says."""
+    return pretraining_sessions(fit, feed, replace(args, session_source="exposed"))
 
 
 def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tuple[np.ndarray, np.ndarray]:
@@ -319,10 +279,8 @@ def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tup
     return groups, timed
 
 
-def _cut(
-    rows: np.ndarray, groups: np.ndarray, timed: np.ndarray, args: DataArguments
-) -> tuple[np.ndarray, np.ndarray]:
-    """Chunks of at most session_items rows of one group: (rows [S, m] padded with -1, lengths [S])."""
+def _cut(rows: np.ndarray, groups: np.ndarray, timed: np.ndarray, args: DataArguments) -> tuple[np.ndarray, ...]:
+    """Chunks of at most session_items rows of one group: (rows (S, m) padded with -1, lengths (S,))."""
     m = args.session_items
     # Groups are numbered by their first row, so a session that is interleaved with another is gathered again.
     rows = rows[np.argsort(groups[rows], kind="stable")]
@@ -340,39 +298,6 @@ def _cut(
     return members.reshape(len(starts), m), lengths
 
 
-def _gather(fit: pd.DataFrame, column: str, members: np.ndarray, fill: float) -> np.ndarray:
-    """Values [S, m] of a feedback column, `fill` where padded; NaN where unknown or where there is no such column."""
-    if column not in fit:
-        return np.where(members >= 0, np.nan, fill)
-    return np.where(members >= 0, fit[column].to_numpy(dtype=np.float64)[members], fill)
-
-
-def _total(fit: pd.DataFrame, column: str, members: np.ndarray) -> np.ndarray:
-    return _gather(fit, column, members, 0.0).sum(axis=1)
-
-
-def session_labels(interactions: pd.DataFrame, members: np.ndarray) -> dict[str, np.ndarray]:
-    """The four labels of sessions.
-
-    Args:
-        interactions: canonical interactions.
-        members: int [S, m], row numbers of `interactions`, padded with -1.
-
-    Returns:
-        swt, vtr, wtr, ltr (see schema.py), each float32 [S]; NaN where the feedback of one of the items is unknown.
-    """
-    members = np.asarray(members)
-    watched = _gather(interactions, "watch_time", members, 0.0)
-    duration = _gather(interactions, "duration", members, 0.0)
-    total = duration.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        labels = {"swt": np.where(total > 0, np.minimum(watched, duration).sum(axis=1) / total, np.nan)}
-    lengths = (members >= 0).sum(axis=1)
-    for label, source in LABEL_SOURCES.items():
-        labels[label] = _total(interactions, source, members) / lengths
-    return {label: values.astype(np.float32) for label, values in labels.items()}
-
-
 def _quality(fit: pd.DataFrame, members: np.ndarray, args: DataArguments) -> np.ndarray:
     """Whether each session satisfies the quality predicates on its totals (unknown values count as 0)."""
     if not args.quality_predicates:
@@ -380,12 +305,9 @@ def _quality(fit: pd.DataFrame, members: np.ndarray, args: DataArguments) -> np.
     held = []
     for text in args.quality_predicates:
         predicate = FeedbackPredicate.parse(text, feedback_columns(fit))
-        values = _gather(fit, predicate.column, members, 0.0)
-        held.append(predicate.holds(np.nansum(values, axis=1)))
+        values = fit[predicate.column].to_numpy(dtype=np.float64)[members]
+        held.append(predicate.holds(np.nansum(np.where(members >= 0, values, 0.0), axis=1)))
     return np.logical_and.reduce(held) if args.quality_join == "all" else np.logical_or.reduce(held)
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Dataset:
@@ -421,25 +343,24 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
     return arrow_dataset(columns)
 
 
-# --------------------------------------------------------------------------------------------------------------- Arrow
-
-
 def id_array(ids: pd.Series) -> pa.Array:
     return pa.array(ids.to_numpy(), type=pa.int64() if id_type(ids) == "int64" else pa.string())
 
 
+def user_categories(table: pd.DataFrame, user_ids: pd.Series, names: Sequence[str]) -> pa.Array:
+    """Struct array of users' categories in the named columns of the table of users."""
+    found = table.set_index("user_id").reindex(user_ids)
+    return pa.StructArray.from_arrays([pa.array(found[name], type=pa.string()) for name in names], list(names))
+
+
 def list_array(values: pa.Array, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
     """A list of values[start : start + length] for each pair."""
+    index = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths - starts, lengths)
+    return _lists_by_index(values, index, lengths)
+
+
+def _lists_by_index(values: pa.Array, index: np.ndarray, lengths: np.ndarray) -> pa.Array:
     offsets = np.r_[0, np.cumsum(lengths)]
-    index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, lengths)
-    return _lists_by_index(values, index, offsets)
-
-
-def _padded_list_array(values: pa.Array, members: np.ndarray, lengths: np.ndarray) -> pa.Array:
-    return _lists_by_index(values, members[members >= 0], np.r_[0, np.cumsum(lengths)])
-
-
-def _lists_by_index(values: pa.Array, index: np.ndarray, offsets: np.ndarray) -> pa.Array:
     if offsets[-1] > np.iinfo(np.int32).max:
         raise DataError(
             f"the lists hold {offsets[-1]} items, more than Arrow's 32-bit offsets reach. Raise session_stride or "

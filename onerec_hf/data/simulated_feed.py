@@ -130,7 +130,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def topic_fatigue(topics: np.ndarray) -> np.ndarray:
-    """For each place of sessions [..., m] of topics: how many earlier places hold the same topic."""
+    """For each place of sessions (..., m) of topics: how many earlier places hold the same topic."""
     same = topics[..., :, None] == topics[..., None, :]
     return np.tril(same, k=-1).sum(axis=-1)
 
@@ -140,17 +140,15 @@ class SimulatedFeed:
 
     Args:
         parameters: see SimulatedFeedParameters.
-        truth: item_topics [N], item_latents [N, d], item_quality [N], item_durations [N] (s), item_embeddings [N, 32],
-            start_tastes and end_tastes [U, d] (a_u and b_u), policy_noise [U, d].
-        log: columns of the interactions, each [R]: user and item (row numbers), timestamp, session_id, feedback.
+        truth: item_topics (N,), item_latents (N, d), item_quality (N,), item_durations (N,) [s],
+            item_embeddings (N, 32), start_tastes and end_tastes (U, d), which are a_u and b_u, policy_noise (U, d).
+        log: columns of the interactions, each (R,): user and item (row numbers), timestamp, session_id, feedback.
     """
 
     def __init__(self, parameters: SimulatedFeedParameters, truth: dict[str, np.ndarray], log: dict[str, np.ndarray]):
         self.parameters, self.truth, self.log = parameters, truth, log
         self.user_ids = FIRST_USER_ID + np.arange(parameters.users)
         self.item_ids = FIRST_ITEM_ID + np.arange(parameters.items)
-
-    # ------------------------------------------------------------------------------------------------- generation
 
     @classmethod
     def generate(cls, users: int = 2000, items: int = 2000, seed: int = 0, **parameters) -> SimulatedFeed:
@@ -180,9 +178,8 @@ class SimulatedFeed:
         requests = rng.integers(p.min_requests, p.max_requests + 1, size=p.users)
         sizes = rng.integers(p.min_request_items, p.max_request_items + 1, size=(p.users, p.max_requests))
         starts = self._request_starts(requests, rng)
-        popularity = np.exp(
-            p.popularity_quality * self.truth["item_quality"] + p.popularity_noise * rng.standard_normal(p.items)
-        )
+        appeal = p.popularity_quality * self.truth["item_quality"] + p.popularity_noise * rng.standard_normal(p.items)
+        popularity = np.exp(appeal)
         popularity = (popularity / popularity.sum()).astype(np.float32)
         parts = []
         for first in range(0, p.users, USERS_AT_ONCE):
@@ -204,7 +201,7 @@ class SimulatedFeed:
         return log
 
     def _request_starts(self, requests: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Times [U, max_requests] in seconds since the start of the log, ascending; inf beyond a user's requests."""
+        """Times (U, max_requests) in seconds since the start of the log, ascending; inf beyond a user's requests."""
         p = self.parameters
         slots = int(p.days * DAY / REQUEST_GRID)
         hour = (np.arange(slots) * REQUEST_GRID / 3600) % 24
@@ -217,7 +214,7 @@ class SimulatedFeed:
         return drawn * REQUEST_GRID + rng.uniform(0, REQUEST_JITTER, size=drawn.shape)
 
     def _expose(self, users, starts, popularity, unseen, rng: np.random.Generator) -> np.ndarray:
-        """Items [B, max_request_items] that the logging policy shows next, in order."""
+        """Items (B, max_request_items) that the logging policy shows next, in order."""
         p, truth = self.parameters, self.truth
         taste = self.tastes(users, starts / (p.days * DAY))
         taste = _unit(taste + p.policy_noise * truth["policy_noise"][users]).astype(np.float32)
@@ -255,24 +252,21 @@ class SimulatedFeed:
             "item": shown,
             "timestamp": LOG_START + starts[:, None] + elapsed + np.arange(shown.shape[1]),
             "session_id": np.broadcast_to(starts[:, None] // REQUEST_GRID, shown.shape),
-            "watch_time": watch.astype(np.float32),
-            "duration": duration.astype(np.float32),
-            "view": view.astype(np.float32),
-            "like": like.astype(np.float32),
-            "follow": follow.astype(np.float32),
         }
+        feedback = {"watch_time": watch, "duration": duration, "view": view, "like": like, "follow": follow}
+        columns |= {name: values.astype(np.float32) for name, values in feedback.items()}
         return {name: values[kept] for name, values in columns.items()}
 
-    # ------------------------------------------------------------------------------------------------------ truth
+    # The truth
 
     def tastes(self, users: np.ndarray, progress: np.ndarray | float) -> np.ndarray:
-        """v_u(s) [B, d] of user row numbers [B] at s in [0, 1] (scalar or [B])."""
+        """v_u(s) (B, d) of user row numbers (B,) at s in [0, 1] (scalar or (B,))."""
         progress = np.broadcast_to(progress, len(users))[:, None]
         truth = self.truth
         return _unit((1 - progress) * truth["start_tastes"][users] + progress * truth["end_tastes"][users])
 
     def affinities(self, users: np.ndarray, items: np.ndarray, progress: np.ndarray | float = 1.0) -> np.ndarray:
-        """A_ui(s) of user row numbers [B] and item row numbers [B, ...]."""
+        """A_ui(s) of user row numbers (B,) and item row numbers (B, ...)."""
         return self._affinities(self.tastes(users, progress), items)
 
     def _affinities(self, tastes: np.ndarray, items: np.ndarray) -> np.ndarray:
@@ -280,13 +274,12 @@ class SimulatedFeed:
         # All scores first: at most B x N, where gathering latents would take B x ... x d.
         match = tastes @ truth["item_latents"].T
         match = np.take_along_axis(match, items.reshape(len(items), -1), axis=1).reshape(items.shape)
-        item_term = p.quality_scale * truth["item_quality"] - p.duration_scale * np.log(
-            truth["item_durations"] / p.median_duration
-        )
+        length = np.log(truth["item_durations"] / p.median_duration)
+        item_term = p.quality_scale * truth["item_quality"] - p.duration_scale * length
         return p.affinity_scale * match + item_term[items]
 
     def _feedback_given(self, tastes: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
-        """Probabilities and expected watched shares, each of the shape of `items` [B, ..., m], places last."""
+        """Probabilities and expected watched shares, each of the shape of `items` (B, ..., m), places last."""
         p = self.parameters
         affinity = self._affinities(tastes, items)
         fatigue = topic_fatigue(self.truth["item_topics"][items])
@@ -301,15 +294,8 @@ class SimulatedFeed:
         }
 
     def expected_feedback(self, user_ids, session_item_ids) -> dict[str, np.ndarray]:
-        """Exact expectation of the four labels if these sessions were shown at the end of the log (s = 1).
-
-        Args:
-            user_ids: [B].
-            session_item_ids: [B, C, m] (or [B, m]), in the order of exposure; -1 marks a place of no item: the whole
-                session then has no value.
-
-        Returns:
-            swt, vtr, wtr, ltr: float64 [B, C] (or [B]) in [0, 1], NaN for sessions with a place of no item.
+        """Exact expectations of swt, vtr, wtr and ltr if these sessions were shown at the end of the log (s = 1), see
+        [`SessionSimulator`].
 
         Raises:
             DataError: an unknown user or item.
@@ -318,8 +304,8 @@ class SimulatedFeed:
         sessions = np.asarray(session_item_ids)
         if sessions.ndim not in (2, 3) or len(sessions) != len(users):
             raise DataError(
-                f"simulated feed: sessions have shape {sessions.shape} for {len(users)} users; give [B, C, m] "
-                "or [B, m]."
+                f"simulated feed: sessions have shape {sessions.shape} for {len(users)} users; give (B, C, m) "
+                "or (B, m)."
             )
         absent = sessions == -1
         items = self._rows(np.where(absent, FIRST_ITEM_ID, sessions), FIRST_ITEM_ID, self.parameters.items, "item")
@@ -339,15 +325,15 @@ class SimulatedFeed:
     @staticmethod
     def _rows(ids: np.ndarray, first_id: int, count: int, kind: str) -> np.ndarray:
         rows = ids - first_id
-        unknown = (rows < 0) | (rows >= count)
-        if unknown.any():
+        foreign = (rows < 0) | (rows >= count)
+        if foreign.any():
             raise DataError(
-                f"simulated feed: there is no {kind} {ids[unknown].flat[0]}; the ids are {first_id} to "
+                f"simulated feed: there is no {kind} {ids[foreign].flat[0]}; the ids are {first_id} to "
                 f"{first_id + count - 1}. Give the feed's own ids, not row numbers."
             )
         return rows
 
-    # ------------------------------------------------------------------------------------------------- feed, files
+    # Feed and files
 
     def feed(self) -> Feed:
         """The log in the schema of real data."""
@@ -397,9 +383,8 @@ def _draw_truth(p: SimulatedFeedParameters, rng: np.random.Generator) -> dict[st
     durations = np.clip(p.median_duration * np.exp(length), p.min_duration, p.max_duration)
     seen = np.column_stack([latents, p.embedding_quality * quality])
     mixing = rng.standard_normal((seen.shape[1], p.embedding_size)) / np.sqrt(seen.shape[1])
-    embeddings = seen @ mixing + p.embedding_noise * rng.standard_normal((p.items, p.embedding_size)) / np.sqrt(
-        p.embedding_size
-    )
+    noise = p.embedding_noise * rng.standard_normal((p.items, p.embedding_size))
+    embeddings = seen @ mixing + noise / np.sqrt(p.embedding_size)
 
     # Three different favourite topics a user, drawn by weight: two of the start, and the one that may come later.
     favourites = np.argsort(rng.standard_exponential((p.users, p.topics)) / weights, axis=1)[:, :3]
@@ -409,11 +394,8 @@ def _draw_truth(p: SimulatedFeedParameters, rng: np.random.Generator) -> dict[st
     replaced_first = drifts & (rng.random(p.users) < 0.5)
     replaced_second = drifts & ~replaced_first
     start = first + p.second_topic_weight * second + noise
-    end = (
-        np.where(replaced_first[:, None], third, first)
-        + p.second_topic_weight * np.where(replaced_second[:, None], third, second)
-        + noise
-    )
+    first, second = np.where(replaced_first[:, None], third, first), np.where(replaced_second[:, None], third, second)
+    end = first + p.second_topic_weight * second + noise
     return {
         "item_topics": topics,
         "item_latents": latents,

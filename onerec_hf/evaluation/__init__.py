@@ -1,11 +1,18 @@
-"""Offline evaluation (Table 1, and what it leaves out): item-level metrics, judges, baselines and the report."""
+"""Offline evaluation (Table 1, and what it leaves out): item-level metrics, judges, baselines, estimates on a log.
 
-from .alignment_report import last_kept
+It measures; `onerec_hf.reporting` shows what was measured.
+"""
+
+import importlib
+import warnings
+
+from .alignment_checks import AlignmentChecks
 from .baselines import EASE, Baseline, ItemKNN, Popularity
 from .bootstrap import bootstrap_interval, coverage_change, percentile_interval, relative_change, resampled_means
 from .counterfactual import LoggedFeedback, PolicyOnLog, exposure_shares
-from .policy_comparison import comparison_figure, comparison_table
-from .policy_results import PolicyResults, popular_item_share, popular_items
+from .logged_exposures import LoggedExposures
+from .policy_evaluator import CUTOFFS, EvaluationOptions, PolicyEvaluator
+from .policy_results import PolicyResults, last_kept, popular_item_share, popular_items
 from .ranked_sessions import sessions_of_ranking
 from .ranking_metrics import (
     COVERAGE_CUTOFF,
@@ -16,43 +23,14 @@ from .ranking_metrics import (
     ranking_metrics,
     user_metrics,
 )
-from .report import print_table, write_report
 from .sasrec import SASRec
 from .session_judges import REWARD, judge_by_model, judge_by_truth, mean_and_max, scalar_of
 
-__all__ = [
-    "COVERAGE_CUTOFF",
-    "EASE",
-    "REWARD",
-    "Baseline",
-    "ItemKNN",
-    "LoggedFeedback",
-    "PolicyOnLog",
-    "PolicyResults",
-    "Popularity",
-    "SASRec",
-    "bootstrap_interval",
-    "comparison_figure",
-    "comparison_table",
-    "coverage_change",
-    "duplicate_rate",
-    "exposure_shares",
-    "illegal_rate",
-    "intra_session_diversity",
-    "judge_by_model",
-    "judge_by_truth",
-    "last_kept",
-    "mean_and_max",
-    "percentile_interval",
-    "popular_item_share",
-    "popular_items",
-    "print_table",
-    "rank_items",
-    "ranking_metrics",
-    "relative_change",
-    "resampled_means",
-    "scalar_of",
-    "sessions_of_ranking",
-    "user_metrics",
-    "write_report",
-]
+_MOVED_TO_REPORTING = ("comparison_figure", "comparison_table", "print_table", "write_report")
+
+
+def __getattr__(name: str):
+    if name not in _MOVED_TO_REPORTING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} has moved to onerec_hf.reporting", FutureWarning, stacklevel=2)
+    return getattr(importlib.import_module("onerec_hf.reporting"), name)

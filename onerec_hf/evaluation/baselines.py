@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,11 +25,7 @@ class Baseline(ABC):
 
     @abstractmethod
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> Baseline:
-        """Fit on every user's history before the evaluation period, and return self.
-
-        Args:
-            histories: one int array of catalogue indices a user, oldest first.
-            num_items: size N of the catalogue.
+        """Fit on every user's history before the evaluation period, over a catalogue of N items, and return self.
 
         Raises:
             ValueError: no interactions, or an index outside the catalogue.
@@ -36,39 +33,33 @@ class Baseline(ABC):
 
     @abstractmethod
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """Scores of the whole catalogue, higher is better: float32 [B, N]."""
+        """Scores of the whole catalogue, higher is better: (B, N)."""
 
     def rank(
         self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int = 512
     ) -> np.ndarray:
-        """Rank the catalogue for each history.
+        """Each history's ranking of the catalogue, (B, k) catalogue indices, best first, -1 for nothing.
 
         Args:
-            histories: B int arrays of catalogue indices, oldest first, untruncated.
-            k: length of each ranking.
+            histories: B of them, untruncated.
             exclude_consumed: leave out the items of the history.
             batch_size: users scored at a time; memory is about 30 * batch_size * N bytes.
-
-        Returns:
-            int64 [B, k] of catalogue indices, best first, -1 for nothing.
         """
         return self.rank_with_scores(histories, k, exclude_consumed, batch_size)[0]
 
     def rank_with_scores(
         self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int = 512
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `rank`, and the ranked items' scores, float32 [B, k], -inf where there is no item."""
+        """As `rank`, and the ranked items' scores, (B, k), -inf where there is no item."""
         ranked = np.full((len(histories), k), -1, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
-        description = f"rank by {type(self).__name__}"
-        for start in tqdm(range(0, len(histories), batch_size), desc=description, leave=False):
+        starts = range(0, len(histories), batch_size)
+        for start in tqdm(starts, desc=f"rank by {type(self).__name__}", leave=False):
             batch = histories[start : start + batch_size]
-            excluded = batch if exclude_consumed else None
             every = self.score(batch)
-            found = rank_items(every, excluded, k).cpu()
-            ranked[start : start + len(batch)] = found.numpy()
+            found = rank_items(every, batch if exclude_consumed else None, k).cpu()
             found_scores = every.cpu().gather(1, found.clamp(min=0)).masked_fill(found < 0, -torch.inf)
-            scores[start : start + len(batch)] = found_scores.numpy()
+            ranked[start : start + len(batch)], scores[start : start + len(batch)] = found, found_scores
         return ranked, scores
 
 
@@ -84,6 +75,7 @@ class Popularity(Baseline):
         return self.counts.expand(len(histories), -1)
 
 
+@dataclass(eq=False)
 class ItemKNN(Baseline):
     """Item-based nearest neighbours: cosine of co-consumption, shrunk towards 0 for rare items.
 
@@ -96,10 +88,9 @@ class ItemKNN(Baseline):
         half_life: number of later items after which an item of the history counts half; None: all count alike.
     """
 
-    def __init__(self, neighbours: int = 500, shrinkage: float = 5.0, half_life: float | None = 10.0):
-        self.neighbours = neighbours
-        self.shrinkage = shrinkage
-        self.half_life = half_life
+    neighbours: int = 500
+    shrinkage: float = 5.0
+    half_life: float | None = 10.0
 
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> ItemKNN:
         self.num_items = num_items
@@ -117,12 +108,8 @@ class ItemKNN(Baseline):
             row, column, similarity = row[order], column[order], similarity[order]
             rank_in_row = np.arange(len(row)) - np.searchsorted(row, row)
             kept = rank_in_row < self.neighbours
-            blocks.append(
-                sparse.csr_array(
-                    (similarity[kept].astype(np.float32), (row[kept], column[kept])),
-                    shape=(counts.shape[0], num_items),
-                )
-            )
+            entries = similarity[kept].astype(np.float32), (row[kept], column[kept])
+            blocks.append(sparse.csr_array(entries, shape=(counts.shape[0], num_items)))
         self.similarity = sparse.vstack(blocks, format="csr")
         return self
 
@@ -131,6 +118,7 @@ class ItemKNN(Baseline):
         return torch.from_numpy((weights @ self.similarity).toarray())
 
 
+@dataclass(eq=False)
 class EASE(Baseline):
     """Embarrassingly shallow autoencoder (Steck, 2019): the closed-form ridge regression of each item on all others.
 
@@ -142,9 +130,8 @@ class EASE(Baseline):
         half_life: number of later items after which an item of the history counts half when scoring; None: all alike.
     """
 
-    def __init__(self, regularization: float = 300.0, half_life: float | None = 10.0):
-        self.regularization = regularization
-        self.half_life = half_life
+    regularization: float = 300.0
+    half_life: float | None = 10.0
 
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> EASE:
         if self.regularization <= 0:
@@ -174,7 +161,7 @@ class EASE(Baseline):
 def interaction_matrix(
     histories: Sequence[np.ndarray], num_items: int, half_life: float | None = None
 ) -> sparse.csr_array:
-    """Which user consumed which item, as float32 [B, N].
+    """Which user consumed which item, as (B, N).
 
     An entry is 1, or with a half-life .5 ** (number of later items / half_life) at the item's latest occurrence.
 

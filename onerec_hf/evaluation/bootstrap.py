@@ -5,24 +5,18 @@ Whatever is compared is resampled by the same draws of users, so that a change b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-RESAMPLES = 1000
+CONFIDENCE, RESAMPLES = 0.95, 1000
 _DRAWS_AT_ONCE = 4_000_000
 
 
 def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Means over resamples of the users, drawn with replacement.
+    """Means (R, ...) over R resamples of the users, drawn with replacement; NaN where a resample holds no value.
 
     Args:
-        values: [B, ...], a user's values in each row; NaN is left out of its mean.
-        resamples: R.
+        values: (B, ...) a user's values in each row; NaN is left out of its mean.
         seed: the same seed draws the same users for all arrays of B rows.
-
-    Returns:
-        float64 [R, ...]; NaN where a resample holds no value.
 
     Raises:
         ValueError: there is no user.
@@ -33,67 +27,46 @@ def resampled_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 
     flat = values.reshape(len(values), -1)
     known = ~np.isnan(flat)
     present = np.where(known, flat, 0.0)
-    means = []
-    for counts in _user_counts(len(values), resamples, seed):
+    generator, num_users, means = np.random.default_rng(seed), len(values), []
+    rows = max(1, _DRAWS_AT_ONCE // num_users)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        drawn = generator.integers(num_users, size=(size, num_users)) + np.arange(size)[:, None] * num_users
+        counts = np.bincount(drawn.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
         with np.errstate(invalid="ignore"):
             means.append((counts @ present) / (counts @ known))
     return np.concatenate(means).reshape(resamples, *values.shape[1:])
 
 
-def _user_counts(num_users: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each user is drawn, float64 [some of the R resamples, B]."""
-    generator = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_AT_ONCE // num_users)
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
-        drawn = generator.integers(num_users, size=(size, num_users)) + np.arange(size)[:, None] * num_users
-        yield np.bincount(drawn.ravel(), minlength=size * num_users).reshape(size, num_users).astype(np.float64)
-
-
-def percentile_interval(draws: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The ends of the middle `confidence` of resampled figures [R].
-
-    Raises:
-        ValueError: a confidence outside (0, 1).
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    tail = (1 - confidence) / 2
+def percentile_interval(draws: np.ndarray) -> tuple[float, float]:
+    """The ends of the middle 95% of resampled figures (R,)."""
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def bootstrap_interval(
-    values: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean.
+def bootstrap_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """95% percentile bootstrap interval of a mean.
 
     Args:
-        values: [B], one value a user; NaN is left out.
-        confidence: probability mass between the ends.
-
-    Returns:
-        The lower and the upper end.
+        values: (B,) one value a user; NaN is left out.
 
     Raises:
-        ValueError: no values, or a confidence outside (0, 1).
+        ValueError: no values.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or np.isnan(values).all():
         raise ValueError(f"a bootstrap needs one value a user, got the shape {values.shape}")
-    return percentile_interval(resampled_means(values, resamples, seed), confidence)
+    return percentile_interval(resampled_means(values, resamples, seed))
 
 
 def relative_change(
-    before: np.ndarray, after: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    before: np.ndarray, after: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """mean(after) / mean(before) - 1 and its paired bootstrap interval.
+    """mean(after) / mean(before) - 1 and its paired 95% bootstrap interval; NaN throughout where the mean before is 0.
 
     Args:
-        before, after: [B], the same users' values under two policies; NaN is left out.
-
-    Returns:
-        The change and the ends of its interval; NaN throughout where the mean before is 0.
+        before, after: (B,) the same users' values under two policies; NaN is left out.
 
     Raises:
         ValueError: the numbers of users differ, or there is none.
@@ -106,12 +79,12 @@ def relative_change(
     draws = resampled_means(np.column_stack([before, after]), resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = draws[:, 1] / draws[:, 0] - 1
-    interval = percentile_interval(ratios[np.isfinite(ratios)], confidence)
+    interval = percentile_interval(ratios[np.isfinite(ratios)])
     return float(np.nanmean(after) / np.nanmean(before) - 1), interval
 
 
 def coverage_change(
-    before: np.ndarray, after: np.ndarray, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    before: np.ndarray, after: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
     """Relative change of the number of different items that all users' lists hold, and its paired interval.
 
@@ -119,10 +92,7 @@ def coverage_change(
     than of others: the resamples give the interval its width, the change of all users its place.
 
     Args:
-        before, after: int [B, k], catalogue indices by user, -1 for nothing.
-
-    Returns:
-        The change and the ends of its interval.
+        before, after: (B, k) catalogue indices by user, -1 for nothing.
 
     Raises:
         ValueError: the numbers of users differ, or there is none, or nothing was ranked before.
@@ -144,4 +114,4 @@ def coverage_change(
     draws = [generator.integers(len(before), size=len(before)) for _ in range(resamples)]
     ratios = np.array([covered(after, users) / covered(before, users) - 1 for users in draws])
     change = covered(after, everyone) / covered(before, everyone) - 1
-    return change, percentile_interval(ratios - ratios.mean() + change, confidence)
+    return change, percentile_interval(ratios - ratios.mean() + change)

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
+from ..staged_files import staged_file
 from .bootstrap import percentile_interval, resampled_means
 
 SMOOTHING = 1.0
@@ -30,7 +33,7 @@ MEAN_WEIGHTS = (0.5, 2.0)  # outside of them the propensities are too wrong to w
 
 
 def exposure_shares(items: np.ndarray, num_items: int, smoothing: float = SMOOTHING) -> np.ndarray:
-    """Estimated propensity float64 [N] of each item: its share of the exposures, each item's count raised by
+    """Estimated propensity (N,) of each item: its share of the exposures, each item's count raised by
     `smoothing`, so that no propensity is 0."""
     counts = np.bincount(np.asarray(items), minlength=num_items).astype(np.float64) + smoothing
     return counts / counts.sum()
@@ -41,22 +44,32 @@ class PolicyOnLog:
     """A target policy on the logged exposures of U users, up to K each.
 
     Args:
-        log_probs: [U, K], log pi(a | x) of what was shown; NaN where nothing was.
-        expected: head -> [U], E_(a ~ pi) q(x, a).
+        log_probs: (U, K) log pi(a | x) of what was shown; NaN where nothing was.
+        expected: by objective (U,) E_(a ~ pi) q(x, a).
     """
 
     log_probs: np.ndarray
     expected: Mapping[str, np.ndarray]
 
+    def save(self, path: Path) -> None:
+        """Writes one .safetensors file, whole or not at all."""
+        with staged_file(path) as partial:
+            save_file({"log_probs": self.log_probs, **self.expected}, partial)
+
+    @classmethod
+    def load(cls, path: Path) -> PolicyOnLog:
+        expected = load_file(path)
+        return cls(expected.pop("log_probs"), expected)
+
 
 @dataclass
 class LoggedFeedback:
-    """The log of U users, up to K exposures each.
+    """What U users were shown, up to K exposures each, and what they did about it.
 
     Args:
-        propensities: [U, K], of what was shown; NaN where nothing was.
-        labels: head -> [U, K], feedback in [0, 1]; NaN where nothing was shown or the feedback is unknown.
-        predicted: head -> [U, K], q(x, a) of what was shown.
+        propensities: (U, K), of what was shown; NaN where nothing was.
+        labels: by objective (U, K), feedback in [0, 1]; NaN where nothing was shown or the feedback is unknown.
+        predicted: by objective (U, K), q(x, a) of what was shown.
         clip: largest weight.
     """
 
@@ -66,21 +79,18 @@ class LoggedFeedback:
     clip: float
 
     def weights(self, policy: PolicyOnLog) -> np.ndarray:
-        """w [U, K], cut at `clip`; NaN where nothing was shown."""
+        """w (U, K), cut at `clip`; NaN where nothing was shown."""
         return np.minimum(np.exp(policy.log_probs) / self.propensities, self.clip)
 
     def estimates(self, policy: PolicyOnLog, seed: PolicyOnLog | None = None) -> dict[str, Any]:
-        """What the policy would earn by head, with 95% bootstrap intervals over users.
+        """What the policy would earn by objective, with 95% bootstrap intervals over users.
 
         Args:
             policy: what is estimated.
             seed: the policy to compare with, on the same log.
 
         Returns:
-            `exposures`, `effective_sample_size`, `mean_weight`, `clipped_share` and `conclusive` (whether the
-            effective sample reaches 100 and the mean weight lies in [0.5, 2]), and `heads`: by head `logged` (mean
-            label), `snips` and `doubly_robust`, each with `<estimate>_interval`; with `seed` also
-            `<estimate>_difference` to it and `<estimate>_difference_interval`, paired by user.
+            `on_log` of metrics.json (`reporting.metrics_schema`); the differences are there with `seed`.
 
         Raises:
             ValueError: if no logged item has a probability under the policy.
@@ -99,12 +109,12 @@ class LoggedFeedback:
             "conclusive": effective >= MIN_EFFECTIVE_SAMPLES and MEAN_WEIGHTS[0] <= mean_weight <= MEAN_WEIGHTS[1],
             "heads": {},
         }
-        for head, labels in self.labels.items():
-            if not (~np.isnan(labels)).any():
+        for objective, labels in self.labels.items():
+            if np.isnan(labels).all():
                 continue
-            value, draws = self._head(head, policy)
+            value, draws = self._estimates(objective, policy)
             entry: dict[str, Any] = {"logged": float(np.nanmean(labels))}
-            former = None if seed is None else self._head(head, seed)
+            former = None if seed is None else self._estimates(objective, seed)
             for name in value:
                 entry[name] = value[name]
                 entry[f"{name}_interval"] = list(percentile_interval(draws[name]))
@@ -112,24 +122,18 @@ class LoggedFeedback:
                     entry[f"{name}_difference"] = value[name] - former[0][name]
                     difference = draws[name] - former[1][name]
                     entry[f"{name}_difference_interval"] = list(percentile_interval(difference))
-            result["heads"][head] = entry
+            result["heads"][objective] = entry
         return result
 
-    def _head(self, head: str, policy: PolicyOnLog) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Both estimates, and their resamples [R]."""
-        labels = self.labels[head]
+    def _estimates(self, objective: str, policy: PolicyOnLog) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Both estimates, and their resamples (R,)."""
+        labels = self.labels[objective]
         known = ~np.isnan(labels)
         weights = np.where(known, self.weights(policy), 0.0)
-        labels, predicted = np.where(known, labels, 0.0), np.where(known, self.predicted[head], 0.0)
-        sums = np.column_stack(
-            [
-                (weights * labels).sum(1),
-                weights.sum(1),
-                (weights * (labels - predicted)).sum(1),
-                known.sum(1) * np.nan_to_num(policy.expected[head]),
-                known.sum(1),
-            ]
-        )
+        labels, predicted = np.where(known, labels, 0.0), np.where(known, self.predicted[objective], 0.0)
+        expected = known.sum(1) * np.nan_to_num(policy.expected[objective])
+        earned, residual = (weights * labels).sum(1), (weights * (labels - predicted)).sum(1)
+        sums = np.column_stack([earned, weights.sum(1), residual, expected, known.sum(1)])
 
         def estimate(means: np.ndarray) -> dict[str, np.ndarray]:
             earned, weight, residual, expected, count = np.moveaxis(means, -1, 0)

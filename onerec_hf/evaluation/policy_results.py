@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from ..staged_files import staged_file
 from .bootstrap import bootstrap_interval, coverage_change, relative_change
@@ -20,12 +22,13 @@ CHANGES = ("recall@10", "ndcg@10", "recall@50", "popular_item_share")
 
 @dataclass
 class PolicyResults:
-    """
+    """A policy's figures, those that are means over users still by user.
+
     Args:
         facts: figures that are not means over users, such as the illegal rate; JSON.
-        by_user: float64 [B] each, B the users that it was measured on: `recall@10` and other figures of the ranking,
-            `kl_to_seed` [nats], `popular_item_share`, and `<judge>/<head>_mean` and `<judge>/<head>_max`.
-        top_items: int64 [B, k], the ranked items that coverage counts, -1 for nothing.
+        by_user: (B,) each, B the users that it was measured on: `recall@10` and other figures of the ranking,
+            `kl_to_seed` [nats], `popular_item_share`, and `<judge>/<objective>_mean` and `<judge>/<objective>_max`.
+        top_items: (B, k) the ranked items that coverage counts, -1 for nothing.
         num_items: size of the catalogue.
     """
 
@@ -43,21 +46,18 @@ class PolicyResults:
 
     @classmethod
     def load(cls, path: Path) -> PolicyResults:
-        arrays = load_file(path)
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        about = header["__metadata__"]
+        with safe_open(path, framework="numpy") as file:
+            about, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return cls(json.loads(about["facts"]), arrays, arrays.pop(TOP_ITEMS), int(about["num_items"]))
 
     def summary(self, before: PolicyResults | None = None) -> dict[str, Any]:
-        """Means over users, each with `<name>_interval`, its 95% bootstrap interval.
+        """Means over users, each with its 95% bootstrap interval.
 
         Args:
             before: the same users' results under another policy, such as the seed model.
 
         Returns:
-            The facts, the means, `coverage`, `judges` (judge -> means by head), and with `before` `change`: for the
-            figures of `CHANGES`, `coverage` and, in `judges`, every judge's, `relative` and `interval`, paired.
+            A round of "alignment" in metrics.json (`reporting.metrics_schema`); with `before` also its `change`.
         """
         result: dict[str, Any] = dict(self.facts)
         judges: dict[str, dict[str, Any]] = {}
@@ -88,11 +88,17 @@ class PolicyResults:
         return change
 
 
+def last_kept(alignment: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The round of metrics.json's "alignment" that the run ends in: the last one that was not dropped."""
+    return [entry for entry in alignment if entry.get("kept", True)][-1]
+
+
 def popular_items(histories_items: np.ndarray, num_items: int, share: float = 0.01) -> np.ndarray:
-    """Bool [N], the most consumed `share` of the catalogue (at least one item); ties go to the lower index.
+    """Whether an item is among the most consumed `share` of the catalogue, (items,); at least one item is, and ties go
+    to the lower index.
 
     Args:
-        histories_items: int, catalogue indices of all consumed items of the fitted period.
+        histories_items: catalogue indices of all consumed items of the fitted period.
     """
     counts = np.bincount(histories_items, minlength=num_items)
     popular = np.zeros(num_items, dtype=bool)
@@ -101,11 +107,11 @@ def popular_items(histories_items: np.ndarray, num_items: int, share: float = 0.
 
 
 def popular_item_share(sessions: np.ndarray, popular: np.ndarray) -> np.ndarray:
-    """Share of popular items among each user's generated items, float64 [B]; NaN for a user without any.
+    """Share of popular items among each user's generated items, (users,); NaN for a user without any.
 
     Args:
-        sessions: int [B, ...], catalogue indices, -1 for nothing.
-        popular: bool [N].
+        sessions: (users, ...) catalogue indices, -1 for nothing.
+        popular: (items,) of [`popular_items`].
     """
     flat = np.asarray(sessions).reshape(len(sessions), -1)
     present = flat >= 0

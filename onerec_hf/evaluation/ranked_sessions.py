@@ -17,13 +17,12 @@ def sessions_of_ranking(
     A session's items stand in the order of the ranking. Exact with `num_sessions + session_items - 1` ranked items.
 
     Args:
-        items: int [B, k], catalogue indices, best first, -1 for nothing.
-        scores: float [B, k], such as log-probabilities, falling along a row where there is an item.
-        num_sessions: C.
-        session_items: m.
+        items: (B, k) catalogue indices, best first, -1 for nothing.
+        scores: (B, k) such as log-probabilities, falling along a row where there is an item.
+        num_sessions, session_items: C and m.
 
     Returns:
-        int64 [B, C, m], -1 throughout where a user's ranking has no further session, and the sums [B, C], -inf there.
+        (B, C, m), -1 throughout where a user's ranking has no further session, and the sums (B, C), -inf there.
 
     Raises:
         ValueError: the ranking is too short for the C best sessions, or its scores rise.
@@ -50,11 +49,11 @@ def sessions_of_ranking(
 
 @functools.lru_cache
 def candidate_places(num_sessions: int, session_items: int) -> np.ndarray:
-    """Places [S, m] in a ranking, rising along a row, of all sessions that can be among the best C.
+    """Places (S, m) in a ranking, rising along a row, of all sessions that can be among the best C.
 
     Every session whose places lie before another's, one by one, is as good or better. Moved up step by step, a session
-    whose places are d behind those of the top m in sum has d such ones; and one with j places that are each s or more
-    behind has (s + j over j) - 1 of them. Either number must be below C.
+    whose places are d after those of the top m in sum has d such ones; and one with j places that are each s or more
+    after theirs has (s + j over j) - 1 of them. Either number must be below C.
     """
     found: list[tuple[int, ...]] = []
 
@@ -63,7 +62,7 @@ def candidate_places(num_sessions: int, session_items: int) -> np.ndarray:
         if place == session_items:
             found.append(places)
             return
-        # Places are distinct: those behind are shifted at least as far as this one.
+        # Places are distinct: those after this one are shifted at least as far.
         shift = places[-1] - (place - 1) if places else 0
         left = session_items - place
         while shift * left <= budget and math.comb(shift + left, left) <= num_sessions:

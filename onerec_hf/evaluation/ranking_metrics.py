@@ -20,17 +20,13 @@ _SESSIONS_PER_BATCH = 16_384
 def rank_items(
     scores: torch.Tensor, excluded: Sequence[np.ndarray] | torch.Tensor | np.ndarray | None, k: int
 ) -> torch.Tensor:
-    """Rank the catalogue for each user.
+    """Each user's ranking of the catalogue, (B, k) catalogue indices, best first, filled up with -1.
 
     Equal scores are ordered by catalogue index, so that the result does not depend on the device or on the batch.
 
     Args:
-        scores: float tensor [B, N], compared in float32; -inf is never ranked.
-        excluded: items that may not be ranked: B arrays of catalogue indices, a bool mask [B, N], or None.
-        k: length of each ranking.
-
-    Returns:
-        LongTensor [B, k] of catalogue indices, best first, filled up with -1.
+        scores: (B, N) compared in float32; -inf is never ranked.
+        excluded: items that may not be ranked: B arrays of catalogue indices, a bool mask (B, N), or None.
 
     Raises:
         ValueError: a score is NaN, or shapes do not fit.
@@ -64,11 +60,9 @@ def _exclusion_mask(
     excluded: Sequence[np.ndarray] | torch.Tensor | np.ndarray, num_users: int, num_items: int
 ) -> torch.Tensor:
     if isinstance(excluded, (torch.Tensor, np.ndarray)) and excluded.ndim == 2:
-        mask = torch.as_tensor(excluded)
-        if mask.dtype != torch.bool or mask.shape != (num_users, num_items):
-            raise ValueError(
-                f"an exclusion mask must be bool [{num_users}, {num_items}], got {mask.dtype} {list(mask.shape)}"
-            )
+        mask, shape = torch.as_tensor(excluded), (num_users, num_items)
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(f"an exclusion mask must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
         return mask
     if len(excluded) != num_users:
         raise ValueError(f"{len(excluded)} lists of excluded items for {num_users} users")
@@ -103,15 +97,12 @@ def flatten_histories(histories: Sequence[np.ndarray], num_items: int) -> tuple[
 def user_metrics(
     ranked: np.ndarray, targets: np.ndarray, cutoffs: Sequence[int] = (5, 10, 50)
 ) -> dict[str, np.ndarray]:
-    """Recall and NDCG of each user, who has one relevant item.
+    """For each cutoff c "recall@c" (0 or 1) and "ndcg@c" (1 / log2(1 + rank) of the target) of each user, (B,).
 
     Args:
-        ranked: int [B, k], catalogue indices, best first, -1 for nothing.
-        targets: int [B], each user's next item.
+        ranked: (B, k) catalogue indices, best first, -1 for nothing.
+        targets: (B,) each user's next item, the only relevant one.
         cutoffs: list lengths; k must reach the longest.
-
-    Returns:
-        "recall@c" (0 or 1) and "ndcg@c" (1 / log2(1 + rank) of the target) -> float64 [B].
 
     Raises:
         ValueError: no users, shapes that do not fit, or an item ranked twice for a user.
@@ -150,22 +141,17 @@ def ranking_metrics(
     cutoffs: Sequence[int] = (5, 10, 50),
     interval_resamples: int = 0,
 ) -> dict[str, float | list[float]]:
-    """Mean Recall and NDCG over users, and catalogue coverage.
+    """Means of [`user_metrics`] over users, and "coverage": the share of the catalogue that is in the top 10 of at
+    least one user. It depends on the number of users: compare it only over the same users.
 
     Args:
-        ranked: int [B, k], catalogue indices, best first, -1 for nothing.
-        targets: int [B], each user's next item.
+        ranked, targets, cutoffs: as for [`user_metrics`].
         num_items: size N of the catalogue.
-        cutoffs: list lengths; k must reach the longest.
         interval_resamples: with more than 0, every metric but coverage gets "<metric>_interval", the ends of its
             95% bootstrap interval over users.
 
-    Returns:
-        "recall@c" and "ndcg@c" for each cutoff c, and "coverage": the share of the catalogue that is in the top 10
-        of at least one user. It depends on the number of users: compare it only over the same users.
-
     Raises:
-        ValueError: as `user_metrics`, or an index beyond the catalogue.
+        ValueError: as [`user_metrics`], or an index beyond the catalogue.
     """
     by_user = user_metrics(ranked, targets, cutoffs)
     ranked = np.asarray(ranked)
@@ -182,14 +168,12 @@ def ranking_metrics(
 
 
 def intra_session_diversity(sessions: np.ndarray | torch.Tensor, item_embeddings: np.ndarray | torch.Tensor) -> float:
-    """Mean pairwise cosine distance (0 same direction, 1 orthogonal, 2 opposite) of the items of a session.
+    """Mean pairwise cosine distance (0 same direction, 1 orthogonal, 2 opposite) of the items of a session, over the
+    sessions with at least two items; NaN where there is none.
 
     Args:
-        sessions: int [..., m], catalogue indices, -1 for nothing. An item that repeats counts with distance 0.
-        item_embeddings: float [N, D].
-
-    Returns:
-        The mean over sessions with at least two items; NaN where there is none.
+        sessions: (..., m) catalogue indices, -1 for nothing. An item that repeats counts with distance 0.
+        item_embeddings: (N, D).
 
     Raises:
         ValueError: an embedding of a session's item is zero or not finite.
@@ -220,14 +204,7 @@ def intra_session_diversity(sessions: np.ndarray | torch.Tensor, item_embeddings
 
 
 def duplicate_rate(sessions: np.ndarray | torch.Tensor) -> float:
-    """Share of sessions in which an item occurs more than once.
-
-    Args:
-        sessions: int [..., m], catalogue indices, -1 for nothing; sessions without any item are left out.
-
-    Returns:
-        The share, 0 where there is no session.
-    """
+    """Share of sessions (..., m) in which an item occurs more than once; 0 where no session has any item."""
     sessions = np.asarray(sessions)
     sessions = sessions.reshape(-1, sessions.shape[-1])
     sessions = sessions[(sessions >= 0).any(axis=1)]
@@ -238,15 +215,12 @@ def duplicate_rate(sessions: np.ndarray | torch.Tensor) -> float:
 
 
 def illegal_rate(generated_codes: np.ndarray | torch.Tensor, legal_codes: np.ndarray | torch.Tensor) -> float:
-    """Share of generated items whose code sequence belongs to no item of the catalogue.
+    """Share of generated items whose code sequence belongs to no item of the catalogue; 0 where there is none.
 
     Args:
-        generated_codes: int [..., L], one row for each generated item; a token that is no code of its level must be
+        generated_codes: (..., L) one row for each generated item; a token that is not a code of its level must be
             given as a value that no legal code has, such as -1.
-        legal_codes: int [N, L], the codes of the catalogue's items.
-
-    Returns:
-        The share, 0 where nothing was generated.
+        legal_codes: (N, L) the codes of the catalogue's items.
 
     Raises:
         ValueError: the numbers of levels differ.
@@ -258,6 +232,5 @@ def illegal_rate(generated_codes: np.ndarray | torch.Tensor, legal_codes: np.nda
     generated = generated.reshape(-1, legal.shape[1])
     if not len(generated):
         return 0.0
-    _, row = np.unique(np.concatenate([legal, generated]), axis=0, return_inverse=True)
-    row = row.reshape(-1)
+    row = np.unique(np.concatenate([legal, generated]), axis=0, return_inverse=True)[1].reshape(-1)
     return float(1 - np.isin(row[len(legal) :], row[: len(legal)]).mean())

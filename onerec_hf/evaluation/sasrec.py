@@ -12,6 +12,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .baselines import Baseline
-from .ranking_metrics import flatten_histories, rank_items, ranking_metrics
+from .ranking_metrics import flatten_histories, ranking_metrics
 
 _LOSS_CHUNK = 512
 _BATCHES_PER_BUCKET = 16
@@ -30,9 +31,7 @@ class SASRecModel(nn.Module):
     """Pre-norm causal transformer with tied item embeddings.
 
     Args:
-        num_items: size N of the catalogue.
-        hidden_size: width d.
-        num_layers: blocks.
+        num_items, hidden_size, num_layers: size N of the catalogue, width d, blocks.
         num_heads: attention heads, a divisor of the width.
         dropout: of embeddings, attention and both residual branches.
         max_length: longest sequence T.
@@ -43,9 +42,8 @@ class SASRecModel(nn.Module):
     ):
         super().__init__()
         self.item_embeddings = nn.Embedding(num_items, hidden_size)
-        self.blocks = nn.ModuleList(
-            SASRecBlock(hidden_size, num_heads, dropout, max_length) for _ in range(num_layers)
-        )
+        blocks = [SASRecBlock(hidden_size, num_heads, dropout, max_length) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(hidden_size)
         for module in self.modules():
@@ -55,7 +53,7 @@ class SASRecModel(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:
-        """Map right-padded catalogue indices [B, T] to states [B, T, d]; what stands at pads is meaningless."""
+        """Map right-padded catalogue indices (B, T) to states (B, T, d); what stands at pads is meaningless."""
         states = self.dropout(self.item_embeddings(items))
         for block in self.blocks:
             states = block(states)
@@ -99,7 +97,7 @@ class SASRecBlock(nn.Module):
 class FullSoftmaxLoss(torch.autograd.Function):
     """Mean cross-entropy of `states @ embeddings.T` in chunks that stay in the processor's cache.
 
-    The gradient is taken while a chunk's probabilities are at hand, so that the [T, N] logits never exist as a whole.
+    The gradient is taken while a chunk's probabilities are at hand, so that the (T, N) logits never exist as a whole.
     """
 
     @staticmethod
@@ -131,8 +129,9 @@ class FullSoftmaxLoss(torch.autograd.Function):
         return states_gradient * gradient, embeddings_gradient * gradient, None
 
 
+@dataclass(eq=False)
 class SASRec(Baseline):
-    """Full-softmax SASRec behind the interface of all baselines.
+    """Full-softmax SASRec with the interface of all baselines.
 
     Args:
         hidden_size, num_layers, num_heads, dropout, max_length: see `SASRecModel`.
@@ -152,43 +151,29 @@ class SASRec(Baseline):
     After `fit`: `training_curve`, (step, loss) at regular steps; `validation_curve`, (step, NDCG@10) by epoch.
     """
 
-    def __init__(
-        self,
-        hidden_size: int = 128,
-        num_layers: int = 2,
-        num_heads: int = 2,
-        dropout: float = 0.3,
-        max_length: int = 50,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.01,
-        batch_tokens: int = 1024,
-        epochs: int = 20,
-        recent_epochs: int = 2,
-        max_minutes: float | None = None,
-        validation_share: float = 0.0,
-        seed: int = 0,
-        device: str | None = None,
-    ):
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}")
-        if not 0 <= validation_share < 1:
-            raise ValueError(f"validation_share must be in [0, 1), got {validation_share}")
-        if min(max_length, batch_tokens, epochs) < 1:
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 2
+    dropout: float = 0.3
+    max_length: int = 50
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    batch_tokens: int = 1024
+    epochs: int = 20
+    recent_epochs: int = 2
+    max_minutes: float | None = None
+    validation_share: float = 0.0
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share must be in [0, 1), got {self.validation_share}")
+        if min(self.max_length, self.batch_tokens, self.epochs) < 1:
             raise ValueError("max_length, batch_tokens and epochs must be at least 1")
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.max_length = max_length
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.batch_tokens = batch_tokens
-        self.epochs = epochs
-        self.recent_epochs = recent_epochs
-        self.max_minutes = max_minutes
-        self.validation_share = validation_share
-        self.seed = seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def fit(self, histories: Sequence[np.ndarray], num_items: int, recent: Sequence[int] | None = None) -> SASRec:
         """As `Baseline.fit`.
@@ -212,9 +197,8 @@ class SASRec(Baseline):
 
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            self.model = SASRecModel(
-                num_items, self.hidden_size, self.num_layers, self.num_heads, self.dropout, self.max_length
-            ).to(self.device)
+            sizes = self.hidden_size, self.num_layers, self.num_heads, self.dropout, self.max_length
+            self.model = SASRecModel(num_items, *sizes).to(self.device)
             self.training_curve: list[tuple[int, float]] = []
             self.validation_curve: list[tuple[int, float]] = []
             places = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -237,14 +221,11 @@ class SASRec(Baseline):
         validation: list[np.ndarray],
         random: np.random.Generator,
     ) -> None:
-        """`epochs` passes over histories one behind the other, with the loss on the items that are `counted`."""
+        """`epochs` passes over histories one after the other, with the loss on the items that are `counted`."""
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=self.learning_rate,
-            betas=(0.9, 0.98),
-        )
+        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
         steps_per_epoch = sum(1 for _ in self._batches(flat, lengths, counted, np.random.default_rng(self.seed)))
         total_steps = steps_per_epoch * epochs
         log_every = max(1, min(steps_per_epoch, total_steps // 200))
@@ -259,9 +240,8 @@ class SASRec(Baseline):
                     for group in optimizer.param_groups:
                         group["lr"] = self.learning_rate * _warmup_cosine(progress)
                     states = self.model(items.to(self.device))[present.to(self.device)]
-                    loss = FullSoftmaxLoss.apply(
-                        states, self.model.item_embeddings.weight, targets[present].to(self.device)
-                    )
+                    targets = targets[present].to(self.device)
+                    loss = FullSoftmaxLoss.apply(states, self.model.item_embeddings.weight, targets)
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -295,16 +275,15 @@ class SASRec(Baseline):
     def _batches(
         self, flat: np.ndarray, lengths: np.ndarray, counted: np.ndarray, random: np.random.Generator
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """One epoch of (items, targets, whether a target counts), each [B, T], batched by length and right padded.
+        """One epoch of (items, targets, whether a target counts), each (B, T), batched by length and right padded.
 
         A history of more than `max_length` transitions is cut into windows from a random first cut, so that over the
         epochs every item is predicted from every length of context.
         """
         transitions = np.maximum(lengths - 1, 0)
         history_starts = np.cumsum(lengths) - lengths
-        first = np.where(
-            transitions > self.max_length, random.integers(1, self.max_length + 1, len(lengths)), transitions
-        )
+        cut = random.integers(1, self.max_length + 1, len(lengths))
+        first = np.where(transitions > self.max_length, cut, transitions)
         pieces = np.where(transitions > 0, 1 + -(-(transitions - first) // self.max_length), 0)
         history = np.repeat(np.arange(len(lengths)), pieces)
         number = np.arange(len(history)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -338,16 +317,13 @@ class SASRec(Baseline):
     def _validate(self, validation: list[np.ndarray]) -> float:
         self.model.eval()
         targets = np.array([history[-1] for history in validation])
-        ranked = []
-        for start in range(0, len(validation), 512):
-            prefixes = [history[:-1] for history in validation[start : start + 512]]
-            # A repeated item is a legitimate target here, so nothing is excluded.
-            ranked.append(rank_items(self.score(prefixes), None, 10).numpy())
-        return ranking_metrics(np.concatenate(ranked), targets, self.num_items, cutoffs=(10,))["ndcg@10"]
+        # A repeated item is a legitimate target here, so nothing is excluded.
+        ranked = self.rank([history[:-1] for history in validation], 10, exclude_consumed=False)
+        return ranking_metrics(ranked, targets, self.num_items, cutoffs=(10,))["ndcg@10"]
 
     @torch.inference_mode()
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        """Scores of the whole catalogue from the latest `max_length` items: float32 [B, N].
+        """Scores of the whole catalogue from the latest `max_length` items: (B, N).
 
         Raises:
             ValueError: a history is empty; names the first.

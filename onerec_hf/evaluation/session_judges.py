@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.simulated_feed import SimulatedFeed
+from ..data import SessionSimulator
 from ..reward import SessionScorer
 
 REWARD = "reward"
@@ -17,21 +17,21 @@ REWARD = "reward"
 def judge_by_model(
     scorer: SessionScorer, rows: Sequence[Mapping[str, Any]], sessions: torch.LongTensor
 ) -> dict[str, np.ndarray]:
-    """A reward model's estimates of the sessions [B, C, m] of B rows: "reward" and each objective, float64 [B, C]."""
+    """A reward model's estimates of the sessions (B, C, m) of B rows: "reward" and each objective, (B, C)."""
     scores = scorer.score(rows, sessions)
     values = {name: scores.probabilities[..., index] for index, name in enumerate(scorer.objectives)}
     return {name: value.double().numpy() for name, value in {REWARD: scores.reward, **values}.items()}
 
 
 def judge_by_truth(
-    world: SimulatedFeed,
+    world: SessionSimulator,
     scorer: SessionScorer,
     item_ids: np.ndarray,
     user_ids: np.ndarray,
     sessions: torch.LongTensor,
 ) -> dict[str, np.ndarray]:
-    """The simulated world's own expectations: each of the scorer's objectives that it has, float64 [B, C], NaN for a
-    session that is not whole; and "reward", the scorer's scalar of them, where it has all that the scalar counts.
+    """The simulated world's own expectations: each of the scorer's objectives that it has, (B, C), NaN for a session
+    that is not whole; and "reward", the scorer's scalar of them, where it has all that the scalar counts.
     """
     known = (sessions >= 0).all(-1).numpy()
     # The world answers for whole sessions alone; a row without one is blanked below.
@@ -59,7 +59,7 @@ def scalar_of(scorer: SessionScorer, values: Mapping[str, np.ndarray]) -> np.nda
 
 
 def mean_and_max(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`<name>_mean` and `<name>_max` of arrays [B, C] over a user's sessions, each [B]; NaN for a user without any."""
+    """`<name>_mean` and `<name>_max` of arrays (B, C) over a user's sessions, each (B,); NaN for users without any."""
     result = {}
     for name, array in values.items():
         known = ~np.isnan(array)

@@ -4,7 +4,7 @@ from .configuration_onerec_reward import OneRecRewardConfig
 from .exposure_encoding import REWARD_FEATURES, ExposureEncoder, ItemTotals
 from .modeling_onerec_reward import OneRecRewardModel, OneRecRewardOutput
 from .reward_metrics import group_auc, objective_metrics, reliability_plot
-from .reward_objectives import session_label
+from .reward_objectives import objective_labels, session_label
 from .reward_training import (
     OneRecRewardTrainer,
     RewardCollator,
@@ -18,28 +18,3 @@ from .reward_training import (
     user_half,
 )
 from .session_scoring import SessionScorer, SessionScores
-
-__all__ = [
-    "REWARD_FEATURES",
-    "ExposureEncoder",
-    "ItemTotals",
-    "OneRecRewardConfig",
-    "OneRecRewardModel",
-    "OneRecRewardOutput",
-    "OneRecRewardTrainer",
-    "RewardCollator",
-    "RewardPredictions",
-    "SessionScorer",
-    "SessionScores",
-    "create_reward_model",
-    "fit_calibration",
-    "group_auc",
-    "label_means",
-    "objective_metrics",
-    "predict_rewards",
-    "reliability_plot",
-    "session_label",
-    "train_reward_model",
-    "user_fold",
-    "user_half",
-]

@@ -20,78 +20,44 @@ OBJECTIVE_FIELDS = {"name", "source", "kind", "weight", "positive_weight", "quan
 
 @strict
 class OneRecRewardConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`OneRecRewardModel`].
+    r"""Configuration of [`OneRecRewardModel`].
 
     The paper leaves open how the objectives become one reward. Here it is a sum over the objectives, weighted by their
     `weight`, of the calibrated probabilities (`scalar` "weighted_sum") or of their distances from `objective_means` in
     units of `objective_deviations` ("z_score"); all of it is saved with the model.
 
     Args:
-        codebook_sizes (`list[int]`, *optional*, defaults to `[8192, 8192, 8192]`):
-            Number of codes of each semantic-ID level; the default is the paper's.
-        vocab_size (`int`, *optional*):
-            Number of token ids of the tokenizer. Left out, it is the special tokens and the codes of all levels.
-        hidden_size (`int`, *optional*, defaults to 128):
-            Width of item vectors and of both attentions.
-        num_attention_heads (`int`, *optional*, defaults to 4):
-            Heads of the target attention and of the session's self-attention.
-        num_hidden_layers (`int`, *optional*, defaults to 1):
-            Self-attention layers over the session's items (eq 5 has one).
-        tower_hidden_size (`int`, *optional*, defaults to 128):
-            Width of the hidden layer of each objective's tower.
-        feature_size (`int`, *optional*, defaults to 4):
-            Width of the embedding of a feature's value, of items and of users.
-        num_members (`int`, *optional*, defaults to 4):
-            Members of the ensemble (E) that share the weights behind the target attention; 1 for a single model.
-        dropout (`float`, *optional*, defaults to 0.2):
-            Dropout of the item vectors and towers.
-        attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout of the attention probabilities.
-        history_items (`int`, *optional*, defaults to 256):
-            Largest number of behaviours that a session's item attends to (n).
-        session_items (`int`, *optional*, defaults to 5):
-            Largest number of session items (m).
-        objectives (`list[dict]`, *optional*):
-            The towers: `name`; `source`, a feedback column; `kind` of label, "binary" (the share of the items whose
-            source is more than 0), "share" (of the duration, summed over the session) or "quantile" (of the source in
-            the fitted period; its bounds are saved as `quantiles`); `weight` in the reward, 1 by default (of weight 0
-            it is still trained); `positive_weight` of the positive part of its loss, 1 by default, for rare events.
-            By default swt (share of watch time), vtr (view), wtr (follow) and ltr (like). The name alone stands for
-            one of these.
-        focal_gamma (`float`, *optional*, defaults to 0.0):
-            Exponent of the focal loss, which counts well-judged labels less; 0 is plain cross-entropy.
-        scalar (`str`, *optional*, defaults to `"weighted_sum"`):
-            How the objectives become one reward: "weighted_sum" or "z_score".
-        objective_means, objective_deviations (`list[float]`, *optional*):
-            Of the calibrated probabilities, by objective; for "z_score". Set by [`fit_calibration`].
-        feedback (`list[str]`, *optional*, defaults to `[]`):
-            Feedback columns of the user's exposures, in the order in which rows hold them. None: the history is read
-            without feedback.
-        signals (`list[str]`, *optional*, defaults to `[]`):
-            What is counted of them, see data/exposures.py.
-        rate_prior (`float`, *optional*, defaults to 20.0):
-            Exposures' worth of the overall mean in the smoothed rates of users and items.
-        match_prior (`float`, *optional*, defaults to 5.0):
-            The same for a user's rates with items that share a feature.
-        num_items (`int`, *optional*, defaults to 0):
-            Items whose features are saved; later items of the catalogue count as unknown.
-        item_features (`list[str]`, *optional*, defaults to `[]`):
-            Column of each of the K feature places of an item; a column of lists has several.
-        item_embedding_size (`int`, *optional*, defaults to 0):
-            Width of the items' embeddings, of which semantic IDs keep a part; 0 for none.
-        numeric_features (`list[str]`, *optional*, defaults to `[]`):
-            Numeric columns of the items, read as ranks beside their bins among `item_features`.
-        num_item_values (`int`, *optional*, defaults to 1):
-            Values of all item features, 0 for unknown among them.
-        user_features (`dict[str, list[str]]`, *optional*, defaults to `{}`):
-            Known values by column of the user's profile; other values count as unknown.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the initial embeddings.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
-            Epsilon of the layer normalisations.
-        pad_token_id (`int`, *optional*, defaults to 0):
-            Token id that stands in place of the codes of a missing item.
+        codebook_sizes: Number of codes of each semantic-ID level; the default is the paper's.
+        vocab_size: Token ids of the tokenizer; by default the special tokens and the codes of all levels.
+        hidden_size: Width of item vectors and of both attentions.
+        num_attention_heads: Heads of the target attention and of the session's self-attention.
+        num_hidden_layers: Self-attention layers over the session's items (eq 5 has one).
+        tower_hidden_size: Width of the hidden layer of each objective's tower.
+        feature_size: Width of the embedding of a feature's value, of items and of users.
+        num_members: E, members of the ensemble that share the weights after the target attention.
+        dropout: Dropout of the item vectors and towers.
+        history_items, session_items: The most behaviours that a session's item attends to (n), and session items (m).
+        objectives: What is estimated, each with a tower: `name`; `source`, a feedback column; `kind` of label,
+            "binary" (the share of the items whose source is more than 0), "share" (of the duration, summed over the
+            session) or "quantile" (of the source in the fitted period; its bounds are saved as `quantiles`); `weight`
+            in the reward, 1 by default (of weight 0 it is still trained); `positive_weight` of the positive part of
+            its loss, 1 by default, for rare events. By default swt (share of watch time), vtr (view), wtr (follow) and
+            ltr (like). The name alone stands for one of these.
+        focal_gamma: Exponent of the focal loss, which counts well-judged labels less; 0 is plain cross-entropy.
+        objective_means, objective_deviations: Of the calibrated probabilities, by objective; for "z_score". Set by
+            [`fit_calibration`].
+        feedback: Feedback columns of the user's exposures, in the order in which rows hold them. Without any the
+            history is read without feedback.
+        signals: What is counted of them, see data/exposures.py.
+        rate_prior: Exposures' worth of the overall mean in the smoothed rates of users and items.
+        match_prior: The same for a user's rates with items that share a feature.
+        num_items: Items whose features are saved; later items of the catalogue count as unknown.
+        item_features: Column of each of the K feature places of an item; a column of lists has several.
+        item_embedding_size: Width of the items' embeddings, of which semantic IDs keep a part; 0 for none.
+        numeric_features: Numeric columns of the items, read as ranks beside their bins among `item_features`.
+        num_item_values: Values of all item features, 0 for unknown among them.
+        user_features: Known values by column of the user's profile; other values count as unknown.
+        pad_token_id: Token id that stands in place of the codes of a missing item.
     """
 
     model_type = "onerec_reward"
@@ -133,12 +99,8 @@ class OneRecRewardConfig(PreTrainedConfig):
         if self.vocab_size is None:
             self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
         known = {objective["name"]: objective for objective in DEFAULT_OBJECTIVES}
-        self.objectives = [
-            {"weight": 1.0, "positive_weight": 1.0, **known.get(entry, {"name": entry})}
-            if isinstance(entry, str)
-            else {"weight": 1.0, "positive_weight": 1.0, **entry}
-            for entry in self.objectives
-        ]
+        named = [known.get(entry, {"name": entry}) if isinstance(entry, str) else entry for entry in self.objectives]
+        self.objectives = [{"weight": 1.0, "positive_weight": 1.0, **entry} for entry in named]
         self.feedback, self.signals = list(self.feedback), list(self.signals)
         self.item_features, self.numeric_features = list(self.item_features), list(self.numeric_features)
         self.user_features = dict(self.user_features or {})
@@ -153,7 +115,7 @@ class OneRecRewardConfig(PreTrainedConfig):
         return [objective["weight"] for objective in self.objectives]
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        """Part of `@strict`-powered validation: fields that only make sense together."""
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
@@ -167,6 +129,19 @@ class OneRecRewardConfig(PreTrainedConfig):
                 f"{sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}: give the tokenizer's "
                 "vocab_size."
             )
+        self._validate_objectives()
+        if self.scalar not in SCALARS:
+            raise ValueError(f"scalar must be one of {', '.join(SCALARS)}, got {self.scalar!r}.")
+        for name in ("objective_means", "objective_deviations"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.objectives):
+                raise ValueError(
+                    f"{name} has {len(values)} values for {len(self.objectives)} objectives: give one each."
+                )
+        if self.scalar == "z_score" and self.objective_deviations is not None and min(self.objective_deviations) <= 0:
+            raise ValueError(f"objective_deviations must be more than 0, got {self.objective_deviations}.")
+
+    def _validate_objectives(self):
         for objective in self.objectives:
             missing = {"name", "source", "kind"} - set(objective)
             unknown = set(objective) - OBJECTIVE_FIELDS
@@ -185,16 +160,3 @@ class OneRecRewardConfig(PreTrainedConfig):
                 raise ValueError(f"objective '{objective['name']}': positive_weight must be more than 0.")
         if not self.objectives or len(set(self.objective_names)) != len(self.objectives):
             raise ValueError(f"objectives must be a non-empty list of distinct names, got {self.objective_names}.")
-        if self.scalar not in SCALARS:
-            raise ValueError(f"scalar must be one of {', '.join(SCALARS)}, got {self.scalar!r}.")
-        for name in ("objective_means", "objective_deviations"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.objectives):
-                raise ValueError(
-                    f"{name} has {len(values)} values for {len(self.objectives)} objectives: give one each."
-                )
-        if self.scalar == "z_score" and self.objective_deviations is not None and min(self.objective_deviations) <= 0:
-            raise ValueError(f"objective_deviations must be more than 0, got {self.objective_deviations}.")
-
-
-__all__ = ["OneRecRewardConfig"]

@@ -1,4 +1,4 @@
-"""The reward model's inputs: a user's exposures with his feedback, his profile, features and totals of items."""
+"""The reward model's inputs: a user's exposures with their feedback and profile, features and totals of items."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,14 +22,13 @@ MIN_USERS_PER_VALUE = 20
 
 @dataclass
 class ItemFeatures:
-    """
-    Features of N items.
+    """Features of N items.
 
     Args:
-        values (`np.ndarray` of shape `(N, K)`): Values counted from 1 over all columns, 0 where unknown.
+        values: (N, K) values counted from 1 over all columns, 0 where unknown.
         columns: Column of each of the K places.
         num_values: Number of values, 0 among them.
-        ranks (`np.ndarray` of shape `(N, P)`): Ranks by the numeric columns, from -1 to 1, 0 where unknown.
+        ranks: (N, P) ranks by the numeric columns, from -1 to 1, 0 where unknown.
         numeric_columns: The P numeric columns.
     """
 
@@ -41,50 +40,56 @@ class ItemFeatures:
 
     @classmethod
     def of_feed(cls, feed: Feed) -> "ItemFeatures":
-        """
-        In the order of the feed's items. Categories that only one item has are unknown. Of lists the first three
-        entries are taken. Numbers become the number of one of 32 equally frequent bins, and a rank.
-        """
+        """In the order of the feed's items. Categories that only one item has are unknown. Of lists the first three
+        entries are taken. Numbers become the number of one of 32 equally frequent bins, and a rank."""
         items = feed.items
         lists = {
             name: [[] if pd.isna(value) else [value] for value in items[name]] for name in feed.categorical_columns
         }
         lists |= {name: [list(values) for values in items[name]] for name in feed.multi_categorical_columns}
+        numbers = {name: items[name].to_numpy(dtype=np.float64) for name in feed.numeric_columns}
+        numbers = {name: values for name, values in numbers.items() if not np.isnan(values).all()}
+        coded = [(name, *_categories(entries)) for name, entries in lists.items()]
+        coded += [(name, *_bins(values)) for name, values in numbers.items()]
         places, columns, num_values = [], [], 1
-        for name, entries in lists.items():
-            counts = pd.Series([entry for values in entries for entry in values], dtype=object).value_counts()
-            known = pd.Index(sorted(counts.index[counts > 1]), dtype=object)
-            width = min(MULTI_CATEGORICAL_PLACES, max((len(values) for values in entries), default=0))
-            for place in range(width):
-                at_place = [values[place] if len(values) > place else None for values in entries]
-                found = known.get_indexer(pd.Index(at_place, dtype=object))
-                places.append(np.where(found >= 0, found + num_values, 0))
-                columns.append(name)
-            num_values += len(known)
-        ranks, numeric_columns = [], []
-        for name in feed.numeric_columns:
-            values = items[name].to_numpy(dtype=np.float64)
-            known = ~np.isnan(values)
-            if known.any():
-                bounds = np.unique(np.quantile(values[known], np.arange(1, NUMERIC_BINS) / NUMERIC_BINS))
-                places.append(np.where(known, np.searchsorted(bounds, values, side="right") + num_values, 0))
-                columns.append(name)
-                num_values += len(bounds) + 1
-                rank = np.searchsorted(np.sort(values[known]), values, side="right") / known.sum()
-                ranks.append(np.where(known, 2 * rank - 1, 0))
-                numeric_columns.append(name)
+        for name, codes, count in coded:
+            places += [np.where(code >= 0, code + num_values, 0) for code in codes]
+            columns += [name] * len(codes)
+            num_values += count
         return cls(
             _columns(places, len(items), np.int64),
             columns,
             num_values,
-            _columns(ranks, len(items), np.float32),
-            numeric_columns,
+            _columns([_ranks(values) for values in numbers.values()], len(items), np.float32),
+            list(numbers),
         )
 
     def take(self, rows: np.ndarray) -> "ItemFeatures":
         """The same with row i moved to `rows[i]`."""
         order = np.argsort(rows)
         return replace(self, values=self.values[order], ranks=self.ranks[order])
+
+
+def _categories(entries: list[list]) -> tuple[list[np.ndarray], int]:
+    """The first entries of each item's list as numbers of categories, -1 where unknown, and the categories' number."""
+    counts = pd.Series([entry for values in entries for entry in values], dtype=object).value_counts()
+    known = pd.Index(sorted(counts.index[counts > 1]), dtype=object)
+    width = min(MULTI_CATEGORICAL_PLACES, max(map(len, entries), default=0))
+    places = [[values[place] if len(values) > place else None for values in entries] for place in range(width)]
+    return [known.get_indexer(pd.Index(place, dtype=object)) for place in places], len(known)
+
+
+def _bins(values: np.ndarray) -> tuple[list[np.ndarray], int]:
+    """Each item's number of a bin, -1 where unknown, and the bins' number."""
+    known = ~np.isnan(values)
+    bounds = np.unique(np.quantile(values[known], np.arange(1, NUMERIC_BINS) / NUMERIC_BINS))
+    return [np.where(known, np.searchsorted(bounds, values, side="right"), -1)], len(bounds) + 1
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(values)
+    rank = np.searchsorted(np.sort(values[known]), values, side="right") / known.sum()
+    return np.where(known, 2 * rank - 1, 0)
 
 
 def _columns(columns: list[np.ndarray], length: int, dtype: type) -> np.ndarray:
@@ -101,20 +106,15 @@ def known_user_values(users: pd.DataFrame | None) -> dict[str, list[str]]:
 
 
 class ItemTotals:
-    """
-    Sums of the signals on each item, and how many of them are known, as of any time.
+    """Sums of the signals on each of N items, and how many of them are known, as of any time.
 
     Attributes:
-        feedback (`list[str]`): Feedback columns that the signals come from.
-        signal_means (`np.ndarray` of shape `(S,)`): Means of the known signals.
-
-    Args:
-        interactions (`pd.DataFrame`): Canonical interactions.
-        items (`np.ndarray`): Catalogue index of each of their items.
-        num_items (`int`): N.
+        feedback: Feedback columns that the signals come from.
+        signal_means: (S,) means of the known signals.
     """
 
     def __init__(self, interactions: pd.DataFrame, items: np.ndarray, num_items: int):
+        """Reads canonical `interactions`, whose items have the catalogue indices `items`."""
         self.feedback = columns = feedback_columns(interactions)
         signals = feedback_signals(interactions[columns].to_numpy(dtype=np.float64), columns)
         time = interactions["timestamp"].to_numpy(dtype=np.float64)
@@ -122,6 +122,8 @@ class ItemTotals:
         self._timed = bool((~np.isnan(time)).any())
         time = np.nan_to_num(time, nan=-np.inf)
         self._times = np.unique(time)
+        # Exposures sorted by item and then by time, each with a key that says both, and the running totals: what an
+        # item has before a time is a difference of two of these.
         keys = items * (len(self._times) + 1) + np.searchsorted(self._times, time)
         order = np.argsort(keys, kind="stable")
         counted = np.concatenate([np.nan_to_num(signals), ~np.isnan(signals)], axis=1)[order]
@@ -142,13 +144,8 @@ class ItemTotals:
 
 
 class ExposureEncoder:
-    """
-    Rows as the tensors that [`OneRecRewardModel`] reads of a user.
-
-    Args:
-        config (`OneRecRewardConfig`): Of the model.
-        item_token_ids (`torch.LongTensor` of shape `(N, L)`): The tokenizer's code token ids of each item.
-    """
+    """Rows as the tensors that a [`OneRecRewardModel`] of `config` reads of a user; `item_token_ids` (N, L) are the
+    tokenizer's code token ids of each item."""
 
     def __init__(self, config: OneRecRewardConfig, item_token_ids: torch.LongTensor):
         self.config = config
@@ -159,11 +156,10 @@ class ExposureEncoder:
             offset += len(values)
 
     def codes(self, indices: np.ndarray) -> torch.LongTensor:
-        """
-        Code token ids `(..., L)` of catalogue indices, `pad_token_id` where they are -1.
+        """Code token ids `(..., L)` of catalogue indices, `pad_token_id` where they are -1.
 
         Raises:
-            ValueError: If an index is not in the catalogue.
+            ValueError: if an index is not in the catalogue.
         """
         size = len(self.item_token_ids)
         if indices.size and (indices.max() >= size or indices.min() < -1):
@@ -176,20 +172,18 @@ class ExposureEncoder:
         return codes.masked_fill((found < 0)[..., None], self.config.pad_token_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], latest: int | None = None) -> dict[str, torch.Tensor]:
-        """
-        `history_ids`, `history_indices`, `history_signals`, `user_totals` and `user_values` of B rows, padded at the
-        end.
+        """`history_ids`, `history_indices`, `history_signals`, `user_totals` and `user_values` of B rows, padded at
+        the end.
 
         Args:
             rows: Each has `exposed` and further columns of `REWARD_FEATURES`, or else `history`.
-            latest (`int`, *optional*): Behaviours that are kept; all by default.
+            latest: Behaviours that are kept; all by default.
 
         Raises:
-            ValueError: If a row's feedback does not fit its exposures or the model.
+            ValueError: if a row's feedback does not fit its exposures or the model.
         """
-        config = self.config
-        num_signals, num_feedback = len(config.signals), len(config.feedback)
-        width = max(1, *(len(_exposed(row)) for row in rows)) if rows else 1
+        num_signals = len(self.config.signals)
+        width = max([1, *(len(_exposed(row)) for row in rows)])
         kept = width if latest is None else min(width, latest)
         indices = np.full((len(rows), kept), -1, dtype=np.int64)
         signals = np.full((len(rows), kept, num_signals), np.nan, dtype=np.float32)
@@ -197,32 +191,33 @@ class ExposureEncoder:
         values = np.zeros((len(rows), len(self._user_values)), dtype=np.int64)
         for index, row in enumerate(rows):
             items = _exposed(row)
-            indices[index, : min(len(items), kept)] = items[-kept:]
-            if num_signals and row.get("exposed_feedback") is not None:
-                feedback = np.asarray(row["exposed_feedback"], dtype=np.float64).reshape(len(items), -1)
-                if feedback.shape[1] != num_feedback and len(items):
-                    raise ValueError(
-                        f"row {index}: exposed_feedback has {feedback.shape[1]} values an exposure, and the reward "
-                        f"model reads {num_feedback} ({', '.join(config.feedback)}): give these columns in this order."
-                    )
-                if len(items):
-                    known = feedback_signals(feedback, config.feedback)
-                    signals[index, : min(len(items), kept)] = known[-kept:]
-                    dropped = known[:-kept]
-                    totals[index, :num_signals] = np.nansum(dropped, axis=0)
-                    totals[index, num_signals:] = (~np.isnan(dropped)).sum(0)
+            length = min(len(items), kept)
+            indices[index, :length] = items[-kept:]
+            if num_signals and len(items) and row.get("exposed_feedback") is not None:
+                known = self._signals(row["exposed_feedback"], len(items), index)
+                signals[index, :length] = known[-kept:]
+                totals[index] = np.r_[np.nansum(known[:-kept], axis=0), (~np.isnan(known[:-kept])).sum(0)]
             if num_signals and row.get("feedback_totals") is not None:
                 totals[index] += np.asarray(row["feedback_totals"], dtype=np.float32)
             profile = row.get("user_profile") or {}
-            for place, (name, known) in enumerate(self._user_values):
-                values[index, place] = known.get(profile.get(name), 0)
+            values[index] = [known.get(profile.get(name), 0) for name, known in self._user_values]
         encoded = {"history_ids": self.codes(indices), "history_indices": torch.from_numpy(indices)}
         if num_signals:
-            encoded["history_signals"] = torch.from_numpy(signals)
-            encoded["user_totals"] = torch.from_numpy(totals)
+            encoded |= {"history_signals": torch.from_numpy(signals), "user_totals": torch.from_numpy(totals)}
         if self._user_values:
             encoded["user_values"] = torch.from_numpy(values)
         return encoded
+
+    def _signals(self, feedback: Sequence[float], count: int, row: int) -> np.ndarray:
+        """Signals `(count, S)` of a row's exposures, from their feedback columns' values side by side."""
+        columns = self.config.feedback
+        feedback = np.asarray(feedback, dtype=np.float64).reshape(count, -1)
+        if feedback.shape[1] != len(columns):
+            raise ValueError(
+                f"row {row}: exposed_feedback has {feedback.shape[1]} values an exposure, and the reward model reads "
+                f"{len(columns)} ({', '.join(columns)}): give these columns in this order."
+            )
+        return feedback_signals(feedback, columns)
 
 
 def _exposed(row: Mapping[str, Any]) -> Sequence[int]:

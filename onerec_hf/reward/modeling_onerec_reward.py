@@ -5,10 +5,10 @@ them one reward:
 
 - an item vector v comes from all of the item's codes together and, where there are any, from its embedding and its
   features;
-- e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), which is all that he was
-  exposed to with his feedback. Its own vector, what it gathered, the product of the two, the user's profile and the
-  smoothed rates of the past (the user's, the item's, the user's with items that share a feature) and how much it
-  repeats of what came before give e_i;
+- e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), which is all that they
+  were exposed to with their feedback. Its own vector, what it gathered, the product of the two, the user's profile
+  and the smoothed rates of the past (the user's, the item's, the user's with items that share a feature) and how much
+  it repeats of what came before give e_i;
 - h_f = SelfAttention over e_1..e_m, with position embeddings and a residual connection (eq 5);
 - a tower for each objective: Sigmoid(MLP(Sum h_f / m)) (eq 6), trained with the sum of the objectives' binary
   cross-entropies (eq 7); labels may be soft and an unknown label (NaN) is left out. The sum is divided by the items,
@@ -20,8 +20,9 @@ and the mean of their logits is the estimate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,33 +38,38 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..modeling_onerec import eager_attention_forward
 from .configuration_onerec_reward import OneRecRewardConfig
 
 RANK_WAVES = 6
 
 
+class _Items(NamedTuple):
+    """What is read of items `(B, Q)`, Q of a user's sessions (C candidates of m) or the n of their behaviour."""
+
+    code_ids: torch.LongTensor  # (B, Q, L)
+    mask: torch.BoolTensor  # (B, Q), where there is an item
+    rows: torch.LongTensor  # (B, Q), of the item table
+    values: torch.LongTensor  # (B, Q, K), of the features
+    embeddings: torch.Tensor  # (B, Q, D)
+    vectors: torch.Tensor  # (B, Q, H), v of the paper
+
+
 @dataclass
 class OneRecRewardOutput(ModelOutput):
-    """
-    Output of [`OneRecRewardModel`], for B users, C candidate sessions each (no such axis when one session was given)
-    and O objectives in the order of `config.objectives`.
+    """Output of [`OneRecRewardModel`], for B users, C candidate sessions each (no such axis when one session was
+    given) and O objectives in the order of `config.objectives`.
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-            Sum over the objectives of the mean binary cross-entropy over the known labels (eq 7).
-        logits (`torch.FloatTensor` of shape `(B, O)` or `(B, C, O)`):
-            Towers' outputs before calibration and sigmoid.
-        probabilities (`torch.FloatTensor`, same shape as `logits`):
-            Sigmoid of the calibrated logits (eq 6).
-        reward (`torch.FloatTensor` of shape `(B,)` or `(B, C)`):
-            [`OneRecRewardModel.scalar`] of `probabilities`.
-        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned with `output_hidden_states=True`):
-            e_1..e_m with their positions, then the output of every session layer, each `(B * C * E, m, hidden_size)`
-            for E members of the ensemble.
-        attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
-            Of every session layer, `(B * C * E, heads, m, m)`.
-        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, returned with `output_attentions=True`):
-            Of the target attention, `(B, heads, C * m, 1 + n)`; the first key stands for no behaviour.
+        loss: With `labels`, the sum over the objectives of the mean binary cross-entropy over known labels (eq 7).
+        logits: (B, O) or (B, C, O) towers' outputs before calibration and sigmoid.
+        probabilities: As many sigmoids of the calibrated logits (eq 6).
+        reward: (B,) or (B, C), [`OneRecRewardModel.scalar`] of `probabilities`.
+        hidden_states: With `output_hidden_states=True`, e_1..e_m with their positions, then the output of every
+            session layer, each `(B * C * E, m, hidden_size)` for E members of the ensemble.
+        attentions: With `output_attentions=True`, of every session layer, `(B * C * E, heads, m, m)`.
+        cross_attentions: With `output_attentions=True`, of the target attention, `(B, heads, C * m, 1 + n)`; the first
+            key stands for no behaviour.
     """
 
     loss: torch.FloatTensor | None = None
@@ -73,24 +79,6 @@ class OneRecRewardOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    probabilities = F.dropout(probabilities, p=dropout, training=module.training)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
 
 class OneRecRewardAttention(nn.Module):
@@ -118,15 +106,9 @@ class OneRecRewardAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        dropout = self.attention_dropout if self.training else 0.0
         attended, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            **kwargs,
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
         return self.o_proj(attended.flatten(2)), weights
 
@@ -192,8 +174,7 @@ class OneRecRewardTargetAttention(GradientCheckpointingLayer):
         bias = self.recency_bias(recency.clamp(min=0)).to(items.dtype)
         bias = bias.masked_fill((recency < 0)[..., None], torch.finfo(items.dtype).min)
         mask = F.pad(bias.permute(0, 3, 1, 2), (1, 0)).expand(-1, -1, items.shape[1], -1)
-        user, _ = self.attention(items, states, mask, **kwargs)
-        return user
+        return self.attention(items, states, mask, **kwargs)[0]
 
 
 class OneRecRewardRepetition(nn.Module):
@@ -232,8 +213,7 @@ class OneRecRewardSessionLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         normed = self.norm(hidden_states)
-        attended, _ = self.attention(normed, normed, attention_mask, **kwargs)
-        return hidden_states + attended
+        return hidden_states + self.attention(normed, normed, attention_mask, **kwargs)[0]
 
 
 class OneRecRewardEnsembleLinear(nn.Linear):
@@ -367,10 +347,8 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
             init.constant_(module.threshold, 0.4)
             init.constant_(module.steepness, 8.0)
         elif isinstance(module, OneRecRewardItemTable):
-            init.zeros_(module.values)
-            init.zeros_(module.ranks)
-            init.zeros_(module.embeddings)
-            init.zeros_(module.totals)
+            for buffer in (module.values, module.ranks, module.embeddings, module.totals):
+                init.zeros_(buffer)
             init.constant_(module.signal_means, 0.5)
         elif isinstance(module, OneRecRewardCalibration):
             init.ones_(module.scale)
@@ -420,13 +398,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
 
     @torch.no_grad()
     def set_base_rates(self, rates: dict[str, float]):
-        """
-        Start each tower at its objective's base rate, so that training a rare event such as follow does not begin
-        with learning how rare it is.
-
-        Args:
-            rates (`dict[str, float]`): Mean label of each objective; NaN where no label is known.
-        """
+        """Starts each tower at its objective's base rate, the mean label (NaN where none is known), so that training
+        does not begin with learning how rare an event such as follow is."""
         for objective, tower in self.towers.items():
             rate = rates[objective]
             if not math.isnan(rate):
@@ -442,16 +415,14 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         signal_means: torch.Tensor,
         embeddings: torch.Tensor,
     ):
-        """
-        What is known of the items.
+        """Sets what is known of the items.
 
         Args:
-            values (`torch.LongTensor` of shape `(N, K)`): Features' values, counted from 1; 0 for unknown.
-            ranks (`torch.Tensor` of shape `(N, P)`): Ranks by the numeric features, in [-1, 1]; 0 for unknown.
-            totals (`torch.Tensor` of shape `(N, 2 S)`): Of each item's exposures so far, the sums of the signals and
-                how many of each are known.
-            signal_means (`torch.Tensor` of shape `(S,)`): Means of the signals over all exposures.
-            embeddings (`torch.Tensor` of shape `(N, D)`): Brought to a mean square of 1 here.
+            values: (N, K) features' values, counted from 1; 0 for unknown.
+            ranks: (N, P) ranks by the numeric features, in [-1, 1]; 0 for unknown.
+            totals: (N, 2 S) sums of the signals over each item's exposures so far, and how many of each are known.
+            signal_means: (S,) means of the signals over all exposures.
+            embeddings: (N, D), brought to a mean square of 1 here.
         """
         table = self.item_table
         table.embeddings[:-1] = embeddings / embeddings.square().mean().sqrt() if embeddings.numel() else embeddings
@@ -460,14 +431,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
 
     @torch.no_grad()
     def set_calibration(self, scale: torch.Tensor, bias: torch.Tensor, session_bias: torch.Tensor | None = None):
-        """
-        Probabilities become sigmoid(scale * logit + bias), of whole sessions sigmoid(scale * logit + bias +
-        session_bias[n - 1]) for n items.
-
-        Args:
-            scale, bias (`torch.Tensor` of shape `(O,)`): By objective.
-            session_bias (`torch.Tensor` of shape `(session_items, O)`, *optional*): By length; zeros by default.
-        """
+        """Probabilities become sigmoid(scale * logit + bias), of whole sessions of n items sigmoid(scale * logit +
+        bias + session_bias[n - 1]): `scale` and `bias` (O,), `session_bias` (session_items, O), by default zeros."""
         self.calibration.scale.copy_(scale)
         self.calibration.bias.copy_(bias)
         self.calibration.session_bias.copy_(torch.zeros(()) if session_bias is None else session_bias)
@@ -477,10 +442,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         config = self.config
         weights = probabilities.new_tensor(config.objective_weights)
         if config.scalar == "z_score" and config.objective_means is not None:
-            means, deviations = (
-                probabilities.new_tensor(values) for values in (config.objective_means, config.objective_deviations)
-            )
-            probabilities = (probabilities - means) / deviations
+            means = probabilities.new_tensor(config.objective_means)
+            probabilities = (probabilities - means) / probabilities.new_tensor(config.objective_deviations)
         return (probabilities * weights).sum(-1)
 
     def _check_inputs(
@@ -526,150 +489,176 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         whole_sessions: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
-        r"""
-        The history is encoded once for all of a user's candidate sessions, which may be as short as one item. What is
-        optional and not given counts as unknown.
+        """The history is encoded once for all of a user's candidate sessions, which may be as short as one item. What
+        is optional and not given counts as unknown.
 
         Args:
-            history_ids (`torch.LongTensor` of shape `(B, n, L)`):
-                Code token ids of the user's behaviour, oldest first; `pad_token_id` in place of a missing item, on
-                either side. A history may be empty.
-            session_ids (`torch.LongTensor` of shape `(B, m, L)` or `(B, C, m, L)`):
-                Code token ids of one session or C candidate sessions of each user, padded at the end.
-            labels (`torch.FloatTensor` of shape `(B, O)` or `(B, C, O)`, *optional*):
-                Labels in [0, 1] of each objective, NaN where unknown.
-            history_indices (`torch.LongTensor` of shape `(B, n)`, *optional*):
-                Catalogue indices of the behaviour, by which the items' features are found.
-            session_indices (`torch.LongTensor` of shape `(B, m)` or `(B, C, m)`, *optional*):
-                The same of the sessions.
-            history_signals (`torch.FloatTensor` of shape `(B, n, S)`, *optional*):
-                Signals of each behaviour, NaN where unknown.
-            user_totals (`torch.FloatTensor` of shape `(B, 2 S)`, *optional*):
-                Of the user's exposures before the history, the signals' sums and how many of each are known.
-            user_values (`torch.LongTensor` of shape `(B, U)`, *optional*):
-                Values of the user's features, 0 for unknown.
-            session_totals (`torch.FloatTensor` of shape `(B, m, 2 S)` or `(B, C, m, 2 S)`, *optional*):
-                Totals of the sessions' items at the time of the session; by default those saved with the model.
-            history_prefixes (`torch.LongTensor` of shape `(B,)` or `(B, C)`, *optional*):
-                Behaviours before each session, the latest `history_items` of which it sees; by default all.
-            session_offsets (`torch.LongTensor` of shape `(B,)` or `(B, C)`, *optional*):
-                How many of the latest behaviours are the session's own earlier part; by default none.
-            whole_sessions (`bool`, *optional*, defaults to `True`):
-                Whether the sessions are whole ones, and not lone exposures, which are calibrated apart.
+            history_ids: (B, n, L) code token ids of the user's behaviour, oldest first; `pad_token_id` in place of a
+                missing item, on either side. A history may be empty.
+            session_ids: (B, m, L) or (B, C, m, L) code token ids of one session or C candidate sessions of each user,
+                padded at the end.
+            labels: (B, O) or (B, C, O) labels in [0, 1] of each objective, NaN where unknown.
+            history_indices, session_indices: (B, n) and (B, m) or (B, C, m) catalogue indices, by which the items'
+                features are found.
+            history_signals: (B, n, S) signals of each behaviour, NaN where unknown.
+            user_totals: (B, 2 S) the signals' sums over exposures before the history, and how many of each are known.
+            user_values: (B, U) values of the user's features, 0 for unknown.
+            session_totals: (B, m, 2 S) or (B, C, m, 2 S) such totals of the sessions' items at the time of the
+                session; by default those saved with the model.
+            history_prefixes: (B,) or (B, C) behaviours before each session, the latest `history_items` of which it
+                sees; by default all.
+            session_offsets: (B,) or (B, C) how many of the latest behaviours are the session's own earlier part.
+            whole_sessions: Whether the sessions are whole ones, and not lone exposures, which are calibrated apart.
 
         Raises:
             ValueError: on inputs of another shape, or longer than `history_items` or `session_items`.
         """
         self._check_inputs(history_ids, session_ids, history_prefixes)
         single = session_ids.dim() == 3
-        lengths = (session_ids[..., 0] != self.config.pad_token_id).sum(-1)
+        session_ids, session_indices, session_totals, history_prefixes, session_offsets = (
+            tensor[:, None] if single and tensor is not None else tensor
+            for tensor in (session_ids, session_indices, session_totals, history_prefixes, session_offsets)
+        )
+        history = self._item_vectors(history_ids, history_indices)
+        items = self._item_vectors(session_ids.flatten(1, 2), session_indices)
+        session_mask = items.mask.unflatten(1, session_ids.shape[1:3])
+        recency, seen = self._before_sessions(history.mask, history_prefixes, session_mask.shape[2])
+        known = self._repetition(items, history, recency, session_offsets, session_mask.shape[1:])
+        states, rates = self._past_rates(items, history, recency, seen, history_signals, user_totals, session_totals)
+        fused = self._target_attention(items, states, recency, [*rates, *known], user_values, **kwargs)
+        sessions = self._session_attention(fused, session_mask, **kwargs)
+        member_logits = torch.stack([tower(sessions) for tower in self.towers.values()], dim=-1)
         if single:
-            session_ids, session_indices, session_totals, history_prefixes, session_offsets = (
-                None if tensor is None else tensor[:, None]
-                for tensor in (session_ids, session_indices, session_totals, history_prefixes, session_offsets)
-            )
-        batch, num_candidates, num_items, _ = session_ids.shape
-        pad = self.config.pad_token_id
-        history_mask = history_ids[..., 0] != pad
-        session_mask = (session_ids[..., 0] != pad).flatten(0, 1)
-        item_ids = session_ids.flatten(1, 2)
-        table = self.item_table
-        item_rows = table.rows(session_indices, item_ids.shape[:2])
-        item_values = table.values[item_rows]
-        history_rows = table.rows(history_indices, history_ids.shape[:2])
-        history_values = table.values[history_rows]
+            member_logits, session_mask = member_logits[:, 0], session_mask[:, 0]
+        logits = member_logits.mean(-2)
+        loss = None if labels is None else self._objectives_loss(member_logits, labels)
+        probabilities = self.calibration(logits, session_mask.sum(-1) if whole_sessions else None)
+        return OneRecRewardOutput(loss, logits, probabilities, self.scalar(probabilities))
 
-        # Behaviours after each one and before the session; -1 hides it.
-        count = history_mask.sum(1, keepdim=True)
-        prefixes = count if history_prefixes is None else history_prefixes.repeat_interleave(num_items, 1)
+    def _item_vectors(self, code_ids: torch.LongTensor, indices: torch.LongTensor | None) -> _Items:
+        """Items `(B, Q)` by their code token ids `(B, Q, L)` and catalogue indices of as many, with their v."""
+        table = self.item_table
+        rows = table.rows(indices, code_ids.shape[:2])
+        mask = code_ids[..., 0] != self.config.pad_token_id
+        values, embeddings = table.values[rows], table.embeddings[rows]
+        return _Items(code_ids, mask, rows, values, embeddings, self.item_encoder(code_ids, values, embeddings))
+
+    def _before_sessions(
+        self, history_mask: torch.BoolTensor, prefixes: torch.LongTensor | None, num_items: int
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """For each session item `(B, Q or 1)`: the recency `(B, Q or 1, n)` of behaviours, how many came after each
+        one and before the session, -1 where it is hidden; and how many places of the history are before the session.
+        `prefixes` `(B, C)` as in `forward`."""
+        every = history_mask.sum(1, keepdim=True)
+        prefixes = every if prefixes is None else prefixes.repeat_interleave(num_items, 1)
         recency = prefixes[..., None] - history_mask.cumsum(1)[:, None]
         hidden = ~history_mask[:, None] | (recency >= self.config.history_items)
-        recency = recency.masked_fill(hidden, -1)
+        return recency.masked_fill(hidden, -1), (recency >= 0).sum(-1)
 
-        item_embeddings, history_embeddings = table.embeddings[item_rows], table.embeddings[history_rows]
-        history = self.item_encoder(history_ids, history_values, history_embeddings)
-        items = self.item_encoder(item_ids, item_values, item_embeddings)
-
-        # Of the session so far, and of the latest behaviours, as many as a session has items.
-        behaviours = torch.cat([history, history_embeddings.to(history.dtype)], dim=-1)
-        targets = torch.cat([items, item_embeddings.to(items.dtype)], dim=-1)
+    def _repetition(
+        self,
+        items: _Items,
+        history: _Items,
+        recency: torch.LongTensor,
+        offsets: torch.LongTensor | None,
+        shape: tuple[int, int],
+    ) -> list[torch.Tensor]:
+        """How much each session item repeats of the latest behaviours, as many as a session has items, and of its own
+        session so far, a part of which may be behaviours: two tensors `(B, Q, heads)` for sessions of `shape`, C, m.
+        """
+        behaviours, targets = (
+            torch.cat([found.vectors, found.embeddings.to(found.vectors.dtype)], dim=-1) for found in (history, items)
+        )
         counted = [(recency >= 0) & (recency < self.config.session_items)]
-        if session_offsets is not None:
-            counted.append((recency >= 0) & (recency < session_offsets.repeat_interleave(num_items, 1)[..., None]))
+        if offsets is not None:
+            counted.append((recency >= 0) & (recency < offsets.repeat_interleave(shape[1], 1)[..., None]))
         latest, *part = self.repetition(targets, behaviours, *counted)
-        sessions = targets.unflatten(1, (num_candidates, num_items))
-        earlier = torch.ones(num_items, num_items, dtype=torch.bool, device=items.device).tril(-1)
+        sessions = targets.unflatten(1, shape)
+        earlier = torch.ones(shape[1], shape[1], dtype=torch.bool, device=targets.device).tril(-1)
         [so_far] = self.repetition(sessions, sessions, earlier)
-        repetition = [latest, sum(part, so_far.flatten(1, 2))]
-        inputs = []
-        if self.config.signals:
-            if history_signals is None:
-                history_signals = history.new_full((*history_ids.shape[:2], len(self.config.signals)), torch.nan)
-            history_signals = history_signals.to(history.dtype)
-            counted = torch.cat(
-                [history_signals.nan_to_num(0.0), (~history_signals.isnan()).to(history.dtype)], dim=-1
-            )
-            history = history + self.signal_proj(counted)
-            counted = counted * history_mask[..., None]
-            # Everything before the session counts for the user's own rates, not only what it attends to.
-            before = F.pad(counted.cumsum(1), (0, 0, 1, 0))
-            if user_totals is not None:
-                before = before + user_totals[:, None].to(before.dtype)
-            place = (history_mask.cumsum(1)[:, None] <= prefixes[..., None]).sum(-1)
-            user = before.gather(1, place[..., None].expand(-1, -1, before.shape[-1]))
-            same = [(item_ids[:, :, None] == history_ids[:, None]).all(-1)]
-            for places in self._columns:
-                mine, theirs = item_values[:, :, None, places, None], history_values[:, None, :, None, places]
-                same.append(((mine == theirs) & (mine > 0)).flatten(3).any(-1))
-            matched = [(equal & (recency >= 0)).to(counted.dtype) @ counted for equal in same]
-            totals = table.totals[item_rows] if session_totals is None else session_totals.flatten(1, 2)
-            rates = [
-                self._rates(user, self.config.rate_prior).expand(-1, num_candidates * num_items, -1),
-                self._rates(totals.to(user.dtype), self.config.rate_prior),
-                *(self._rates(sums, self.config.match_prior) for sums in matched),
-            ]
-            inputs = [torch.cat(rates, dim=-1)]
-        gathered = self.target_attention(items, history, recency, **kwargs)
-        ranks = _waves(table.ranks[item_rows].to(items.dtype))
-        inputs = [items, gathered, items * gathered, ranks, *inputs, *repetition]
+        return [latest, sum(part, so_far.flatten(1, 2))]
+
+    def _past_rates(
+        self,
+        items: _Items,
+        history: _Items,
+        recency: torch.LongTensor,
+        seen: torch.LongTensor,
+        signals: torch.FloatTensor | None,
+        user_totals: torch.FloatTensor | None,
+        item_totals: torch.FloatTensor | None,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The behaviour `(B, n, H)` with its feedback, and smoothed rates of the past, each `(B, Q, 2 S)`: of the
+        user, of the item, of the user with the same item and with items of the same value of each feature."""
+        config, states = self.config, history.vectors
+        if not config.signals:
+            return states, []
+        if signals is None:
+            signals = states.new_full((*states.shape[:2], len(config.signals)), torch.nan)
+        signals = signals.to(states.dtype)
+        counted = torch.cat([signals.nan_to_num(0.0), (~signals.isnan()).to(states.dtype)], dim=-1)
+        states = states + self.signal_proj(counted)
+        counted = counted * history.mask[..., None]
+        # Everything before the session counts for the user's own rates, not only what it attends to.
+        totals = F.pad(counted.cumsum(1), (0, 0, 1, 0))
+        if user_totals is not None:
+            totals = totals + user_totals[:, None].to(totals.dtype)
+        of_user = totals.gather(1, seen[..., None].expand(-1, -1, totals.shape[-1]))
+        of_item = self.item_table.totals[items.rows] if item_totals is None else item_totals.flatten(1, 2)
+        same = [(equal & (recency >= 0)).to(counted.dtype) @ counted for equal in self._same_features(items, history)]
+        return states, [
+            self._rates(of_user, config.rate_prior).expand(-1, items.mask.shape[1], -1),
+            self._rates(of_item.to(of_user.dtype), config.rate_prior),
+            *(self._rates(sums, config.match_prior) for sums in same),
+        ]
+
+    def _same_features(self, items: _Items, history: _Items) -> Iterator[torch.BoolTensor]:
+        """Whether a session item and a behaviour `(B, Q, n)` are the same item; and for each column of features
+        whether they share a value."""
+        yield (items.code_ids[:, :, None] == history.code_ids[:, None]).all(-1)
+        for places in self._columns:
+            mine, theirs = items.values[:, :, None, places, None], history.values[:, None, :, None, places]
+            yield ((mine == theirs) & (mine > 0)).flatten(3).any(-1)
+
+    def _target_attention(
+        self,
+        items: _Items,
+        states: torch.Tensor,
+        recency: torch.LongTensor,
+        known: list[torch.Tensor],
+        user_values: torch.LongTensor | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """e_i = v_i (.) u of each member, `(B, E, Q, H)`, which also reads what else is `known` of item and user."""
+        user = self.target_attention(items.vectors, states, recency, **kwargs)
+        ranks = _waves(self.item_table.ranks[items.rows].to(states.dtype))
+        inputs = [items.vectors, user, items.vectors * user, ranks, *known]
         if self.config.user_features:
             if user_values is None:
-                user_values = history_ids.new_zeros(batch, len(self.config.user_features))
+                user_values = items.rows.new_zeros(len(states), len(self.config.user_features))
             profile = self.user_embeddings(user_values)
-            inputs.append(profile[:, None].expand(-1, num_candidates * num_items, -1))
-        hidden_states = self.fusion(torch.cat(inputs, dim=-1))
+            inputs.append(profile[:, None].expand(-1, items.mask.shape[1], -1))
+        return self.fusion(torch.cat(inputs, dim=-1))
 
-        # Each member has a session of its own.
+    def _session_attention(self, items: torch.Tensor, session_mask: torch.BoolTensor, **kwargs) -> torch.Tensor:
+        """Sum h_f / m `(B, C, E, H)` of each member's sessions, h_f by self-attention (eq 5) over their e_i
+        `(B, E, Q, H)`; `session_mask` `(B, C, m)` says where there is an item."""
         num_members = self.config.num_members
-        hidden_states = hidden_states.unflatten(2, (num_candidates, num_items)).transpose(1, 2).flatten(0, 2)
-        session_mask = session_mask.repeat_interleave(num_members, 0)
-        positions = torch.arange(num_items, device=hidden_states.device)
+        # Each member has a session of its own.
+        hidden_states = items.unflatten(2, session_mask.shape[1:]).transpose(1, 2).flatten(0, 2)
+        mask = session_mask.flatten(0, 1).repeat_interleave(num_members, 0)
+        positions = torch.arange(mask.shape[1], device=mask.device)
         hidden_states = hidden_states + self.position_embeddings(positions)
         # A session of padding alone sees its first place, so that it is well defined; the sum leaves it out.
-        visible = session_mask | ((positions == 0) & ~session_mask.any(1, keepdim=True))
+        visible = mask | ((positions == 0) & ~mask.any(1, keepdim=True))
         attention_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=visible
         )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         hidden_states = self.norm(hidden_states)
-
-        session = (hidden_states * session_mask[..., None]).sum(1) / session_mask.sum(1, keepdim=True).clamp(min=1)
-        session = session.unflatten(0, (batch, num_candidates, num_members))
-        member_logits = torch.stack([tower(session) for tower in self.towers.values()], dim=-1)
-        if single:
-            member_logits = member_logits[:, 0]
-        logits = member_logits.mean(-2)
-
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape:
-                raise ValueError(f"labels must have the shape {tuple(logits.shape)}, got {tuple(labels.shape)}.")
-            loss = self._objectives_loss(member_logits, labels)
-        probabilities = self.calibration(logits, lengths if whole_sessions else None)
-        return OneRecRewardOutput(
-            loss=loss, logits=logits, probabilities=probabilities, reward=self.scalar(probabilities)
-        )
+        session = (hidden_states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return session.unflatten(0, (*session_mask.shape[:2], num_members))
 
     def _rates(self, totals: torch.Tensor, prior: float) -> torch.Tensor:
         """Sums and counts `(..., 2 S)` as smoothed rates, in logits from the mean's, and logarithms of the counts."""
@@ -680,7 +669,10 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         return torch.cat([2 * (rates.logit(1e-5) - means.logit()), torch.log1p(counts) / 4], dim=-1)
 
     def _objectives_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Of members' logits `(..., E, O)` and their common labels `(..., O)`."""
+        """The objectives' summed cross-entropies (eq 7) of members' logits `(..., E, O)`, labels `(..., O)` alike."""
+        shape = (*logits.shape[:-2], logits.shape[-1])
+        if labels.shape != shape:
+            raise ValueError(f"labels must have the shape {shape}, got {tuple(labels.shape)}.")
         labels = labels[..., None, :].expand_as(logits)
         known = ~labels.isnan()
         logits, labels = logits.float(), labels.float().nan_to_num(0.0).to(logits.device)
@@ -691,6 +683,3 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             losses = losses * (torch.sigmoid(logits) - labels).abs() ** self.config.focal_gamma
         losses, known = (losses * known).flatten(0, -2), known.flatten(0, -2)
         return (losses.sum(0) / known.sum(0).clamp(min=1)).sum()
-
-
-__all__ = ["OneRecRewardModel", "OneRecRewardOutput", "OneRecRewardPreTrainedModel"]

@@ -39,21 +39,16 @@ def group_auc(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray) -> f
     return float(np.average(auc[both], weights=size[both])) if both.any() else None
 
 
-def calibration_bins(estimate: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean estimate, mean label and size of ten bins of equal size by estimate."""
+def calibration_bins(estimate: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Mean estimate, mean label and size `(3, bins)` of ten bins of equal size by estimate."""
     bins = np.array_split(np.argsort(estimate, kind="stable"), min(CALIBRATION_BINS, len(label)))
-    return (
-        np.array([estimate[rows].mean() for rows in bins]),
-        np.array([label[rows].mean() for rows in bins]),
-        np.array([len(rows) for rows in bins]),
-    )
+    return np.array([(estimate[rows].mean(), label[rows].mean(), len(rows)) for rows in bins]).T
 
 
 def objective_metrics(
     probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], users: np.ndarray | None = None
 ) -> dict[str, float | int]:
-    """
-    Quality of the estimates of each objective over its known labels.
+    """Quality of the estimates of each objective over its known labels.
 
     For an objective x: `x_auc`, the chance that a session with a label above the median has a higher estimate than
     one without (see [`above_median`]); `x_gauc`, the same among one user's sessions; `x_log_loss` and
@@ -63,10 +58,10 @@ def objective_metrics(
     out.
 
     Args:
-        probabilities (`np.ndarray` of shape `(S, O)`): Estimates for S sessions.
-        labels (`np.ndarray` of shape `(S, O)`): Labels in [0, 1], NaN where unknown.
-        names: Of the objectives.
-        users (`np.ndarray` of shape `(S,)`, *optional*): Whose session it is, for `x_gauc`.
+        probabilities: (S, O) estimates for S sessions.
+        labels: (S, O) labels in [0, 1], NaN where unknown.
+        names: Names of the O objectives.
+        users: (S,) whose session it is, for `x_gauc`.
     """
     metrics: dict[str, float | int] = {}
     for index, objective in enumerate(names):
@@ -82,12 +77,8 @@ def objective_metrics(
             grouped = None if users is None else group_auc(estimate, positive, users[known])
             if grouped is not None:
                 metrics[f"{objective}_gauc"] = grouped
-        metrics[f"{objective}_log_loss"] = float(
-            -(label * np.log(estimate) + (1 - label) * np.log(1 - estimate)).mean()
-        )
-        metrics[f"{objective}_base_log_loss"] = float(
-            -(label.mean() * np.log(base) + (1 - label.mean()) * np.log(1 - base))
-        )
+        for name, answer, of in (("log_loss", estimate, label), ("base_log_loss", base, label.mean())):
+            metrics[f"{objective}_{name}"] = float(-(of * np.log(answer) + (1 - of) * np.log(1 - answer)).mean())
         estimated, observed, size = calibration_bins(estimate, label)
         metrics[f"{objective}_calibration_error"] = float(np.average(np.abs(estimated - observed), weights=size))
         metrics[f"{objective}_label_mean"] = float(label.mean())
@@ -98,8 +89,7 @@ def objective_metrics(
 
 def reliability_plot(probabilities: np.ndarray, labels: np.ndarray, names: Sequence[str], path: str | Path) -> None:
     """Writes a PNG with a panel for each objective: the mean label against the mean estimate in ten bins of equal
-    size, beside the diagonal of perfect calibration, and the calibration error. Arguments as [`objective_metrics`].
-    """
+    size, beside the diagonal of perfect calibration, and the calibration error. Arguments as [`objective_metrics`]."""
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.1 * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the reward model's towers estimate: labels of sessions from the feedback on their items."""
+"""What the reward model estimates: the objectives' labels of sessions, from the feedback on their items."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,17 @@ DURATION = "duration"
 NUM_QUANTILES = 100
 
 
+def objective_labels(
+    objectives: Sequence[Mapping[str, Any]], feedback: np.ndarray, columns: Sequence[str], items: np.ndarray
+) -> np.ndarray:
+    """[`session_label`] of each of O objectives, `(S, O)`; arguments and errors as there."""
+    return np.stack([session_label(objective, feedback, columns, items) for objective in objectives], axis=-1)
+
+
 def session_label(
     objective: Mapping[str, Any], feedback: np.ndarray, columns: Sequence[str], items: np.ndarray
 ) -> np.ndarray:
-    """
-    Labels of sessions in [0, 1], NaN where the feedback on one of the items is unknown.
+    """One objective's labels `(S,)` in [0, 1] of S sessions, NaN where the feedback on one of the items is unknown.
 
     - `binary`: the mean over the items of whether the source is more than 0;
     - `share`: the sum of the source, of each item at most its duration, over the sum of the durations (of watch time
@@ -22,13 +28,13 @@ def session_label(
       `quantiles`.
 
     Args:
-        objective: `source`, `kind` and, for `quantile`, `quantiles`.
-        feedback (`np.ndarray` of shape `(R, F)`): Feedback on R exposures.
+        objective: `name`, `source`, `kind` and, for `quantile`, `quantiles`, as [`OneRecRewardConfig`] has them.
+        feedback: (R, F) feedback on R exposures.
         columns: The F feedback columns' names.
-        items (`np.ndarray` of shape `(S, m)`): Sessions as rows of `feedback`, -1 where there is no item.
+        items: (S, m) sessions as rows of `feedback`, -1 where there is no item.
 
     Raises:
-        ValueError: If the feedback lacks a column that the objective needs.
+        ValueError: if the feedback lacks a column that the objective needs.
     """
     source = _column(objective, objective["source"], feedback, columns)
     real = items >= 0

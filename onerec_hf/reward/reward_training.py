@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from ..data import Feed, signal_names
-from ..pretraining import CheckpointCompleteCallback, latest_complete_checkpoint
+from ..renamed_arguments import renamed_arguments
 from ..tokenization_onerec import OneRecTokenizer
+from ..training_checkpoints import CheckpointCompleteCallback, latest_complete_checkpoint
 from .configuration_onerec_reward import OneRecRewardConfig
-from .exposure_encoding import ExposureEncoder, ItemFeatures, ItemTotals, known_user_values
+from .exposure_encoding import REWARD_FEATURES, ExposureEncoder, ItemFeatures, ItemTotals, known_user_values
 from .modeling_onerec_reward import OneRecRewardModel
 from .reward_metrics import objective_metrics
-from .reward_objectives import fitted_quantiles, session_label
+from .reward_objectives import fitted_quantiles, objective_labels
 
 # Share of the training batches whose sessions are single exposures; the others have 2 to m items, all alike often.
 SINGLE_SHARE = 0.5
@@ -35,22 +36,13 @@ LENGTH_PRIOR = 5.0
 
 
 def user_half(user_ids: Sequence, seed: int = 0) -> np.ndarray:
-    """
-    Split users into two halves, one for the reward model and one for the judge that must not have seen its users.
-    A user's half depends on the id and the seed alone, not on the other users, the order or the process.
-
-    Args:
-        user_ids (`Sequence`): B user ids, integers or strings, repeats allowed.
-        seed (`int`): Another seed gives another split.
-
-    Returns:
-        `np.ndarray` of shape `(B,)` and type int64, 0 or 1.
-    """
+    """[`user_fold`] of two: one for the reward model, one for the judge that must not have seen its users."""
     return user_fold(user_ids, 2, seed)
 
 
 def user_fold(user_ids: Sequence, folds: int, seed: int = 0) -> np.ndarray:
-    """The same for any number of parts: 0 to `folds` - 1, int64 `(B,)`."""
+    """Parts of B users, int64 `(B,)` of 0 to `folds` - 1. A user's depends on the id (an integer or string) and the
+    seed alone, not on the other users, the order or the process."""
     users, inverse = np.unique(np.asarray(user_ids), return_inverse=True)
     digests = [hashlib.blake2b(f"{seed}:{user}".encode(), digest_size=8).digest() for user in users.tolist()]
     return np.array([int.from_bytes(digest, "little") % folds for digest in digests], dtype=np.int64)[inverse]
@@ -59,16 +51,14 @@ def user_fold(user_ids: Sequence, folds: int, seed: int = 0) -> np.ndarray:
 def create_reward_model(
     config: dict[str, Any], feed: Feed, totals: ItemTotals, tokenizer: OneRecTokenizer, embeddings: torch.Tensor
 ) -> OneRecRewardModel:
-    """
-    A model to be trained on a feed's exposures: its configuration says what of the feed is read, and it holds the
+    """A model to be trained on a feed's exposures: its configuration says what of the feed is read, and it holds the
     items' features and totals.
 
     Args:
         config: Fields of [`OneRecRewardConfig`], without those that the feed decides.
         feed: Its items and users, and `interactions` to fit, from which alone quantiles of labels come.
         totals: Of the items, as of the end of the fitted period.
-        tokenizer: Gives the codes.
-        embeddings (`torch.Tensor` of shape `(N, D)`): Of the tokenizer's items, in its order; D may be 0.
+        embeddings: (N, D), of the tokenizer's items in its order; D may be 0.
     """
     columns = list(totals.feedback)
     features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
@@ -89,23 +79,17 @@ def create_reward_model(
         if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
             objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
     model = OneRecRewardModel(known)
-    model.set_items(
-        torch.from_numpy(features.values),
-        torch.from_numpy(features.ranks),
-        torch.from_numpy(totals.all()),
-        torch.from_numpy(totals.signal_means.astype(np.float32)),
-        embeddings,
-    )
+    signal_means = totals.signal_means.astype(np.float32)
+    tensors = map(torch.from_numpy, (features.values, features.ranks, totals.all(), signal_means))
+    model.set_items(*tensors, embeddings)
     return model
 
 
 def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]]:
-    """
-    Sessions (first place, items) of a run, of `session_items` or fewer at a group's end.
+    """Sessions (first place, items) of a run, of `session_items` or fewer at a group's end.
 
     Args:
-        groups (`np.ndarray`): `exposed_sessions` of the run: consecutive places of one number are cut together.
-        session_items (`int`): Most items of a session.
+        groups: `exposed_sessions` of the run: consecutive places of one number are cut together, -1 is left out.
     """
     edges = _group_edges(groups).tolist()
     return [
@@ -117,27 +101,20 @@ def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]
 
 
 def _group_edges(groups: np.ndarray) -> np.ndarray:
-    """First places of the runs of one number, and the end."""
+    """First places of a run's groups, and the end."""
     return np.r_[0, np.flatnonzero(np.diff(groups)) + 1, len(groups)]
-
-
-def _group_starts(groups: np.ndarray) -> np.ndarray:
-    """First place of the group of each of a run's places; `groups` as for [`cut_sessions`]."""
-    edges = _group_edges(groups)
-    return np.repeat(edges[:-1], np.diff(edges))
 
 
 @dataclass
 class RewardCollator:
-    """
-    Batches of runs for [`OneRecRewardModel`].
+    """Batches of runs for [`OneRecRewardModel`].
 
     Args:
-        encoder (`ExposureEncoder`): Of the model's configuration and the tokenizer.
-        totals (`ItemTotals`, *optional*): Gives the items' totals as of each session. Without them the model's own
-            count, of the end of its fitted period.
-        session_items (`int`, *optional*): Cut sessions of so many items, or fewer at a group's end. By default the
-            number is drawn for each batch, so that little of it is padding, from torch's global generator.
+        encoder: Of the model's configuration and the tokenizer.
+        totals: Gives the items' totals as of each session. Without them the model's own count, as of the end of its
+            fitted period.
+        session_items: Sessions are cut of so many items, or fewer at a group's end. By default the number is drawn for
+            each batch, so that little of it is padding, from torch's global generator.
     """
 
     encoder: ExposureEncoder
@@ -152,50 +129,44 @@ class RewardCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         config = self.encoder.config
         longest = self.session_items or _drawn_length(config.session_items)
-        cuts = [cut_sessions(np.asarray(row["exposed_sessions"]), longest) for row in rows]
-        # Sessions of the batch one behind the other, as places of all of its runs.
+        items = np.concatenate([np.asarray(row["exposed"], dtype=np.int64) for row in rows])
+        times = np.concatenate([np.asarray(row["exposed_timestamps"], dtype=np.float64) for row in rows])
+        feedback = np.concatenate([np.asarray(row["exposed_feedback"], dtype=np.float64) for row in rows])
+        groups = [np.asarray(row["exposed_sessions"]) for row in rows]
+        cuts = [cut_sessions(run, longest) for run in groups]
+
+        # The S sessions of all runs: the run of each, its number there, its first place there and its items.
         owner = np.repeat(np.arange(len(rows)), [len(cut) for cut in cuts])
         rank = np.concatenate([np.arange(len(cut)) for cut in cuts])
-        first, length = np.array([session for cut in cuts for session in cut]).reshape(-1, 2).T
-        lengths = np.array([len(row["exposed"]) for row in rows])
-        starts = (np.cumsum(lengths) - lengths)[owner] + first
+        first, length = np.array([session for cut in cuts for session in cut], dtype=np.int64).reshape(-1, 2).T
+        # Their places (S, m) in the runs set one after the other, -1 where there is no item.
+        run_ends = np.cumsum([len(run) for run in groups])
+        starts = np.r_[0, run_ends[:-1]][owner] + first
         offsets = np.arange(longest)
         places = np.where(offsets < length[:, None], starts[:, None] + offsets, -1)
-        items = np.concatenate([np.asarray(row["exposed"], dtype=np.int64) for row in rows])
-        feedback = np.concatenate(
-            [
-                np.asarray(entry["exposed_feedback"], dtype=np.float64).reshape(len(entry["exposed"]), -1)
-                for entry in rows
-            ]
-        )
-        times = np.concatenate([np.asarray(row["exposed_timestamps"], dtype=np.float64) for row in rows])
-
         shape = (len(rows), int(rank.max(initial=0)) + 1)
-        indices = np.full((*shape, longest), -1, dtype=np.int64)
-        indices[owner, rank] = np.where(places >= 0, items[places], -1)
-        labels = np.full((*shape, len(config.objectives)), np.nan, dtype=np.float32)
-        labels[owner, rank] = np.stack(
-            [session_label(objective, feedback, config.feedback, places) for objective in config.objectives], axis=-1
-        )
-        prefixes = np.zeros(shape, dtype=np.int64)
-        prefixes[owner, rank] = first
+
+        def by_run(values: np.ndarray, fill: float) -> torch.Tensor:
+            """Values `(S, ...)` of sessions as `(B, C, ...)`, `fill` where a run has fewer sessions than others."""
+            spread = np.full((*shape, *values.shape[1:]), fill, dtype=values.dtype)
+            spread[owner, rank] = values
+            return torch.from_numpy(spread)
+
+        indices = by_run(np.where(places >= 0, items[places], -1), -1)
+        labels = objective_labels(config.objectives, feedback.reshape(len(items), -1), config.feedback, places)
         # Whatever is cut here, sessions have up to `config.session_items` from the beginning of a group.
-        begins = np.concatenate([_group_starts(np.asarray(row["exposed_sessions"])) for row in rows])[starts]
-        session_offsets = np.zeros(shape, dtype=np.int64)
-        session_offsets[owner, rank] = (first - begins) % config.session_items
+        begins = np.concatenate([np.repeat(edges[:-1], np.diff(edges)) for edges in map(_group_edges, groups)])[starts]
         batch = {
             **self.encoder(rows),
-            "session_ids": self.encoder.codes(indices),
-            "session_indices": torch.from_numpy(indices),
-            "history_prefixes": torch.from_numpy(prefixes),
-            "session_offsets": torch.from_numpy(session_offsets),
-            "labels": torch.from_numpy(labels),
+            "session_ids": self.encoder.codes(indices.numpy()),
+            "session_indices": indices,
+            "history_prefixes": by_run(first, 0),
+            "session_offsets": by_run((first - begins) % config.session_items, 0),
+            "labels": by_run(labels.astype(np.float32), np.nan),
         }
         if config.signals and self.totals is not None:
-            totals = np.zeros((*indices.shape, 2 * len(config.signals)), dtype=np.float32)
-            known = self.totals.before(items[places.clip(min=0)], np.repeat(times[starts, None], len(offsets), axis=1))
-            totals[owner, rank] = np.where(places[..., None] >= 0, known, 0)
-            batch["session_totals"] = torch.from_numpy(totals)
+            totals = self.totals.before(items[places.clip(min=0)], times[starts, None])
+            batch["session_totals"] = by_run(np.where(places[..., None] >= 0, totals, 0), 0)
         return batch
 
 
@@ -206,14 +177,14 @@ def _drawn_length(session_items: int) -> int:
 
 @dataclass
 class RewardPredictions:
-    """
-    Estimates for S sessions beside their labels.
+    """Estimates for S sessions beside their labels.
 
     Args:
-        logits, labels (`np.ndarray` of shape `(S, O)`): Before calibration; NaN where a label is unknown.
-        probabilities (`np.ndarray` of shape `(S, O)`): Calibrated.
-        users (`np.ndarray` of shape `(S,)`): Number of each session's user.
-        lengths (`np.ndarray` of shape `(S,)`): Items of each whole session, 0 for a part of one.
+        logits: (S, O), before calibration.
+        probabilities: (S, O), calibrated.
+        labels: (S, O), NaN where unknown.
+        users: (S,) number of each session's user.
+        lengths: (S,) items of each whole session, 0 for a part of one.
     """
 
     logits: np.ndarray
@@ -224,7 +195,7 @@ class RewardPredictions:
 
     @classmethod
     def joined(cls, parts: Sequence["RewardPredictions"]) -> "RewardPredictions":
-        """Of all parts, one behind the other."""
+        """All parts, one after the other."""
         return cls(
             *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls))
         )
@@ -234,46 +205,38 @@ class RewardPredictions:
         return objective_metrics(self.probabilities, self.labels, config.objective_names, self.users)
 
 
+@renamed_arguments(progress="show_progress")
 @torch.no_grad()
 def predict_rewards(
     model: OneRecRewardModel,
     dataset: Dataset,
     collator: RewardCollator,
     batch_size: int = 128,
-    progress: bool = False,
+    show_progress: bool = False,
 ) -> RewardPredictions:
     """Estimates for the sessions that `collator` cuts from runs; the model's training mode is left as it was."""
     was_training = model.training
     model.eval()
     users = np.unique(np.asarray(dataset["user_id"][:]), return_inverse=True)[1] if len(dataset) else np.zeros(0, int)
-    parts, start = [], 0
-    for batch in tqdm(
-        DataLoader(dataset, batch_size=batch_size, collate_fn=collator), desc="judging", disable=not progress
-    ):
+    none = np.zeros((0, len(model.config.objectives)), dtype=np.float32)
+    parts, start = [[none, none, none, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)]], 0
+    batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    for batch in tqdm(batches, desc="judging", disable=not show_progress):
         labels, lengths = batch.pop("labels"), (batch["session_indices"] >= 0).sum(-1).numpy()
         real = lengths > 0
         inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
         output = model(**inputs, whole_sessions=collator.whole_sessions)
-        rows = np.broadcast_to(users[start : start + len(real), None], real.shape)
-        values = (
-            output.logits.float().cpu().numpy(),
-            output.probabilities.float().cpu().numpy(),
-            labels.numpy(),
-            rows,
-            lengths * collator.whole_sessions,
-        )
+        logits, probabilities = (found.float().cpu().numpy() for found in (output.logits, output.probabilities))
+        owners = np.broadcast_to(users[start : start + len(real), None], real.shape)
+        values = (logits, probabilities, labels.numpy(), owners, lengths * collator.whole_sessions)
         parts.append([value[real] for value in values])
         start += len(real)
     model.train(was_training)
-    if not parts:
-        empty = np.zeros((0, len(model.config.objectives)), dtype=np.float32)
-        return RewardPredictions(empty, empty, empty, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
     return RewardPredictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
 def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
-    """
-    Mean known label of each objective over the sessions that `collator` cuts, NaN for an objective without any.
+    """Mean known label of each objective over the sessions that `collator` cuts, NaN for an objective without any.
 
     Raises:
         ValueError: if an objective that the reward counts has no known label: its tower would stay untrained and
@@ -298,12 +261,10 @@ def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
 
 
 def fit_calibration(model: OneRecRewardModel, predictions: RewardPredictions) -> None:
-    """
-    Fits sigmoid(scale * logit + bias) of each objective to held-out labels (Platt), with further biases of whole
+    """Fits sigmoid(scale * logit + bias) of each objective to held-out labels (Platt), with further biases of whole
     sessions by their number of items, and saves it with the model; and with its configuration the means and deviations
     of the calibrated probabilities, of whole sessions if there are any. An objective with fewer than two different
-    known labels keeps its probabilities.
-    """
+    known labels keeps its probabilities."""
     config = model.config
     scale, bias = np.ones(len(config.objectives)), np.zeros(len(config.objectives))
     session_bias = np.zeros((config.session_items, len(config.objectives)))
@@ -349,18 +310,8 @@ def train_reward_model(
     arguments: dict[str, Any],
     **kwargs,
 ) -> list[dict[str, Any]]:
-    """
-    Trains from towers at the runs' base rates, behind the latest checkpoint in `output_dir`.
-
-    Args:
-        model, tokenizer, totals: As for [`OneRecRewardTrainer`].
-        runs: To train on.
-        arguments: `TrainingArguments` fields.
-        kwargs: `OneRecRewardTrainer`'s other arguments.
-
-    Returns:
-        The trainer's log rows.
-    """
+    """Trains on `runs` from towers at their base rates, or goes on after the latest checkpoint in `output_dir`; gives
+    the log rows. `arguments` are those of `TrainingArguments`, the others of [`OneRecRewardTrainer`]."""
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
     model.set_base_rates(label_means(runs, RewardCollator(encoder, totals, session_items=1)))
     trainer = OneRecRewardTrainer(
@@ -371,15 +322,7 @@ def train_reward_model(
 
 
 class OneRecRewardTrainer(Trainer):
-    """
-    `Trainer` of [`OneRecRewardModel`] on runs of exposures.
-
-    Args:
-        model (`OneRecRewardModel`): Model to train.
-        tokenizer (`OneRecTokenizer`): Tokenizer of the items' codes.
-        totals (`ItemTotals`): Of the exposures to fit.
-        kwargs: `Trainer`'s other arguments.
-    """
+    """`Trainer` of [`OneRecRewardModel`] on runs of exposures; `totals` are of the exposures to fit."""
 
     def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer, totals: ItemTotals, **kwargs):
         encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
@@ -388,11 +331,4 @@ class OneRecRewardTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self):
         # The columns that the collator reads, not the arguments of the model's forward.
-        self._signature_columns = [
-            "exposed",
-            "exposed_feedback",
-            "exposed_timestamps",
-            "exposed_sessions",
-            "feedback_totals",
-            "user_profile",
-        ]
+        self._signature_columns = [*REWARD_FEATURES, "exposed_timestamps", "exposed_sessions"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..renamed_arguments import renamed_arguments
 from ..tokenization_onerec import OneRecTokenizer
 from .exposure_encoding import ExposureEncoder
 from .modeling_onerec_reward import OneRecRewardModel
@@ -15,12 +16,11 @@ from .modeling_onerec_reward import OneRecRewardModel
 
 @dataclass
 class SessionScores:
-    """
-    Reward model's estimates of C candidate sessions of each of B users, on the CPU.
+    """Reward model's estimates of C candidate sessions of each of B users, on the CPU.
 
     Args:
-        reward (`torch.FloatTensor` of shape `(B, C)`): The objectives as one number; NaN for an empty session.
-        probabilities (`torch.FloatTensor` of shape `(B, C, O)`): One for each objective; NaN for an empty session.
+        reward: (B, C) the objectives as one number; NaN for an empty session.
+        probabilities: (B, C, O) one for each objective; NaN for an empty session.
     """
 
     reward: torch.FloatTensor
@@ -28,13 +28,7 @@ class SessionScores:
 
 
 class SessionScorer:
-    """
-    A reward model with what turns rows and sessions of catalogue indices into its tensors.
-
-    Args:
-        model (`OneRecRewardModel`): The judge.
-        tokenizer (`OneRecTokenizer`): Tokenizer of the codes it was trained on.
-    """
+    """A reward model, the judge, with the tokenizer of the codes that it was trained on."""
 
     def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -58,24 +52,23 @@ class SessionScorer:
         """The reward `(...)` of objectives' probabilities `(..., O)`, such as a simulated feed's true ones."""
         return self.model.scalar(probabilities)
 
+    @renamed_arguments(progress="show_progress")
     @torch.no_grad()
     def score(
         self,
         rows: Sequence[Mapping[str, Any]],
         sessions: torch.LongTensor,
         batch_size: int = 32,
-        progress: bool = False,
+        show_progress: bool = False,
     ) -> SessionScores:
-        """
-        Score candidate sessions, each user's behaviour encoded once. The model's training mode is left as it was.
+        """Scores candidate sessions, each user's behaviour encoded once. The model's training mode is left as it was.
 
         Args:
-            rows (`Sequence[Mapping]`): B rows of [`index_sessions`] tables: the columns of `REWARD_FEATURES` that the
-                data has, or else `history` (catalogue indices, oldest first); the latest
-                `model.config.history_items` behaviours are used. Other columns are passed over.
-            sessions (`torch.LongTensor` of shape `(B, C, m)`): Catalogue indices, -1 where there is no item.
-            batch_size (`int`): Users scored at once.
-            progress (`bool`): Whether to show a progress bar.
+            rows: B rows of [`index_sessions`] tables: the columns of `REWARD_FEATURES` that the data has, or else
+                `history` (catalogue indices, oldest first), of which the latest `model.config.history_items` are used.
+                Other columns are passed over.
+            sessions: (B, C, m) catalogue indices, -1 where there is no item.
+            batch_size: Users scored at once.
 
         Raises:
             ValueError: if the catalogue indices are not the tokenizer's, or there is not one row for each user.
@@ -85,8 +78,9 @@ class SessionScorer:
         was_training, device = self.model.training, self.model.device
         self.model.eval()
         sessions = sessions.cpu()
-        reward, probabilities = [], []
-        for start in tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not progress):
+        shape = (0, sessions.shape[1])
+        reward, probabilities = [torch.empty(shape)], [torch.empty(*shape, len(self.objectives))]
+        for start in tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not show_progress):
             batch = sessions[start : start + batch_size]
             inputs = self._encoder(rows[start : start + batch_size], self.model.config.history_items)
             inputs |= {"session_ids": self._encoder.codes(batch.numpy()), "session_indices": batch}
@@ -95,7 +89,4 @@ class SessionScorer:
             reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
             probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
         self.model.train(was_training)
-        if not reward:
-            shape = tuple(sessions.shape[:2])
-            return SessionScores(torch.empty(shape), torch.empty(*shape, len(self.objectives)))
         return SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))

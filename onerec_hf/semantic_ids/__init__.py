@@ -26,21 +26,7 @@ def load_quantizer(directory: str | os.PathLike) -> Quantizer:
     Raises:
         FileNotFoundError: a file is missing. ValueError: a truncated or foreign file, named.
     """
-    described = read_quantizer_file(directory)
-    if described["quantizer_type"] not in QUANTIZERS:
-        raise ValueError(
-            f"{directory}: quantizer_type {described['quantizer_type']!r} is not one of {', '.join(QUANTIZERS)}"
-        )
-    return QUANTIZERS[described["quantizer_type"]].from_pretrained(directory)
-
-
-__all__ = [
-    "BalancedKMeans",
-    "RQVAE",
-    "Quantizer",
-    "ResidualQuantizer",
-    "SemanticIds",
-    "load_quantizer",
-    "make_quantizer",
-    "quantization_report",
-]
+    quantizer_type = read_quantizer_file(directory)["quantizer_type"]
+    if quantizer_type not in QUANTIZERS:
+        raise ValueError(f"{directory}: quantizer_type {quantizer_type!r} is not one of {', '.join(QUANTIZERS)}")
+    return QUANTIZERS[quantizer_type].from_pretrained(directory)

@@ -11,7 +11,7 @@ whole: distances are computed in blocks of rows, again in each pass.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -53,7 +53,7 @@ LAST_EXCHANGES = 8
 
 
 def as_points(x, name: str = "embeddings", device: torch.device | str | None = None) -> torch.Tensor:
-    """Float32 tensor [N, d] of `x`; ValueError names the first row that holds NaN or infinity."""
+    """Float32 tensor (N, d) of `x`; ValueError names the first row that holds NaN or infinity."""
     x = torch.as_tensor(x).to(device=device, dtype=torch.float32)
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"{name} must be a non-empty matrix [items, dimensions], got shape {list(x.shape)}")
@@ -65,7 +65,7 @@ def as_points(x, name: str = "embeddings", device: torch.device | str | None = N
 
 
 def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest centroid of each row: LongTensor [N]."""
+    """Index of the nearest centroid of each row: LongTensor (N,)."""
     labels = torch.empty(len(x), dtype=torch.long, device=x.device)
     scores = _Scores(x, centroids)
     for rows in scores.blocks():
@@ -76,7 +76,7 @@ def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 class _Scores:
     """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster.
 
-    `scores[rows]` is a matrix [rows, K] that is valid until the next one is asked for.
+    `scores[rows]` is a matrix (rows, K) that is valid until the next one is asked for.
     """
 
     def __init__(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None):
@@ -134,7 +134,7 @@ class BalancedKMeans:
         distributed: the blocks of rows are shared out over the processes of the initialised torch.distributed group.
             Every process must call `fit` with the same points; all of them get the result that one process would.
 
-    Attributes after `fit`: centroids [K, d], labels LongTensor [N] (the balanced assignment), inertia (sum of squared
+    Attributes after `fit`: centroids (K, d), labels LongTensor (N,) (the balanced assignment), inertia (sum of squared
     distances to the own centroid), num_iterations.
     """
 
@@ -163,7 +163,7 @@ class BalancedKMeans:
         self.distributed = distributed
 
     def fit(self, x) -> "BalancedKMeans":
-        """Fits the centroids on points [N, d].
+        """Fits the centroids on points (N, d).
 
         Raises:
             ValueError: fewer points than clusters; a row with NaN or infinity.
@@ -231,10 +231,10 @@ class BalancedKMeans:
         return self
 
     def predict(self, x) -> torch.Tensor:
-        """Nearest centroid of each row, LongTensor [N]; not balanced."""
+        """Nearest centroid of each row, LongTensor (N,); not balanced."""
         return nearest_centroid(as_points(x, device=self.centroids.device), self.centroids)
 
-    def _over_ranks(self, pieces: Iterator, work: Callable, *results: torch.Tensor) -> None:
+    def _over_ranks(self, pieces: Iterable, work: Callable, *results: torch.Tensor) -> None:
         """Does `work(index, piece)` for every piece; each fills its own part of the zero tensors `results`.
 
         With several processes, each does every n-th piece. The sum over processes then completes the results, exactly,
@@ -252,13 +252,14 @@ class BalancedKMeans:
                 result.copy_(sent)
 
     def _cluster_sums(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums [K, d], float64, and sizes [K] of the clusters."""
+        """Sums (K, d), float64, and sizes (K,) of the clusters."""
         parts = x.new_zeros(-(-len(x) // PART_ROWS), self.num_clusters, x.shape[1], dtype=torch.float64)
 
-        def work(index: int, rows: slice) -> None:
-            parts[index].index_add_(0, labels[rows], x[rows].double())
+        def work(index: int, part: tuple[torch.Tensor, torch.Tensor]) -> None:
+            rows, own = part
+            parts[index].index_add_(0, own, rows.double())
 
-        self._over_ranks(_row_parts(len(x)), work, parts)
+        self._over_ranks(zip(x.split(PART_ROWS), labels.split(PART_ROWS), strict=True), work, parts)
         return parts.sum(0) if len(parts) > 1 else parts[0], torch.bincount(labels, minlength=self.num_clusters)
 
     def _capacities(self, num_points: int) -> list[int]:
@@ -269,8 +270,7 @@ class BalancedKMeans:
         labels = torch.empty(len(x), dtype=torch.long, device=x.device)
         left = torch.arange(len(x), device=x.device)
         for cluster, capacity in enumerate(self._capacities(len(x))):
-            distances = (x[left] - centroids[cluster]).square().sum(1)
-            order = distances.argsort(stable=True)
+            order = (x[left] - centroids[cluster]).square().sum(1).argsort(stable=True)
             labels[left[order[:capacity]]] = cluster
             left = left[order[capacity:].sort().values]
         return labels
@@ -298,7 +298,7 @@ class BalancedKMeans:
     def _prices(
         self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, scale: float | None, passes: int
     ) -> torch.Tensor:
-        """Prices [K] at which the points spread evenly; `scale`: mean squared distance to the own centroid.
+        """Prices (K,) at which the points spread evenly; `scale`: mean squared distance to the own centroid.
 
         The prices given are the start; without a scale it is taken from the nearest centroids, and the start is cold.
         """
@@ -413,8 +413,3 @@ class BalancedKMeans:
         sources, targets = sources[moved].to(x.device), targets[moved].to(x.device)
         labels[movers[sources, targets]] = targets
         return len(sources) > 0
-
-
-def _row_parts(num_rows: int) -> Iterator[slice]:
-    for start in range(0, num_rows, PART_ROWS):
-        yield slice(start, min(start + PART_ROWS, num_rows))

@@ -4,6 +4,7 @@ The paper says nothing of them. A policy is applied to a whole catalogue, or to 
 codes then stay as they are.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +16,7 @@ COLLISION_POLICIES = ("nearest_free", "suffix", "share", "error")
 
 
 def prefix_ranks(codes: np.ndarray) -> np.ndarray:
-    """Int64 [N, L]: the rank of each row's first 1, 2, ... L codes among the distinct ones, in lexicographic order."""
+    """Int64 (N, L): the rank of each row's first 1, 2, ... L codes among the distinct ones, in lexicographic order."""
     ranks = np.empty(codes.shape, dtype=np.int64)
     rank = np.zeros(len(codes), dtype=np.int64)
     for level in range(codes.shape[1]):
@@ -33,7 +34,7 @@ def collision_summary(codes: np.ndarray) -> tuple[float, int]:
 
 
 def rank_among_equals(codes: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... within each set of rows with equal codes, in the order of the rows: int64 [N]."""
+    """0, 1, 2, ... within each set of rows with equal codes, in the order of the rows: int64 (N,)."""
     group = prefix_ranks(codes)[:, -1]
     counts = np.bincount(group)
     ranks = np.empty(len(codes), dtype=np.int64)
@@ -60,32 +61,37 @@ def raise_on_collision(codes: np.ndarray, num_existing: int = 0) -> None:
     )
 
 
+def require_enough_ids(codebook_sizes: Sequence[int], num_items: int) -> None:
+    """ValueError if items cannot each have an ID of their own."""
+    if math.prod(codebook_sizes) < num_items:
+        raise ValueError(
+            f"codebook_sizes {list(codebook_sizes)} give fewer IDs than there are items ({num_items}); choose larger "
+            "codebooks or more levels"
+        )
+
+
 def move_to_free_ids(
     latents: torch.Tensor, codes: np.ndarray, codebooks: Sequence[torch.Tensor], existing_codes: np.ndarray
 ) -> np.ndarray:
-    """Codes [N, L] with which no two items share an ID, moved from `codes` as little as the collisions demand.
+    """Codes (N, L) with which no two items share an ID, moved from `codes` as little as the collisions demand.
 
     Where items with a common prefix (all codes but the last) collide, the prefix's free last codes are matched to its
     items one to one at the least total distance, so that of two items with one ID the one moves that loses less. Items
     for which a prefix has no code left go to the nearest prefix with room. Only prefixes with a collision are visited.
 
     Args:
-        latents: what the codebooks quantize, [N, d].
-        codes: int64 [N, L], the codes wanted.
-        codebooks: L tensors [K_l, d].
-        existing_codes: int64 [M, L], IDs that are taken and stay.
+        latents: what the codebooks quantize, (N, d).
+        codes: int64 (N, L), the codes wanted.
+        codebooks: L tensors (K_l, d).
+        existing_codes: int64 (M, L), IDs that are taken and stay.
 
     Raises:
         ValueError: more items than IDs.
     """
     num_existing, last = len(existing_codes), len(codebooks) - 1
     sizes = [len(codebook) for codebook in codebooks]
-    if num_existing + len(codes) > np.prod([float(size) for size in sizes]):
-        raise ValueError(
-            f"codebook_sizes {sizes} give fewer IDs than there are items ({num_existing + len(codes)}); choose larger "
-            "codebooks or more levels"
-        )
     codes = np.concatenate([existing_codes, codes])
+    require_enough_ids(sizes, len(codes))
     ranks = prefix_ranks(codes)
     id_rank = ranks[:, last]
     prefix_rank = ranks[:, last - 1] if last else np.zeros(len(codes), dtype=np.int64)
@@ -99,7 +105,7 @@ def move_to_free_ids(
     rows = rows[np.argsort(prefix_rank[rows], kind="stable")]
     movable = rows >= num_existing
     residuals = np.zeros((len(rows), latents.shape[1]), dtype=np.float32)
-    residuals[movable] = _residuals(latents, codes, codebooks[:last], rows[movable], num_existing)
+    residuals[movable] = _residuals(latents, codes[num_existing:], codebooks[:last], rows[movable] - num_existing)
     last_codebook = codebooks[last].cpu().numpy()
     codebook_norms = np.square(last_codebook).sum(1)
 
@@ -120,10 +126,8 @@ def move_to_free_ids(
     return codes[num_existing:]
 
 
-def _residuals(
-    latents: torch.Tensor, codes: np.ndarray, codebooks: Sequence[torch.Tensor], rows: np.ndarray, num_existing: int
-) -> np.ndarray:
-    residuals = latents[torch.from_numpy(rows - num_existing).to(latents.device)].clone()
+def _residuals(latents: torch.Tensor, codes: np.ndarray, codebooks, rows: np.ndarray) -> np.ndarray:
+    residuals = latents[torch.from_numpy(rows).to(latents.device)]
     for level, codebook in enumerate(codebooks):
         residuals -= codebook.to(latents.device)[torch.from_numpy(codes[rows, level]).to(latents.device)]
     return residuals.cpu().numpy()
@@ -154,7 +158,7 @@ def _move_to_open_prefixes(
     first: dict[tuple[int, ...], int] = {}
     for depth in range(last + 1):
         changes = (placed[1:, :depth] != placed[:-1, :depth]).any(1)
-        starts = np.flatnonzero(np.concatenate([[True], changes])) if len(placed) else np.zeros(0, dtype=np.int64)
+        starts = np.flatnonzero(np.r_[True, changes]) if len(placed) else np.zeros(0, dtype=np.int64)
         prefixes = list(map(tuple, placed[starts, :depth].tolist()))
         load.update(zip(prefixes, np.diff(starts, append=len(placed)).tolist(), strict=True))
         if depth == last:
@@ -180,8 +184,7 @@ def _open_prefixes(
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """Prefixes with a free last code, each with the residual that is left, nearest code first at every level."""
     depth = len(prefix)
-    room = int(np.prod([len(codebook) for codebook in codebooks[depth:]], dtype=object))
-    if load.get(prefix, 0) >= room:
+    if load.get(prefix, 0) >= math.prod(len(codebook) for codebook in codebooks[depth:]):
         return
     if depth == len(codebooks) - 1:
         yield prefix, residual

@@ -24,6 +24,7 @@ from onerec_hf.semantic_ids.collisions import (
     move_to_free_ids,
     raise_on_collision,
     rank_among_equals,
+    require_enough_ids,
 )
 from onerec_hf.staged_files import staged_files
 
@@ -34,7 +35,7 @@ NUMBERS_AT_ONCE = 2**25  # distances held in memory while neighbours are looked 
 
 @dataclass
 class SemanticIds:
-    """Codes of N items: codes int64 array [N, L], codebooks [K_l, d] of the quantized levels, K_l of all L levels.
+    """Codes of N items: codes int64 array (N, L), codebooks (K_l, d) of the quantized levels, K_l of all L levels.
 
     `quantizer` is the fitted one, which gives new items their codes.
     """
@@ -62,11 +63,13 @@ class Quantizer:
         seed: of everything that is drawn. The same seed, data and device give the same codes.
         device: where it is fitted. Codes and codebooks are handed back on the CPU.
 
-    Attributes after `fit` or `from_pretrained`: codebooks (L tensors [K_l, d]), embedding_dim, id_sizes (K_l of all
+    Attributes after `fit` or `from_pretrained`: codebooks (L tensors (K_l, d)), embedding_dim, id_sizes (K_l of all
     levels, the suffix level included), fitted_error (mean squared error of the fitted items' nearest codes).
     """
 
     quantizer_type: str
+    # Names of the constructor arguments, and attributes, that are saved.
+    setting_names: tuple[str, ...] = ("codebook_sizes", "collision_policy", "suffix_size", "seed")
 
     def __init__(
         self,
@@ -96,25 +99,16 @@ class Quantizer:
     # What a kind of quantizer defines
 
     def _fit_codebooks(self, x: torch.Tensor) -> torch.Tensor:
-        """Fits on embeddings [N, d]: sets `codebooks` and `embedding_dim`, returns codes LongTensor [N, L]."""
+        """Fits on embeddings (N, d): sets `codebooks` and `embedding_dim`, returns codes LongTensor (N, L)."""
         raise NotImplementedError
 
     def _latents(self, x: torch.Tensor) -> torch.Tensor:
-        """What the codebooks quantize, [N, latent d], of embeddings [N, d]."""
+        """What the codebooks quantize, (N, latent d), of embeddings (N, d)."""
         return x
 
     def _embeddings(self, latents: torch.Tensor) -> torch.Tensor:
         """The way back from latents to embeddings."""
         return latents
-
-    def _settings(self) -> dict[str, Any]:
-        """Constructor arguments that are saved."""
-        return {
-            "codebook_sizes": list(self.codebook_sizes),
-            "collision_policy": self.collision_policy,
-            "suffix_size": self.suffix_size,
-            "seed": self.seed,
-        }
 
     def _weights(self) -> dict[str, torch.Tensor]:
         """Tensors that are saved; those of the codebooks are `level_0`, `level_1`, ..."""
@@ -126,7 +120,7 @@ class Quantizer:
     # The interface
 
     def fit(self, embeddings) -> SemanticIds:
-        """Codebooks and codes of item embeddings [N, d] (array or tensor), row = catalogue index.
+        """Codebooks and codes of item embeddings (N, d) (array or tensor), row = catalogue index.
 
         Raises:
             ValueError: NaN in a row, all rows equal, a codebook larger than the catalogue, fewer IDs than items, or a
@@ -143,12 +137,8 @@ class Quantizer:
             raise ValueError(
                 f"all {len(x)} embeddings are equal: there is nothing to quantize. Check the source of the embeddings"
             )
-        one_to_one = self.collision_policy in ("nearest_free", "error")
-        if one_to_one and np.prod([float(size) for size in self.codebook_sizes]) < len(x):
-            raise ValueError(
-                f"codebook_sizes {list(self.codebook_sizes)} give fewer IDs than there are items ({len(x)}); "
-                "choose larger codebooks or more levels"
-            )
+        if self.collision_policy in ("nearest_free", "error"):
+            require_enough_ids(self.codebook_sizes, len(x))
         self.embedding_dim = x.shape[1]
         initial = self._fit_codebooks(x).cpu().numpy()
         self.codebooks = [codebook.cpu() for codebook in self.codebooks]
@@ -175,7 +165,7 @@ class Quantizer:
         return SemanticIds(final, self.codebooks, self.id_sizes, report, self)
 
     def encode(self, embeddings) -> np.ndarray:
-        """Nearest codes of embeddings [N, d] at the quantized levels, int64 [N, L]; collisions are left as they are.
+        """Nearest codes of embeddings (N, d) at the quantized levels, int64 (N, L); collisions are left as they are.
 
         Raises:
             ValueError: not fitted yet, NaN in a row, or another width than the fitted embeddings.
@@ -183,7 +173,7 @@ class Quantizer:
         return self._nearest_codes(self._latents(self._checked(embeddings))).cpu().numpy()
 
     def decode(self, codes) -> torch.Tensor:
-        """Embeddings float32 [N, d] that codes [N, L] stand for.
+        """Embeddings float32 (N, d) that codes (N, L) stand for.
 
         The first levels alone may be given, for a coarser embedding; a suffix level stands for nothing.
         """
@@ -196,11 +186,11 @@ class Quantizer:
         """Codes of new items beside existing ones by the frozen codebooks and the collision policy.
 
         Args:
-            embeddings: of the new items, [N, d].
-            existing_codes: int [M, L] of all levels; they stay as they are.
+            embeddings: (N, d) of the new items.
+            existing_codes: int (M, L) of all levels; they stay as they are.
 
         Returns:
-            int64 [N, L], of all levels. Under "nearest_free" a new item whose nearest ID is taken goes to the nearest
+            int64 (N, L), of all levels. Under "nearest_free" a new item whose nearest ID is taken goes to the nearest
             free code at the last level, or to the nearest prefix with room; under "suffix" it gets the next number of
             its codes.
 
@@ -210,13 +200,12 @@ class Quantizer:
         x = self._checked(embeddings)
         existing_codes = np.asarray(existing_codes, dtype=np.int64)
         if existing_codes.ndim != 2 or existing_codes.shape[1] != len(self.id_sizes):
-            raise ValueError(
-                f"existing_codes have shape {list(existing_codes.shape)}, expected [items, {len(self.id_sizes)}]"
-            )
+            shape = list(existing_codes.shape)
+            raise ValueError(f"existing_codes have shape {shape}, expected [items, {len(self.id_sizes)}]")
         return self._resolve(x, self._nearest_codes(self._latents(x)).cpu().numpy(), existing_codes)
 
     def quantization_error(self, embeddings) -> torch.Tensor:
-        """Squared distance of each embedding to what its nearest codes stand for, float32 [N], on the CPU.
+        """Squared distance of each embedding to what its nearest codes stand for, float32 (N,), on the CPU.
 
         For new items, far above `fitted_error` it says that the codebooks do not know them.
         """
@@ -271,20 +260,23 @@ class Quantizer:
             quantizer._load_weights(weights)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
-                f"{Path(directory) / QUANTIZER_FILE} describes no {cls.__name__} ({error}); it was written by "
+                f"{Path(directory) / QUANTIZER_FILE} does not describe a {cls.__name__} ({error}); it was written by "
                 "something else, save the quantizer again"
             ) from error
         return quantizer
 
     # Parts
 
+    def _settings(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.setting_names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
     def _checked(self, embeddings) -> torch.Tensor:
         self._require_codebooks()
         x = as_points(embeddings)
         if x.shape[1] != self.embedding_dim:
-            raise ValueError(
-                f"embeddings have {x.shape[1]} dimensions, the quantizer was fitted on {self.embedding_dim}"
-            )
+            fitted = self.embedding_dim
+            raise ValueError(f"embeddings have {x.shape[1]} dimensions, the quantizer was fitted on {fitted}")
         return x
 
     def _require_codebooks(self) -> None:
@@ -300,7 +292,7 @@ class Quantizer:
         return torch.stack(codes, dim=1)
 
     def _resolve(self, x: torch.Tensor, codes: np.ndarray, existing: np.ndarray) -> np.ndarray:
-        """Applies the collision policy to codes [N, quantized levels] beside existing ones [M, all levels]."""
+        """Applies the collision policy to codes (N, quantized levels) beside existing ones (M, all levels)."""
         if self.collision_policy == "error":
             raise_on_collision(np.concatenate([existing, codes]), len(existing))
         elif self.collision_policy == "nearest_free":
@@ -312,7 +304,7 @@ class Quantizer:
                 row = int(np.flatnonzero(suffix >= self.id_sizes[-1])[0])
                 raise ValueError(
                     f"row {row}: all {self.id_sizes[-1]} suffixes of its codes {tuple(codes[row].tolist())} are "
-                    "taken; fit anew with a larger suffix_size or larger codebooks"
+                    "taken; fit again with a larger suffix_size or larger codebooks"
                 )
             return np.concatenate([codes, suffix[:, None]], axis=1)
         return codes
@@ -326,10 +318,9 @@ def read_quantizer_file(directory: str | os.PathLike) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: {directory} holds no quantizer") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}); save or download it again") from error
-    missing = {"quantizer_type", "settings", "embedding_dim", "id_sizes", "fitted_error", "fingerprint"} - set(
-        described if isinstance(described, dict) else ()
-    )
+        raise ValueError(f"{path} is not valid JSON ({error}); save or download it again") from error
+    needed = {"quantizer_type", "settings", "embedding_dim", "id_sizes", "fitted_error", "fingerprint"}
+    missing = needed.difference(described if isinstance(described, dict) else ())
     if missing:
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}: it is the file of something else")
     return described
@@ -344,7 +335,7 @@ def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
 
 
 def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> dict:
-    """JSON-able quality report of codes [N, L] for embeddings [N, d].
+    """JSON-able quality report of codes (N, L) for embeddings (N, d).
 
     Per level: codes (K_l), used, use (used / K_l), entropy_bits and perplexity (2 ** entropy) of the code frequencies,
     min_size and max_size (items per code), balance (N / K_l over max_size: 1 is even), and for quantized levels

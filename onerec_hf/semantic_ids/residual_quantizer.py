@@ -4,7 +4,6 @@ With balanced K-means (Algorithm 1) every centroid stands for equally many items
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -28,6 +27,8 @@ class ResidualQuantizer(Quantizer):
 
     The other arguments are those of [`Quantizer`].
     """
+
+    setting_names = (*Quantizer.setting_names, "assignment", "code_assignment", "max_iterations")
 
     def __init__(
         self,
@@ -73,10 +74,3 @@ class ResidualQuantizer(Quantizer):
             self.codebooks.append(kmeans.centroids)
             x = x - kmeans.centroids[codes[-1]]
         return torch.stack(codes, dim=1)
-
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {
-            "assignment": self.assignment,
-            "code_assignment": self.code_assignment,
-            "max_iterations": self.max_iterations,
-        }

@@ -6,7 +6,6 @@ straight-through gradient.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +31,7 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
 
 
 class AutoEncoder(nn.Module):
-    """Two mirrored MLPs on embeddings that are centred and scaled to unit variance, and scaled back behind them."""
+    """Two mirrored MLPs on embeddings that are centred and scaled to unit variance, and scaled back after them."""
 
     def __init__(self, embedding_dim: int, hidden_sizes: Sequence[int], latent_dim: int):
         super().__init__()
@@ -42,11 +41,11 @@ class AutoEncoder(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents [N, latent_dim] of embeddings [N, embedding_dim]."""
+        """Latents (N, latent_dim) of embeddings (N, embedding_dim)."""
         return self.encoder((x - self.center) / self.scale)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Embeddings [N, embedding_dim] of latents [N, latent_dim]."""
+        """Embeddings (N, embedding_dim) of latents (N, latent_dim)."""
         return self.decoder(latents) * self.scale + self.center
 
 
@@ -65,6 +64,10 @@ class RQVAE(Quantizer):
     """
 
     quantizer_type = "rqvae"
+    setting_names = (
+        *Quantizer.setting_names,
+        *("latent_dim", "hidden_sizes", "num_steps", "batch_size", "learning_rate", "commitment"),
+    )
 
     def __init__(
         self,
@@ -157,16 +160,6 @@ class RQVAE(Quantizer):
         with torch.no_grad():
             return torch.cat([self.network.decode(rows) for rows in latents.split(ROWS_AT_ONCE)])
 
-    def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {
-            "latent_dim": self.latent_dim,
-            "hidden_sizes": list(self.hidden_sizes),
-            "num_steps": self.num_steps,
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "commitment": self.commitment,
-        }
-
     def _weights(self) -> dict[str, torch.Tensor]:
         network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         return super()._weights() | network
@@ -174,19 +167,12 @@ class RQVAE(Quantizer):
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         super()._load_weights(weights)
         self.network = AutoEncoder(self.embedding_dim, self.hidden_sizes, self.latent_dim).requires_grad_(False)
-        prefix = "network."
-        self.network.load_state_dict(
-            {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        )
+        network = {name: tensor for name, tensor in weights.items() if name.startswith("network.")}
+        self.network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in network.items()})
 
 
 @torch.no_grad()
-def _revive_dead_codes(
-    codebooks: Sequence[nn.Parameter],
-    used: Sequence[torch.Tensor],
-    residuals: Sequence[torch.Tensor],
-    generator: torch.Generator,
-) -> None:
+def _revive_dead_codes(codebooks, used, residuals, generator: torch.Generator) -> None:
     """Puts codes that nobody took on residuals of the latest batch; clears the marks."""
     for codebook, marks, residual in zip(codebooks, used, residuals, strict=True):
         drawn = torch.randint(len(residual), (len(codebook),), generator=generator).to(residual.device)

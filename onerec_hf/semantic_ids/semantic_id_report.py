@@ -26,7 +26,7 @@ CODE_COLOURS = [colour for index, colour in enumerate(matplotlib.colormaps["tab1
 
 
 def code_use(codes: np.ndarray, codebook_sizes: Sequence[int]) -> list[np.ndarray]:
-    """Number of items that have each code, int [K_l] for each level."""
+    """Number of items that have each code, int (K_l,) for each level."""
     return [np.bincount(codes[:, level], minlength=size) for level, size in enumerate(codebook_sizes)]
 
 
@@ -60,7 +60,7 @@ def item_map_figure(embeddings, first_codes: np.ndarray, max_items: int = MAP_IT
     """Items in two dimensions by t-SNE: those of `shown_codes` coloured by first code, a sample of the others grey.
 
     Args:
-        embeddings: [N, d]. first_codes: int [N].
+        embeddings: (N, d). first_codes: int (N,).
         max_items: half of them at most are items of the coloured codes.
     """
     codes = np.asarray(first_codes)
@@ -100,16 +100,14 @@ def sample_items(
     """Some items of each of `shown_codes`, by name: rows {"code", "num_items", "items"}.
 
     Args:
-        first_codes: int [N]. item_name: name of the item at a catalogue index.
+        first_codes: int (N,). item_name: name of the item at a catalogue index.
     """
     generator = np.random.default_rng(seed)
     rows = []
     for code in shown_codes(first_codes, seed=seed).tolist():
         members = np.flatnonzero(first_codes == code)
-        shown = np.sort(generator.permutation(members)[:items_per_code])
-        rows.append(
-            {"code": f"<a_{code}>", "num_items": len(members), "items": [item_name(int(item)) for item in shown]}
-        )
+        names = [item_name(int(item)) for item in np.sort(generator.permutation(members)[:items_per_code])]
+        rows.append({"code": f"<a_{code}>", "num_items": len(members), "items": names})
     return rows
 
 
@@ -123,7 +121,7 @@ def write_semantic_id_report(
     """Writes `code_use.png`, `item_map.png`, `code_samples.json` and `semantic_ids.html`, which shows all three.
 
     Args:
-        embeddings: what was quantized, [N, d]. codes: int [N, L].
+        embeddings: what was quantized, (N, d). codes: int (N, L).
         item_name: name of the item at a catalogue index.
     """
     folder = Path(folder)

@@ -1,37 +1,34 @@
-"""The recipes' stages, from raw logs to the report. Each is one function of [`RecipeArguments`]."""
+"""The recipes' stages, from raw logs to the report. Each is one function of [`RecipeArguments`], `run_<stage>`."""
 
-from .ablations import ablate
-from .align import align
-from .evaluate import evaluate
-from .pretrain import pretrain
+import warnings
+
+from .ablations import run_ablation
+from .align_stage import run_align
+from .data_stage import run_data
+from .evaluate_stage import run_evaluate
+from .preferences_stage import run_sample_preferences
+from .pretrain_stage import run_pretrain
 from .recipe_arguments import RecipeArguments, parse_recipe_arguments
-from .recommend import recommend
-from .reward import reward
-from .sample_preferences import sample_preference_pairs
-from .tokenize import tokenize
+from .recommend_stage import run_recommend
+from .reward_stage import run_reward
+from .tokenize_stage import run_tokenize
 
 
 def run_pipeline(args: RecipeArguments) -> None:
     """All stages in order. With `align_rounds` 0 there is no reward model to train, and the seed model is the last."""
-    tokenize(args)
-    pretrain(args)
-    if args.training.align_rounds:
-        reward(args)
-        align(args)
-    recommend(args)
-    evaluate(args)
+    run_tokenize(args)
+    run_pretrain(args)
+    if args.align_rounds:
+        run_reward(args)
+        run_align(args)
+    run_recommend(args)
+    run_evaluate(args)
 
 
-__all__ = [
-    "RecipeArguments",
-    "ablate",
-    "align",
-    "evaluate",
-    "parse_recipe_arguments",
-    "pretrain",
-    "recommend",
-    "reward",
-    "run_pipeline",
-    "sample_preference_pairs",
-    "tokenize",
-]
+def __getattr__(name: str):
+    """A stage under its old name, most of which had no `run_`."""
+    new_name = {"ablate": "run_ablation", "sample_preference_pairs": "run_sample_preferences"}.get(name, f"run_{name}")
+    if new_name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now called {new_name}", FutureWarning, stacklevel=2)
+    return globals()[new_name]

@@ -6,9 +6,9 @@ and reward models and redo none of them. Each step of a cell is a stage: complet
 resumed by the same command. Where the run's own alignment has a cell's settings, it is the cell.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,19 @@ from datasets import Dataset
 from safetensors.numpy import load_file
 
 from ..configuration_onerec import OneRecConfig
-from ..data import pretraining_sessions
-from ..evaluation import PolicyResults, comparison_figure, comparison_table
+from ..data import DataArguments, pretraining_sessions
+from ..evaluation import PolicyResults
+from ..reporting import comparison_figure, comparison_table
+from ..reporting.report import METHOD_NAMES
 from ..staged_files import staged_file
-from .align import ALIGN_READS, align, align_settings
+from .align_stage import align_stage, run_align
 from .data_stage import PreparedData
-from .evaluate import (
-    BASELINE_READS,
-    BASELINE_STAGE,
-    ROUND,
-    SEED_STAGE,
-    baseline_settings,
-    evaluate_baselines,
-    policy_settings,
-)
-from .policy_evaluation import PolicyEvaluation
-from .pretrain import MODEL, pretrain
-from .recipe_arguments import BASELINES, RecipeArguments, TrainingStagesArguments
-from .sample_preferences import sample_preference_pairs
-from .stage_runner import completed_stage, is_complete, run_stage, write_json
+from .evaluate_stage import BASELINE_STAGE, ROUND, SEED_STAGE, baseline_stage, run_baselines, seed_stage
+from .evaluated_run import EvaluatedRun
+from .preferences_stage import run_sample_preferences
+from .pretrain_stage import MODEL, run_pretrain
+from .recipe_arguments import BASELINES, PolicyArguments, RecipeArguments
+from .stage_runner import Stage, completed_stage, run_stage, write_json
 
 FOLDER = "ablations"
 RESULTS = "results.safetensors"
@@ -57,29 +51,29 @@ LOSSES: dict[str, dict[str, Any]] = {
     "sdpo": {"loss_type": "sdpo"},
 }
 
-Changes = dict[str, Any]  # fields of TrainingStagesArguments
+Changes = dict[str, Any]  # options of the recipe
 
 
 @dataclass(frozen=True)
 class Ablation:
     """
     Args:
-        title, about: Of the table.
-        cells: The default ones.
-        changes: By cell, what it changes of the run's settings, from these settings and the cells.
-        same_first_pairs: Whether the first round of all cells has the same pairs, which are drawn once then.
-        cells_are_rounds: Whether the cells are rounds of one alignment.
+        title, about: of the table.
+        cells: the default ones.
+        changes: by cell, what it changes of the run's settings, from these settings and the cells.
+        same_first_pairs: whether the first round of all cells has the same pairs, which are drawn once then.
+        cells_are_rounds: whether the cells are rounds of one alignment.
     """
 
     title: str
     about: str
     cells: tuple[str, ...]
-    changes: Callable[[TrainingStagesArguments, Sequence[str]], dict[str, Changes]]
+    changes: Callable[[RecipeArguments, Sequence[str]], dict[str, Changes]]
     same_first_pairs: bool = False
     cells_are_rounds: bool = False
 
 
-def _losses(options: TrainingStagesArguments, cells: Sequence[str]) -> dict[str, Changes]:
+def _losses(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:
     shared = {
         "align_rounds": 1,
         "r_dpo": min(1.0, options.r_dpo * max(1, options.align_rounds)),
@@ -89,12 +83,12 @@ def _losses(options: TrainingStagesArguments, cells: Sequence[str]) -> dict[str,
     return {cell: {**shared, "align": {**options.align, "label_smoothing": 0.0, **LOSSES[cell]}} for cell in cells}
 
 
-def _ntp(options: TrainingStagesArguments, cells: Sequence[str]) -> dict[str, Changes]:
+def _ntp(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:
     known = {"with": {}, "without": {"align": {**options.align, "ntp_per_pair": 0}}}
     return {cell: known[cell] for cell in cells}
 
 
-def _rounds(options: TrainingStagesArguments, cells: Sequence[str]) -> dict[str, Changes]:
+def _rounds(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:
     numbers = [int(cell) for cell in cells]
     if min(numbers) < 1:
         raise ValueError("rounds count from 1")
@@ -148,10 +142,7 @@ ABLATIONS = {
 TABLE_1 = "table1"
 TIGER, ONEREC, IPA = "tiger", "onerec", "ipa"
 TABLE_1_NAMES = {
-    "popularity": "Popularity",
-    "item_knn": "Item-KNN",
-    "ease": "EASE",
-    "sasrec": "SASRec",
+    **METHOD_NAMES,
     TIGER: "TIGER-like",
     ONEREC: "OneRec",
     "dpo": "OneRec + DPO",
@@ -172,31 +163,30 @@ TABLE_1_ABOUT = (
 )
 
 
-def ablate(args: RecipeArguments, name: str, *cells: str) -> Path:
+def run_ablation(args: RecipeArguments, name: str, *cells: str) -> Path:
     """Runs an ablation of `ABLATIONS`, or `table1`, and prints its table; returns its folder, which has `table.md`,
     `table.json` and `figure.png`.
 
     Args:
-        args: The run's. What the cells change is changed in them alone.
-        name: The ablation.
-        cells: Some of its cells; of `r_dpo`, `num_candidates` and `rounds` any numbers. Default: all.
+        args: the run's. What the cells change is changed in them alone.
+        name: the ablation.
+        cells: some of its cells; of `r_dpo`, `num_candidates` and `rounds` any numbers. Default: all.
 
     Raises:
-        FileNotFoundError: If the run lacks one of the stages that are read; the message says which recipe makes it.
-        ValueError: For an ablation or a cell that there is not, or a run without rounds of alignment.
+        FileNotFoundError: if the run lacks one of the stages that are read; the message says which recipe makes it.
+        ValueError: for an ablation or a cell that there is not, or a run without rounds of alignment.
     """
     if name != TABLE_1 and name not in ABLATIONS:
         raise ValueError(f"There is no ablation {name!r}; choose one of {', '.join([*ABLATIONS, TABLE_1])}.")
-    if args.training.align_rounds < 1 and name != "rounds":
+    if args.align_rounds < 1 and name != "rounds":
         raise ValueError("align_rounds is 0: give the rounds of a cell, such as --align_rounds 1.")
     comparison = _Comparison(args)
     if name == TABLE_1:
         title, about, rows = "Table 1", TABLE_1_ABOUT, _table_1(comparison, cells)
     else:
         ablation = ABLATIONS[name]
-        title, about = ablation.title, ablation.about
-        rows = [comparison.row(SEED, comparison.seed)]
-        rows += _aligned_rows(comparison, name, cells or ablation.cells)
+        title, about, seed = ablation.title, ablation.about, comparison.row(SEED, comparison.seed)
+        rows = [seed, *_aligned_rows(comparison, name, cells or ablation.cells)]
     folder = args.output_dir / FOLDER / name
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -216,31 +206,28 @@ class _Comparison:
     """Policies of one run, evaluated on the same users; what they share is loaded when the first one needs it."""
 
     def __init__(self, args: RecipeArguments):
-        self.args = args
-        self.evaluation = functools.cache(lambda: PolicyEvaluation(args, FOLDER, judged=True))
+        self.args, self.run = args, EvaluatedRun(args, FOLDER, judged=True)
 
     def results(
-        self, stage: str, reads: Sequence[str], measure: Callable[[PolicyEvaluation], PolicyResults]
+        self, stage: str, reads: Sequence[str], measure: Callable[[EvaluatedRun], PolicyResults]
     ) -> PolicyResults:
         """A policy's results, as a stage that reads the run's and `reads`; the main process measures."""
 
         def work(folder: Path) -> None:
             if PartialState().is_main_process:
-                measure(self.evaluation()).save(folder / RESULTS)
+                measure(self.run).save(folder / RESULTS)
 
-        settings = policy_settings(self.args)
-        for unused in ("counterfactual_users", "counterfactual_clip"):
-            settings.pop(unused)
-        folder = run_stage(stage, self.args.output_dir, settings, [*READS, *reads], work)
+        arguments = self.args.group(PolicyArguments)
+        folder = run_stage(Stage(stage, self.args.output_dir, arguments, [*READS, *reads]), work)
         return PolicyResults.load(folder / RESULTS)
 
-    @functools.cached_property
+    @cached_property
     def seed(self) -> PolicyResults:
         """The seed model's, as the run's evaluation has them or by itself."""
-        if is_complete(SEED_STAGE, self.args.output_dir, policy_settings(self.args), READS):
+        if seed_stage(self.args, judged=True).is_complete():
             return PolicyResults.load(self.args.output_dir / SEED_STAGE / ROUND.format(0))
         return self.results(
-            f"{FOLDER}/seed", [], lambda evaluation: evaluation.generator(evaluation.seed_model, SEED, is_seed=True)
+            f"{FOLDER}/seed", [], lambda run: run.evaluator.generator(run.seed_model, run.seed_model, SEED)
         )
 
     def row(self, name: str, results: PolicyResults, **about: Any) -> dict[str, Any]:
@@ -254,7 +241,7 @@ def _aligned_rows(comparison: _Comparison, name: str, cells: Sequence[str]) -> l
     ablation, args = ABLATIONS[name], comparison.args
     base, rows = f"{FOLDER}/{name}", []
     try:
-        changes = ablation.changes(args.training, cells)
+        changes = ablation.changes(args, cells)
     except (KeyError, ValueError) as error:
         known = ", ".join(ablation.cells)
         raise ValueError(f"{name} has not all of the cells {', '.join(cells)}: give such as {known}.") from error
@@ -280,7 +267,7 @@ def _aligned_row(
     if kept or number is not None:
         source = comparison.args.output_dir / aligned / source
         results = comparison.results(
-            stage, [aligned], lambda evaluation: evaluation.generator(evaluation.load(source), name)
+            stage, [aligned], lambda run: run.evaluator.generator(run.load(source), run.seed_model, name)
         )
     return comparison.row(name, results, rounds=kept)
 
@@ -289,19 +276,15 @@ def _aligned(args: RecipeArguments, changes: Changes, stage: str, shared: str | 
     """The stage that has aligned the seed model with changed settings: the run's own, or `stage`, run if need be.
 
     Args:
-        shared: Folder of the first round's pairs, shared with other cells.
+        shared: folder of the first round's pairs, shared with other cells.
     """
-    args = replace(
-        args,
-        run=replace(args.run, hub_preferences_id=None),
-        training=replace(args.training, sample_model=None, **changes),
-    )
-    if is_complete("align", args.output_dir, align_settings(args), ALIGN_READS):
+    args = replace(args, hub_preferences_id=None, sample_model=None, **changes)
+    if align_stage(args).is_complete():
         return "align"
     pairs = f"{shared}/pairs" if shared else None
     if pairs is not None:
-        sample_preference_pairs(args, pairs)
-    align(args, stage, pairs)
+        run_sample_preferences(args, pairs)
+    run_align(args, stage, pairs)
     return stage
 
 
@@ -315,7 +298,7 @@ def _table_1(comparison: _Comparison, cells: Sequence[str]) -> list[dict[str, An
     names = {
         name: shown
         for name, shown in TABLE_1_NAMES.items()
-        if (not cells or name in cells) and args.evaluation.baselines.get(name) is not False
+        if (not cells or name in cells) and args.baselines.get(name) is not False
     }
     unknown = set(cells) - set(names)
     if unknown:
@@ -324,56 +307,48 @@ def _table_1(comparison: _Comparison, cells: Sequence[str]) -> list[dict[str, An
     ranked = [name for name in names if name in BASELINES]
     if ranked:
         baselines = BASELINE_STAGE
-        if not is_complete(baselines, args.output_dir, baseline_settings(args), BASELINE_READS):
+        if not baseline_stage(args).is_complete():
             baselines = f"{base}/{BASELINE_STAGE}"
-            evaluate_baselines(args, comparison.evaluation, baselines)
+            run_baselines(baseline_stage(args, baselines), comparison.run)
         for name in ranked:
-            source = args.output_dir / baselines / f"{name}.safetensors"
-            results = comparison.results(f"{base}/{name}", [baselines], functools.partial(_baseline, source=source))
+            file = args.output_dir / baselines / f"{name}.safetensors"
+            results = comparison.results(
+                f"{base}/{name}", [baselines], lambda run, file=file: run.evaluator.ranking_method(**load_file(file))
+            )
             rows.append(comparison.row(names[name], results))
     if TIGER in names:
         trained = f"{base}/{TIGER}/pretrain"
-        train_tiger(args, trained)
-        source = args.output_dir / trained / MODEL
-        results = comparison.results(f"{base}/{TIGER}/evaluate", [trained], functools.partial(_tiger, source=source))
+        source = train_tiger(args, trained) / MODEL
+        results = comparison.results(f"{base}/{TIGER}/evaluate", [trained], lambda run: _ranked_by_tiger(run, source))
         rows.append(comparison.row(names[TIGER], results))
     rows.append(comparison.row(TABLE_1_NAMES[ONEREC], comparison.seed))
     losses = [name for name in names if name in LOSSES]
     if losses:
         # The cells of the ablation of the losses.
-        for row in _aligned_rows(comparison, "losses", losses):
-            rows.append({**row, "name": names[row["name"]]})
+        rows += [{**row, "name": names[row["name"]]} for row in _aligned_rows(comparison, "losses", losses)]
     if IPA in names:
         aligned = _aligned(args, {"align_reference": "previous"}, f"{base}/{IPA}/align")
         rows.append(_aligned_row(comparison, names[IPA], aligned, f"{base}/{IPA}/evaluate"))
     return rows
 
 
-def _baseline(evaluation: PolicyEvaluation, source: Path) -> PolicyResults:
-    return evaluation.ranking_method(**load_file(source))
-
-
-def _tiger(evaluation: PolicyEvaluation, source: Path) -> PolicyResults:
-    ranking = evaluation.rank(evaluation.load(source), TABLE_1_NAMES[TIGER], evaluation.judged_width)
-    return evaluation.ranking_method(*ranking)
+def _ranked_by_tiger(run: EvaluatedRun, source: Path) -> PolicyResults:
+    ranking = run.evaluator.rank(run.load(source), run.evaluator.options.ranked_items, TABLE_1_NAMES[TIGER])
+    return run.evaluator.ranking_method(*ranking)
 
 
 def train_tiger(args: RecipeArguments, stage: str) -> Path:
-    """Trains Table 1's TIGER-like generator on the run's data and semantic IDs, as [`pretrain`] does, as a stage of
-    that name.
+    """Trains Table 1's TIGER-like generator on the run's data and semantic IDs, as [`run_pretrain`] does, as a
+    stage of that name.
 
     It generates one item, and every positive behaviour with the minimal history before it is a target. Its decoder's
     FFNs are dense and as wide as all experts together: it has as many parameters as OneRec, all of them active.
     """
-    options = args.training
-    size = OneRecConfig.from_preset(options.preset, **options.model)
-    dense = {
-        "num_experts": 1,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": size.num_experts * size.moe_intermediate_size,
-    }
+    size = OneRecConfig.from_preset(args.preset, **args.model)
+    width = size.num_experts * size.moe_intermediate_size
     single = replace(
-        args.data,
+        args,
+        model={**args.model, "num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width},
         session_items=1,
         min_session_items=1,
         session_source="positive",
@@ -383,7 +358,6 @@ def train_tiger(args: RecipeArguments, stage: str) -> Path:
     )
 
     def next_items(prepared: PreparedData) -> Dataset:
-        return pretraining_sessions(prepared.split.fit, prepared.feed, single)
+        return pretraining_sessions(prepared.split.fit, prepared.feed, single.group(DataArguments))
 
-    changed = replace(args, data=single, training=replace(options, model={**options.model, **dense}))
-    return pretrain(changed, stage, next_items)
+    return run_pretrain(single, stage, next_items)

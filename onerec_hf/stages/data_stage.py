@@ -25,12 +25,13 @@ from ..data import (
     positive_mask,
     pretraining_sessions,
     save_feed,
+    source_files,
     split_feed,
     user_exposures,
     user_histories,
 )
 from .recipe_arguments import RecipeArguments
-from .stage_runner import run_stage, stage_dir
+from .stage_runner import OutsideInput, Stage, run_stage, stage_dir
 
 PRETRAINING_SESSIONS = "pretraining_sessions.parquet"
 USER_HISTORIES = "user_histories.parquet"
@@ -50,7 +51,7 @@ class PreparedData:
 
     def read(self, name: str) -> Dataset:
         """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what
-        the reward model reads of each user as of the end of the fitted period, where he was exposed to anything."""
+        the reward model reads of each user as of the end of the fitted period, where they were exposed to anything."""
         table = pq.read_table(self.folder / name)
         if name in (USER_HISTORIES, EVALUATION_CASES):
             exposures = self._user_exposures
@@ -83,26 +84,27 @@ class PreparedData:
         return exposure_runs(joined, feed, self.args, since=split.evaluation["timestamp"].min())
 
 
-def prepare_data(args: RecipeArguments) -> Path:
+def run_data(args: RecipeArguments) -> Path:
     """Reads, checks, splits and cuts; returns the stage's folder."""
+    options = args.group(DataArguments)
 
     def work(folder: Path) -> dict | None:
         if not PartialState().is_main_process:
             return None
-        feed = load_feed(args.data)
-        split = split_feed(feed, args.data)
+        feed = load_feed(options)
+        split = split_feed(feed, options)
         save_feed(feed, folder / "feed")
         tables = {
-            PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, args.data),
-            EVALUATION_CASES: evaluation_cases(split, feed, args.data),
-            USER_HISTORIES: user_histories(split.fit, feed, args.data),
+            PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, options),
+            EVALUATION_CASES: evaluation_cases(split, feed, options),
+            USER_HISTORIES: user_histories(split.fit, feed, options),
         }
         for name, table in tables.items():
             table.to_parquet(folder / name)
         return {
             "dataset": {
                 "name": feed.name,
-                "hub_dataset": args.data.hub_dataset,
+                "hub_dataset": options.hub_dataset,
                 "num_users": int(feed.interactions["user_id"].nunique()),
                 "num_items": len(feed.items),
                 "num_interactions": len(feed.interactions),
@@ -114,9 +116,12 @@ def prepare_data(args: RecipeArguments) -> Path:
             }
         }
 
-    return run_stage("data", args.output_dir, args.settings("data"), [], work)
+    outside = [OutsideInput(path) for path in source_files(options)]
+    if options.hub_dataset is not None:
+        outside.append(OutsideInput(options.hub_dataset, "dataset"))
+    return run_stage(Stage("data", args.output_dir, options, outside=outside), work)
 
 
 def prepared_data(args: RecipeArguments, needed_by: str) -> PreparedData:
     """The `data` stage's output, which must be complete."""
-    return PreparedData(stage_dir(args.output_dir, "data", needed_by), args.data)
+    return PreparedData(stage_dir(args.output_dir, "data", needed_by), args.group(DataArguments))

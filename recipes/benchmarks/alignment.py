@@ -34,11 +34,11 @@ from onerec_hf.pretraining import CPU_EXPERTS, index_sessions
 from onerec_hf.reward import ItemTotals, OneRecRewardConfig, OneRecRewardModel, SessionScorer, create_reward_model
 from onerec_hf.session_generation import SEARCHES
 from onerec_hf.stages.data_stage import USER_HISTORIES, prepared_data
-from onerec_hf.stages.pretrain import MODEL
+from onerec_hf.stages.pretrain_stage import MODEL
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward import REWARD_MODEL
+from onerec_hf.stages.reward_stage import REWARD_MODEL
 from onerec_hf.stages.stage_runner import stage_dir
-from onerec_hf.stages.tokenize import load_item_embeddings
+from onerec_hf.stages.tokenize_stage import load_item_embeddings
 
 PARTS = ("step", "sampling")
 CODEBOOK_SIZES = [128, 128, 128]
@@ -237,8 +237,8 @@ def trained_run(args, users: int) -> tuple[OneRecForConditionalGeneration, Sessi
     else:
         fitted = prepared.split.fit
         totals = ItemTotals(fitted, tokenizer.item_index(fitted["item_id"]), tokenizer.num_items)
-        lengths = {"history_items": args.data.history_items, "session_items": args.data.session_items}
-        config = lengths | args.training.reward_model
+        lengths = {"history_items": args.history_items, "session_items": args.session_items}
+        config = lengths | args.reward_model
         embeddings = load_item_embeddings(args.output_dir)
         scorer = SessionScorer(create_reward_model(config, prepared.feed, totals, tokenizer, embeddings), tokenizer)
     rows = index_sessions(prepared.read(USER_HISTORIES), tokenizer).shuffle(seed=0).select(range(users))
@@ -259,10 +259,10 @@ def measure_sampling(args: Namespace, recipe: list[str]) -> dict:
     print("|---|---|---|---|---|")
     found = []
     for search in args.searches:
-        options = PreferenceSampling(sample_share=1.0, num_candidates=args.num_candidates, search=search)
+        options = PreferenceSampling(r_dpo=1.0, num_candidates=args.num_candidates, search=search)
 
         def draw(rows=rows, options=options) -> Dataset:
-            return sample_preferences(model, trie, scorer, rows, options, progress=False)
+            return sample_preferences(model, trie, scorer, rows, options, show_progress=False)
 
         draw(rows.select(range(2)))  # warms up
         started = time.perf_counter()

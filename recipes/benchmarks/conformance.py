@@ -88,7 +88,7 @@ def link_tests(source: Path, package: Path) -> list[str]:
     """Makes `package` a Python package of links to `source/tests` and stand-ins for the files that it lacks.
 
     Returns:
-        `list[str]`: The files of [`LEFT_OUT`] that `source` lacks.
+        The files of [`LEFT_OUT`] that `source` lacks.
 
     Raises:
         FileNotFoundError: If `source` has no tests.
@@ -313,7 +313,7 @@ def run(source: Path, only: str = "") -> tuple[list[dict[str, str | float]], lis
     """Runs every test whose name contains `only`.
 
     Returns:
-        `tuple`: For every test a dict of case, test, outcome, reason and seconds, and the files that `source` lacks.
+        For every test a dict of case, test, outcome, reason and seconds, and the files that `source` lacks.
     """
     recorder = OutcomeRecorder()
     with tempfile.TemporaryDirectory() as directory:

@@ -4,7 +4,7 @@
 
 Three parts, `--parts` for some of them: `one_item` and `session` time the engine beside `generate` with
 `prefix_allowed_tokens_fn` and beside `generate` with the vectorised `ItemTrieLogitsProcessor`; `catalogue` times it at
-10,000 and 1,000,000 items. Every figure is a median; a peer that takes more than `--peer_seconds` is run once, behind
+10,000 and 1,000,000 items. Every figure is a median; a peer that takes more than `--peer_seconds` is run once, after
 a run for one user that warms it up.
 """
 
@@ -248,7 +248,7 @@ def print_row(row: dict):
 
 @torch.no_grad()
 def compare_catalogues(args, model) -> list[dict]:
-    """The engine at two catalogue sizes in turn, seen items left out."""
+    """The engine at two catalogue sizes in turn, consumed items left out."""
     sides = []
     for num_items in (args.num_items, args.many_items):
         codes = random_catalogue(num_items)
@@ -265,11 +265,11 @@ def compare_catalogues(args, model) -> list[dict]:
         for users in args.users:
             runs = []
             for side in sides:
-                encoded, seen = encode(side["tokenizer"], users)
+                encoded, consumed = encode(side["tokenizer"], users)
 
-                def run(trie=side["trie"], encoded=encoded, seen=seen, num_items=num_items):
+                def run(trie=side["trie"], encoded=encoded, consumed=consumed, num_items=num_items):
                     generate_sessions(
-                        model, trie, **encoded, num_items=num_items, num_beams=args.num_beams, excluded=seen
+                        model, trie, **encoded, num_items=num_items, num_beams=args.num_beams, excluded=consumed
                     )
 
                 run()

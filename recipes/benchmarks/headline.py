@@ -18,8 +18,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from onerec_hf.evaluation.alignment_report import KL, judge_change, last_kept
-from onerec_hf.evaluation.report_tables import number, relative_with_interval, signed_percent, text_table
+from onerec_hf.evaluation import last_kept
+from onerec_hf.reporting import Table
+from onerec_hf.reporting.alignment_report import KL, judge_change
+from onerec_hf.reporting.tables import number, relative_with_interval, signed_percent
 
 UNCHANGED = {"relative": 0.0, "interval": [0.0, 0.0]}
 JUDGED = {"independent_judge": "independent judge", "truth": "truth", "reward_model": "reward model (trains)"}
@@ -123,7 +125,7 @@ def table(runs: list[str], rows: list[dict[str, Any]]) -> str:
         mean = shown(row["mean"]) + ("" if row["spread"] is None else f" ± {shown(row['spread']).lstrip('+')}")
         verdict = {None: "", True: "holds", False: "MISSED"}[row["holds"]]
         lines.append([row["name"], *cells, mean, row["bar"], verdict])
-    return text_table(["", *runs, "mean ± spread", "bar", ""], lines)
+    return Table(["", *runs, "mean ± spread", "bar", ""], lines).text()
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How histories are encoded, by quality and speed: every way is trained for the same processor time on one run's data.
 
-    python recipes/tokenize.py --config recipes/kuairand/pipeline.yaml --data_dir KUAIRAND_FOLDER \
+    python recipes/fit_tokenizer.py --config recipes/kuairand/pipeline.yaml --data_dir KUAIRAND_FOLDER \
         --evaluation_split validation --output_dir runs/kuairand_validation
     python recipes/benchmarks/history_encoding.py --config recipes/kuairand/pipeline.yaml --data_dir KUAIRAND_FOLDER \
         --evaluation_split validation --output_dir runs/kuairand_validation --minutes 12
@@ -20,9 +20,11 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
 from onerec_hf.evaluation import ranking_metrics
-from onerec_hf.pretraining import OneRecPretrainer, index_sessions, share_histories
+from onerec_hf.pretraining import OneRecPretrainer
+from onerec_hf.session_rows import index_sessions
+from onerec_hf.shared_histories import share_histories
 from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, prepared_data
-from onerec_hf.stages.pretrain import TARGETS_PER_ROW, TRAINING_DEFAULTS
+from onerec_hf.stages.pretrain_stage import TARGETS_PER_ROW, TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 
@@ -63,18 +65,18 @@ class ProcessorTime(TrainerCallback):
 
 def train(way: str, args, tokenizer: OneRecTokenizer, seconds: float):
     """A model trained in one way for the given processor time [s], and what the training says of itself."""
-    set_seed(args.run.seed)
+    set_seed(args.seed)
     sessions = index_sessions(prepared_data(args, "history_encoding").read(PRETRAINING_SESSIONS), tokenizer)
-    rows, options = sessions, dict(args.training.pretrain)
+    rows, options = sessions, dict(args.pretrain)
     if WAYS[way].get("encoder_attention") == "causal":
-        rows = share_histories(sessions, args.data.history_items, TARGETS_PER_ROW)
+        rows = share_histories(sessions, args.history_items, TARGETS_PER_ROW)
         options["per_device_train_batch_size"] = max(options["per_device_train_batch_size"] // TARGETS_PER_ROW, 1)
-    lengths = {"history_items": args.data.history_items, "session_items": args.data.session_items}
-    overrides = lengths | args.training.model | WAYS[way] | {"codebook_sizes": list(tokenizer.codebook_sizes)}
-    model = OneRecForConditionalGeneration(OneRecConfig.from_preset(args.training.preset, **overrides))
+    lengths = {"history_items": args.history_items, "session_items": args.session_items}
+    overrides = lengths | args.model | WAYS[way] | {"codebook_sizes": list(tokenizer.codebook_sizes)}
+    model = OneRecForConditionalGeneration(OneRecConfig.from_preset(args.preset, **overrides))
     training_args = Seq2SeqTrainingArguments(
         **TRAINING_DEFAULTS
-        | {"train_sampling_strategy": "group_by_length", "seed": args.run.seed}
+        | {"train_sampling_strategy": "group_by_length", "seed": args.seed}
         | options
         | {"num_train_epochs": 1000, "save_strategy": "no", "disable_tqdm": True}
     )
@@ -142,7 +144,7 @@ def main():
         model, facts = train(way, args, tokenizer, own.minutes * 60)
         cases = index_sessions(prepared_data(args, "history_encoding").read(EVALUATION_CASES), tokenizer)
         started = time.process_time()
-        result = ranking(model, tokenizer, cases, args.evaluation.ranking_beams)
+        result = ranking(model, tokenizer, cases, args.ranking_beams)
         facts["evaluation_minutes"] = (time.process_time() - started) / torch.get_num_threads() / 60
         write_json(path, {"way": way, "training": facts, "ranking": result})
     print("| histories | R@10 | 95% interval | N@10 | histories/s | epochs | minutes |")

@@ -4,7 +4,7 @@
         --amazon_beauty_dir BEAUTY_FOLDER
 
 A cell is one quantizer on one data set: semantic IDs, a short training, Recall@10 over the validation period. Every
-cell is kept in `--output_dir`; a killed run goes on behind the last one, and a complete one only prints the table.
+cell is kept in `--output_dir`; a killed run goes on after the last one, and a complete one only prints the table.
 `--table` prints what there is, `--cells` and `--data_sets` choose.
 """
 
@@ -19,8 +19,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
 from onerec_hf.evaluation import ranking_metrics
-from onerec_hf.stages import RecipeArguments, parse_recipe_arguments, pretrain, tokenize
-from onerec_hf.stages.data_stage import EVALUATION_CASES, prepare_data, prepared_data
+from onerec_hf.stages import RecipeArguments, parse_recipe_arguments, run_data, run_pretrain, run_tokenize
+from onerec_hf.stages.data_stage import EVALUATION_CASES, prepared_data
 from onerec_hf.stages.stage_runner import read_json, write_json
 
 RECIPES = Path(__file__).parents[1]
@@ -32,7 +32,7 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "rkmeans": {"quantizer_type": "rkmeans"},
     "rqvae": {"quantizer_type": "rqvae"},
-    "balanced_rkmeans, aligned": {"quantizer_type": "balanced_rkmeans", "item_alignment": {}},
+    "balanced_rkmeans, aligned": {"quantizer_type": "balanced_rkmeans", "embedding_adaptation": {}},
 }
 # The same for every cell: short histories and short sessions, so that one thread trains a cell in minutes.
 TRAINING = {
@@ -114,10 +114,10 @@ def _make_cell(data_set: str, data_dir: str, name: str, folder: Path, max_users:
         # The data stage is the same for all of a data set's cells.
         shared = recipe_arguments(data_set, data_dir, folder.parent / "prepared", CELLS[name])
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(prepare_data(shared), folder / "data.copied", dirs_exist_ok=True)
+        shutil.copytree(run_data(shared), folder / "data.copied", dirs_exist_ok=True)
         (folder / "data.copied").rename(folder / "data")
-    report = read_json(tokenize(args) / "stage.json")["report"]
-    trained = pretrain(args)
+    report = read_json(run_tokenize(args) / "stage.json")["report"]
+    trained = run_pretrain(args)
     model = AutoModelForSeq2SeqLM.from_pretrained(trained / "model")
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     cases = prepared_data(args, "the comparison").read(EVALUATION_CASES)

@@ -8,7 +8,7 @@ single exposures, and sessions as the run cuts them. The trees (lightgbm, one mo
 their own) read what the model reads beside the sequence itself: the smoothed rates and counts of the user, of the item
 and of the user with items of the same features, the items' embeddings and features and the user's features; of a
 session the means over its items and their number. Every cell is kept in `<output_dir>/reward_benchmark`, so that a
-run that was stopped goes on behind the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
+run that was stopped goes on after the last one. `--seeds 0 1 2 --methods trees reward_model --json FILE`.
 """
 
 import json
@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from onerec_hf.data import exposure_runs
+from onerec_hf.data import DataArguments, exposure_runs
 from onerec_hf.pretraining import index_sessions
 from onerec_hf.reward import (
     ExposureEncoder,
@@ -35,11 +35,11 @@ from onerec_hf.reward import (
     train_reward_model,
 )
 from onerec_hf.stages.data_stage import prepared_data
-from onerec_hf.stages.pretrain import TRAINING_DEFAULTS
+from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward import calibrate, without_calibration_users
+from onerec_hf.stages.reward_stage import calibrate, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
-from onerec_hf.stages.tokenize import load_item_embeddings
+from onerec_hf.stages.tokenize_stage import load_item_embeddings
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 TREES = {
@@ -65,13 +65,15 @@ class Cases:
         self.embeddings = load_item_embeddings(args.output_dir)
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed, interactions=prepared.split.fit)
-        runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), self.tokenizer)
+        runs = index_sessions(
+            exposure_runs(self.feed.interactions, self.feed, args.group(DataArguments)), self.tokenizer
+        )
         self.train, self.held_out = without_calibration_users(runs, seed)
         self.later = index_sessions(prepared.later_runs(), self.tokenizer)
         items = self.tokenizer.item_index(self.feed.interactions["item_id"])
         self.totals = ItemTotals(self.feed.interactions, items, len(self.tokenizer.item_ids))
-        sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
-        self.fields = {**sizes, **args.training.reward_model}
+        sizes = {"history_items": args.history_items, "session_items": args.session_items}
+        self.fields = {**sizes, **args.reward_model}
 
     def model(self, **fields):
         return create_reward_model(self.fields | fields, self.feed, self.totals, self.tokenizer, self.embeddings)
@@ -83,7 +85,7 @@ def reward_model_cells(args, cases: Cases, seed: int) -> dict[str, dict[str, flo
     encoder = ExposureEncoder(model.config, cases.tokenizer.item_token_ids)
     lengths = {"exposures": 1, "sessions": model.config.session_items}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {**TRAINING_DEFAULTS, "seed": seed, **args.training.reward, "save_strategy": "no"}
+        arguments = {**TRAINING_DEFAULTS, "seed": seed, **args.reward, "save_strategy": "no"}
         train_reward_model(model, cases.tokenizer, cases.totals, cases.train, arguments | {"output_dir": folder})
     calibrate(model, encoder, cases.totals, cases.held_out)
     return {
@@ -116,7 +118,7 @@ class TreeTables:
         for batch in DataLoader(runs, batch_size=256, collate_fn=RewardCollator(self.encoder, totals, session_items)):
             labels, indices = batch.pop("labels"), batch["session_indices"]
             self.model(**batch)
-            # Behind what the untrained layers made of the items: ranks, rates and, by a random projection, repetition.
+            # After what the untrained layers made of the items: ranks, rates and, by a random projection, repetition.
             past = self.inputs[..., 3 * config.hidden_size : self.inputs.shape[-1] - profile_width]
             rows = table.rows(indices, indices.shape)
             known = [table.values[rows].float(), table.embeddings[rows]]

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from onerec_hf.evaluation import REWARD, relative_change
-from onerec_hf.evaluation.report_tables import relative_with_interval, text_table
+from onerec_hf.reporting import Table
+from onerec_hf.reporting.tables import relative_with_interval
 from onerec_hf.session_generation import Recommender
-from onerec_hf.stages.evaluate import rank_baseline
-from onerec_hf.stages.policy_evaluation import PolicyEvaluation
-from onerec_hf.stages.pretrain import MODEL
+from onerec_hf.stages.evaluate_stage import rank_baseline
+from onerec_hf.stages.evaluated_run import EvaluatedRun
+from onerec_hf.stages.pretrain_stage import MODEL
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward import REWARD_MODEL
+from onerec_hf.stages.reward_stage import REWARD_MODEL
 
 STAGES = {"seed": "pretrain", "aligned": "align"}
 
@@ -36,8 +37,9 @@ def main():
     parser.add_argument("--json", type=Path)
     options, rest = parser.parse_known_args()
     args = parse_recipe_arguments(rest)
-    evaluation = PolicyEvaluation(args, "align", judged=True)
-    tokenizer, width = evaluation.tokenizer, args.data.session_items
+    run = EvaluatedRun(args, "align", judged=True)
+    evaluation = run.evaluator
+    tokenizer, width = evaluation.tokenizer, args.session_items
     rows = [
         {
             **row,
@@ -58,7 +60,7 @@ def main():
         return full
 
     for name in options.models:
-        model = evaluation.load(args.output_dir / STAGES[name] / MODEL)
+        model = run.load(args.output_dir / STAGES[name] / MODEL)
         recommenders = {
             "likeliest": Recommender(model, tokenizer),
             "highest reward": Recommender(model, tokenizer, evaluation.scorers[REWARD_MODEL]),
@@ -70,14 +72,14 @@ def main():
                     top_k=width,
                     num_beams=options.num_beams,
                     search=search,
-                    exclude_seen=evaluation.options.exclude_consumed,
+                    exclude_consumed=evaluation.options.exclude_consumed,
                     show_progress=True,
                 )
                 sessions = indexed([row["session"] for row in found])
                 judge(f"{name}: {title} of {options.num_beams} by {search}", sessions)
         judge(f"{name}: first {width} ranked items", indexed([row["items"] for row in found]))
     for name in options.ranked:
-        ranked, _ = rank_baseline(name, args, evaluation)
+        ranked, _ = rank_baseline(name, run)
         judge(f"{name}: first {width} ranked items", torch.from_numpy(ranked[evaluation.judged, :width]).long())
     before = next(iter(rewards.values()))
     figures = []
@@ -91,7 +93,7 @@ def main():
         [row["session"], *(f"{row[key]['reward']:.3f}  {relative_with_interval(row[key])}" for key in before)]
         for row in figures
     ]
-    print(text_table(["session", *before], cells))
+    print(Table(["session", *before], cells).text())
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

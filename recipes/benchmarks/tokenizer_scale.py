@@ -48,7 +48,7 @@ def _tokenizer(kind: str) -> OneRecTokenizer:
 
 def _use(directory: str) -> list[tuple[str, float, float | None]]:
     with tempfile.TemporaryDirectory() as small:
-        # What a first tokenizer loads and starts once is no cost of the items.
+        # What a first tokenizer loads and starts once is not a cost of the items.
         OneRecTokenizer.from_semantic_ids(["a"], [[0]], codebook_sizes=[1]).save_pretrained(small)
         OneRecTokenizer.from_pretrained(small).item_index(["a"])
     gc.collect()

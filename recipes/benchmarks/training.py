@@ -28,7 +28,9 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
-from onerec_hf.pretraining import CPU_EXPERTS, SessionCollator, index_sessions, share_histories
+from onerec_hf.pretraining import CPU_EXPERTS, SessionCollator
+from onerec_hf.session_rows import index_sessions
+from onerec_hf.shared_histories import share_histories
 
 CODEBOOKS = [256, 256, 256]
 HIDDEN, HEADS, LAYERS, DENSE, EXPERTS, ACTIVE = 256, 8, 4, 1024, 8, 2

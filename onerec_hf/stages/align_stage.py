@@ -1,7 +1,7 @@
 """Stage `align`: rounds of Iterative Preference Alignment, M_0 to M_T (section 3.3.2, Algorithm 2).
 
-Before and after every round the policy is checked on sessions held out of training. A round after which Recall@10 has
-fallen by more than `max_recall_drop` of the seed model's is the last one and is not kept.
+Before and after every round the policy is checked on sessions held out of training. A round after which
+`session_recall@10` has fallen by more than `max_recall_drop` of the seed model's is the last one and is not kept.
 """
 
 import shutil
@@ -20,74 +20,65 @@ from transformers import set_seed
 from ..alignment import OneRecDPOConfig, OneRecDPOTrainer
 from ..alignment.dpo_trainer import REFERENCE_COLUMNS
 from ..evaluation import popular_items
-from ..evaluation.alignment_checks import RECALL, AlignmentChecks
+from ..evaluation.alignment_checks import RECALL, AlignmentChecks, session_recall
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..pretraining import (
-    CPU_EXPERTS,
-    CheckpointCompleteCallback,
-    index_sessions,
-    latest_complete_checkpoint,
-    share_histories,
-)
+from ..pretraining import CPU_EXPERTS
 from ..reward import SessionScorer
+from ..session_rows import index_sessions
+from ..shared_histories import share_histories
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
+from ..training_checkpoints import CheckpointCompleteCallback, latest_complete_checkpoint
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
-from .pretrain import MODEL, TRAINING_DEFAULTS, parted_sessions, recent_sessions, save_trained_model, training_log
-from .recipe_arguments import RecipeArguments, lora_config
-from .reward import REWARD_MODEL
-from .sample_preferences import PAIR_SETTINGS, PAIRS, draw_pairs
-from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
-from .tokenize import load_item_embeddings
+from .preferences_stage import PAIRS, draw_pairs
+from .pretrain_stage import (
+    MODEL,
+    TRAINING_DEFAULTS,
+    parted_sessions,
+    recent_sessions,
+    save_trained_model,
+    training_log,
+)
+from .recipe_arguments import AlignArguments, PretrainArguments, RecipeArguments, lora_config
+from .reward_stage import REWARD_MODEL
+from .stage_runner import CHECKPOINTS, Stage, read_json, run_stage, stage_dir, write_json
+from .tokenize_stage import load_item_embeddings
 
 ALIGNED = "aligned.json"
 SEED_CHECKS = "seed_checks.json"
-ALIGN_READS = ["data", "tokenize", "pretrain", "reward"]
 
 logger = get_logger(__name__)
 
 
-def align(args: RecipeArguments, stage: str = "align", first_pairs: str | None = None) -> Path:
+def run_align(args: RecipeArguments, stage: str = "align", first_pairs: str | None = None) -> Path:
     """Runs the rounds; returns the stage's folder: `round_1` to `round_T` and `model`, the last kept one's model.
 
     Args:
-        stage: The stage's name, another one to align the run's seed model once more.
-        first_pairs: The stage that has drawn the first round's pairs ([`sample_preference_pairs`] of the seed model
+        stage: the stage's name, another one to align the run's seed model once more.
+        first_pairs: the stage that has drawn the first round's pairs ([`run_sample_preferences`] of the seed model
             with the same settings), for alignments that share them. By default the round draws them.
     """
 
     def work(folder: Path) -> dict | None:
         alignment = Alignment(args, folder, args.output_dir / first_pairs / PAIRS if first_pairs else None)
         last_kept, rounds = alignment.seed_model, []
-        for number in range(1, args.training.align_rounds + 1):
+        for number in range(1, args.align_rounds + 1):
             rounds.append(alignment.round(number, last_kept))
             if not rounds[-1]["kept"]:
                 break
             last_kept = folder / f"round_{number}"
         if PartialState().is_main_process:
-            shutil.copytree(
-                last_kept, folder / MODEL, ignore=shutil.ignore_patterns(PAIRS, ALIGNED), dirs_exist_ok=True
-            )
+            ignored = shutil.ignore_patterns(PAIRS, ALIGNED)
+            shutil.copytree(last_kept, folder / MODEL, ignore=ignored, dirs_exist_ok=True)
         return {"rounds": rounds, "seed_checks": alignment.seed_checks()}
 
-    reads = [*ALIGN_READS, *([first_pairs] if first_pairs else [])]
-    return run_stage(stage, args.output_dir, align_settings(args), reads, work)
+    return run_stage(align_stage(args, stage, first_pairs), work)
 
 
-def align_settings(args: RecipeArguments) -> dict[str, Any]:
-    """What the rounds depend on beside the stages that are read."""
-    return args.settings(
-        *PAIR_SETTINGS,
-        "training.align_rounds",
-        "training.align",
-        "training.align_reference",
-        "training.align_lora",
-        "training.align_holdout",
-        "training.max_recall_drop",
-        "training.holdout_sessions",
-        "training.recent_days",
-    )
+def align_stage(args: RecipeArguments, name: str = "align", first_pairs: str | None = None) -> Stage:
+    reads = ["data", "tokenize", "pretrain", "reward", *([first_pairs] if first_pairs else [])]
+    return Stage(name, args.output_dir, args.group(AlignArguments), reads)
 
 
 @dataclass
@@ -99,10 +90,10 @@ class Alignment:
     first_pairs: Path | None = None
 
     def __post_init__(self):
-        self.device = PartialState().device
+        self.device, self.options = PartialState().device, self.args.group(AlignArguments)
         self.seed_model = stage_dir(self.args.output_dir, "pretrain", "align") / MODEL
         self.tokenizer = OneRecTokenizer.from_pretrained(self.seed_model)
-        self.lora = lora_config(self.args.training.align_lora)
+        self.lora = lora_config(self.options.align_lora)
 
     @cached_property
     def trie(self) -> ItemTrie:
@@ -114,27 +105,26 @@ class Alignment:
 
     @cached_property
     def scorer(self) -> SessionScorer:
-        return SessionScorer.from_pretrained(
-            stage_dir(self.args.output_dir, "reward", "align") / REWARD_MODEL, self.device
-        )
+        folder = stage_dir(self.args.output_dir, "reward", "align")
+        return SessionScorer.from_pretrained(folder / REWARD_MODEL, self.device)
 
     @cached_property
     def sessions(self) -> dict[str, Dataset]:
         sessions = index_sessions(prepared_data(self.args, "align").read(PRETRAINING_SESSIONS), self.tokenizer)
-        return parted_sessions(sessions, self.args)
+        return parted_sessions(sessions, self.args.group(PretrainArguments))
 
     @cached_property
     def checks(self) -> AlignmentChecks:
         held_out = self.sessions["test"]
         consumed = np.concatenate([np.zeros(0, np.int64), *map(np.asarray, self.users["history"][:])])
         return AlignmentChecks(
-            held_out.select(range(min(self.args.training.align_holdout, len(held_out)))),
+            held_out.select(range(min(self.options.align_holdout, len(held_out)))),
             popular_items(consumed, self.trie.num_items),
             self.tokenizer,
             self.trie,
             load_item_embeddings(self.args.output_dir),
-            exclude_history=self.args.evaluation.exclude_consumed,
-            seed=self.args.run.seed,
+            exclude_consumed=self.options.exclude_consumed,
+            seed=self.options.seed,
         )
 
     def model(self, checkpoint: Path) -> OneRecForConditionalGeneration:
@@ -151,19 +141,19 @@ class Alignment:
     def round(self, number: int, previous: Path) -> dict[str, Any]:
         """One round from the snapshot in `previous`: pairs, training, checks; what its summary says.
 
-        A killed round goes on behind the parts of pairs, the checkpoint or the model that it has.
+        A killed round goes on after the parts of pairs, the checkpoint or the model that it has.
         """
         target, state = self.folder / f"round_{number}", PartialState()
         if not (target / ALIGNED).exists():
-            seed = self.args.run.seed + number
+            seed = self.options.seed + number
             target.mkdir(parents=True, exist_ok=True)
             model = self.model(previous)
             if number == 1 and self.first_pairs and state.is_main_process and not (target / PAIRS).exists():
                 with staged_file(target / PAIRS) as partial:
                     shutil.copyfile(self.first_pairs, partial)
             state.wait_for_everyone()
-            pairs = draw_pairs(self.args, target, model, self.trie, self.scorer, self.users, seed)
-            log = self._train(number, model, pairs, target, seed)
+            pairs = draw_pairs(self.options, target, model, self.trie, self.scorer, self.users, seed)
+            log = self._train(model, pairs, target, seed)
             before = self.seed_checks()
             if state.is_main_process:
                 summary = self._summary(number, previous, target, pairs, before)
@@ -171,11 +161,9 @@ class Alignment:
             state.wait_for_everyone()
         return read_json(target / ALIGNED)
 
-    def _train(
-        self, number: int, model: OneRecForConditionalGeneration, pairs: Dataset, target: Path, seed: int
-    ) -> list[dict[str, Any]]:
+    def _train(self, model: OneRecForConditionalGeneration, pairs: Dataset, target: Path, seed: int) -> list[dict]:
         """Trains from M_(t-1) to M_t, saved in `target` as a whole model, adapters merged; the training's log."""
-        options = self.args.training
+        options = self.options
         checkpoints = self.folder / CHECKPOINTS / target.name
         training_args = OneRecDPOConfig(
             **{
@@ -190,8 +178,8 @@ class Alignment:
             }
         )
         ordinary = self.sessions["train"]
-        if options.recent_days is not None:
-            ordinary = recent_sessions(ordinary, options.recent_days)
+        if self.args.recent_days is not None:
+            ordinary = recent_sessions(ordinary, self.args.recent_days)
         if model.config.encoder_attention == "causal" and training_args.ntp_per_pair:
             # A pair's ordinary rows are one row of as many targets, whose histories are encoded once.
             ordinary = share_histories(ordinary, model.config.history_items, training_args.ntp_per_pair)
@@ -233,11 +221,12 @@ class Alignment:
         drift = self.checks.pair_log_probs(model, rows) - self.checks.pair_log_probs(former, rows)
         kept = True
         if after:
-            lowest = (1 - self.args.training.max_recall_drop) * seed_checks[RECALL]
+            seed_recall = session_recall(seed_checks)
+            lowest = (1 - self.options.max_recall_drop) * seed_recall
             kept = after[RECALL] >= lowest
             logger.info(
                 f"[align] round {number}: held-out {RECALL} {after[RECALL]:.4f}, of the seed model "
-                f"{seed_checks[RECALL]:.4f}; KL to it {after['kl_to_seed']:.3f}"
+                f"{seed_recall:.4f}; KL to it {after['kl_to_seed']:.3f}"
             )
             if not kept:
                 logger.warning(

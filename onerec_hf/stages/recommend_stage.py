@@ -1,12 +1,11 @@
 """Stage `recommend`: histories in, sessions and ranked item ids with scores out, Parquet to Parquet.
 
 The users are cut into parts of a fixed size, which the processes take in turn. A part is one file, written whole, so
-that a killed run goes on behind what it has, on any number of processes, and the result does not depend on theirs.
+that a killed run goes on after what it has, on any number of processes, and the result does not depend on theirs.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,25 +21,25 @@ from ..session_generation import Recommender
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, prepared_data
-from .pretrain import MODEL
-from .recipe_arguments import RecipeArguments
-from .stage_runner import run_stage, stage_dir
+from .pretrain_stage import MODEL
+from .recipe_arguments import RecipeArguments, RecommendArguments
+from .stage_runner import OutsideInput, Stage, run_stage, stage_dir
 
 RECOMMENDATIONS = "recommendations.parquet"
 USERS_PER_PART = 256
 HISTORY_COLUMNS = ("user_id", "history_item_ids")
 
 
-def recommend(args: RecipeArguments) -> Path:
+def run_recommend(args: RecipeArguments) -> Path:
     """Recommends to every user of the histories; returns the stage's folder."""
-    options = args.evaluation
-    source = "align" if args.training.align_rounds else "pretrain"
+    options = args.group(RecommendArguments)
+    source = "align" if args.align_rounds else "pretrain"
     reads = [*(["data"] if options.histories is None else []), *([source] if options.recommend_model is None else [])]
 
     def work(folder: Path) -> dict | None:
         state = PartialState()
         checkpoint = options.recommend_model or stage_dir(args.output_dir, source, "recommend") / MODEL
-        histories = Histories(args)
+        histories = Histories(args, options)
         tokenizer = OneRecTokenizer.from_pretrained(checkpoint)
         histories.check_items(tokenizer, options.unknown_items)
         model = OneRecForConditionalGeneration.from_pretrained(checkpoint).to(state.device)
@@ -48,10 +47,10 @@ def recommend(args: RecipeArguments) -> Path:
         if options.recommend_reward_model is not None:
             scorer = SessionScorer.from_pretrained(options.recommend_reward_model, state.device)
         recommender = Recommender(model, tokenizer, scorer)
-        id_type = pa.int64() if tokenizer.item_ids.dtype == np.int64 else pa.string()
-        with tqdm(
-            total=histories.num_users, desc="recommending", unit="user", disable=not state.is_main_process
-        ) as bar:
+        ids = pa.list_(pa.int64() if tokenizer.item_ids.dtype == np.int64 else pa.string())
+        types = {"session": ids, "items": ids, "scores": pa.list_(pa.float32())}
+        hidden = not state.is_main_process
+        with tqdm(total=histories.num_users, desc="recommending", unit="user", disable=hidden) as bar:
             for number, batch in enumerate(histories.parts()):
                 part = folder / f"part_{number:09d}.parquet"
                 if number % state.num_processes == state.process_index and not part.exists():
@@ -59,75 +58,48 @@ def recommend(args: RecipeArguments) -> Path:
                         batch.to_pylist(),
                         top_k=options.top_k,
                         num_beams=options.ranking_beams,
-                        exclude_seen=options.exclude_consumed,
-                        unknown=options.unknown_items,
+                        exclude_consumed=options.exclude_consumed,
+                        unknown_items=options.unknown_items,
                         search=options.recommend_search,
                     )
-                    table = pa.table(
-                        {
-                            "user_id": batch["user_id"],
-                            "session": pa.array([row["session"] for row in found], pa.list_(id_type)),
-                            "items": pa.array([row["items"] for row in found], pa.list_(id_type)),
-                            "scores": pa.array([row["scores"] for row in found], pa.list_(pa.float32())),
-                        }
-                    )
+                    columns = {name: pa.array([row[name] for row in found], kind) for name, kind in types.items()}
                     with staged_file(part) as partial:
-                        pq.write_table(table, partial)
+                        pq.write_table(pa.table({"user_id": batch["user_id"], **columns}), partial)
                 bar.update(len(batch))
         state.wait_for_everyone()
         if state.is_main_process:
             join_parts(folder)
         return {"num_users": histories.num_users}
 
-    settings = args.settings(
-        "evaluation.top_k",
-        "evaluation.ranking_beams",
-        "evaluation.exclude_consumed",
-        "evaluation.unknown_items",
-        "evaluation.evaluation_users",
-        "evaluation.recommend_model",
-        "evaluation.recommend_reward_model",
-        "evaluation.recommend_search",
-        "run.seed",
-    )
-    # A file of the same name may hold other histories tomorrow.
-    settings["histories"] = None if options.histories is None else file_identity(Path(options.histories))
-    return run_stage("recommend", args.output_dir, settings, reads, work)
-
-
-def file_identity(path: Path) -> dict[str, Any]:
-    """What tells one version of a file from another: its path, size and time of change.
-
-    Raises:
-        FileNotFoundError: If it isn't there.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"histories: {path} is no file; give a Parquet file of user_id and history_item_ids.")
-    return {"path": str(path.resolve()), "size": path.stat().st_size, "changed": path.stat().st_mtime_ns}
+    named = (options.histories, options.recommend_model, options.recommend_reward_model)
+    outside = [OutsideInput(source) for source in named if source is not None]
+    return run_stage(Stage("recommend", args.output_dir, options, reads, outside), work)
 
 
 class Histories:
     """The users to recommend to: of a Parquet file, read part by part, or the evaluated ones of the run.
 
     Raises:
-        ValueError: If the file lacks a column or holds no user.
+        FileNotFoundError: there is no such file.
+        ValueError: the file lacks a column or holds no user.
     """
 
-    def __init__(self, args: RecipeArguments):
-        path = args.evaluation.histories
+    def __init__(self, args: RecipeArguments, options: RecommendArguments):
+        path, count = options.histories, options.evaluation_users
         if path is None:
             users = prepared_data(args, "recommend").read(EVALUATION_CASES)
-            count = args.evaluation.evaluation_users
             if count is not None:
-                users = users.shuffle(seed=args.run.seed).select(range(min(count, len(users))))
+                users = users.shuffle(seed=options.seed).select(range(min(count, len(users))))
             self.name, self.source = EVALUATION_CASES, users.with_format("arrow")[:].combine_chunks()
             self.num_users = self.source.num_rows
-            self.columns = _read_columns(self.source.column_names, args)
+            self.columns = _read_columns(self.source.column_names, options)
             return
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"histories: {path} is not a file; give a Parquet of user_id, history_item_ids.")
         self.name, self.source = path, pq.ParquetFile(path)
         self.num_users = self.source.metadata.num_rows
         names = self.source.schema_arrow.names
-        self.columns = _read_columns(names, args)
+        self.columns = _read_columns(names, options)
         for column in HISTORY_COLUMNS:
             if column not in names:
                 raise ValueError(
@@ -147,7 +119,7 @@ class Histories:
         """Looks every item up before any time is spent on generating.
 
         Raises:
-            ValueError: If an item is not in the catalogue and `unknown_items` is "error"; names the user.
+            ValueError: if an item is not in the catalogue and `unknown_items` is "error"; names the user.
         """
         if unknown_items == "skip":
             return
@@ -156,7 +128,7 @@ class Histories:
         for batch in self.parts():
             for column in checked:
                 flat = pc.list_flatten(batch[column])
-                unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown="skip") < 0)
+                unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown_items="skip") < 0)
                 if len(unknown):
                     user = pc.list_parent_indices(batch[column])[int(unknown[0])].as_py()
                     raise ValueError(
@@ -166,18 +138,16 @@ class Histories:
                     )
 
 
-def _read_columns(names: list[str], args: RecipeArguments) -> list[str]:
-    judged = ("exposed_item_ids", *REWARD_FEATURES) if args.evaluation.recommend_reward_model is not None else ()
+def _read_columns(names: list[str], options: RecommendArguments) -> list[str]:
+    judged = ("exposed_item_ids", *REWARD_FEATURES) if options.recommend_reward_model is not None else ()
     return [name for name in (*HISTORY_COLUMNS, *HISTORY_FEATURES, *judged) if name in names]
 
 
 def join_parts(folder: Path) -> None:
     """One file of all the parts, in the order of the users, without holding them all in memory."""
     parts = sorted(folder.glob("part_*.parquet"))
-    with (
-        staged_file(folder / RECOMMENDATIONS) as partial,
-        pq.ParquetWriter(partial, pq.read_schema(parts[0])) as writer,
-    ):
+    schema = pq.read_schema(parts[0])
+    with staged_file(folder / RECOMMENDATIONS) as partial, pq.ParquetWriter(partial, schema) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))
     for part in parts:

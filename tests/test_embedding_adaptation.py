@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from onerec_hf.item_alignment import ItemAlignment, contrastive_loss, cooccurring_pairs
+from onerec_hf import item_alignment
+from onerec_hf.embedding_adaptation import EmbeddingAdaptation, contrastive_loss, cooccurring_pairs
 
 
 def test_pairs_by_hand():
@@ -27,7 +28,7 @@ class TestContrastiveLoss:
         columns = sum(cross_entropy(column, i) for i, column in enumerate(zip(*logits, strict=True))) / 2
         assert loss.item() == pytest.approx((rows + columns) / 2, rel=1e-5)
 
-    def test_an_item_is_no_negative_of_its_own_pairs(self):
+    def test_an_item_is_not_a_negative_of_its_own_pairs(self):
         vectors = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
         # All three pairs are of the items 0 and 1: no negative is left.
         pairs = torch.tensor([[0, 1], [0, 1], [1, 0]])
@@ -43,52 +44,60 @@ def neighbourly(num_groups=6, size=8, seed=0):
     return x.astype(np.float32), groups, histories
 
 
-class TestItemAlignment:
+class TestEmbeddingAdaptation:
     def test_items_that_follow_one_another_come_together(self):
         x, groups, histories = neighbourly()
-        aligned = ItemAlignment(dim=8, num_steps=150, batch_size=64).fit(x, histories).transform(x)
-        assert aligned.shape == (48, 8) and aligned.dtype == np.float32
-        assert np.allclose(np.linalg.norm(aligned, axis=1), 1, atol=1e-5)
+        adapted = EmbeddingAdaptation(dim=8, num_steps=150, batch_size=64).fit(x, histories).transform(x)
+        assert adapted.shape == (48, 8) and adapted.dtype == np.float32
+        assert np.allclose(np.linalg.norm(adapted, axis=1), 1, atol=1e-5)
 
         def nearest_in_group(x):
             x = x / np.linalg.norm(x, axis=1, keepdims=True)
             likeness = x @ x.T - 9 * np.eye(len(x))
             return (groups[likeness.argmax(1)] == groups).mean()
 
-        assert nearest_in_group(aligned) > 0.95 > 0.7 > nearest_in_group(x)
+        assert nearest_in_group(adapted) > 0.95 > 0.7 > nearest_in_group(x)
 
     def test_starts_from_the_principal_directions(self):
         x, _, histories = neighbourly()
-        start = ItemAlignment(dim=20, num_steps=0).fit(x, histories).transform(x)
+        start = EmbeddingAdaptation(dim=20, num_steps=0).fit(x, histories).transform(x)
         centred = x - x.mean(0)
         centred /= np.linalg.norm(centred, axis=1, keepdims=True)
         assert np.allclose(start @ start.T, centred @ centred.T, atol=1e-4)
 
     def test_seeded_and_saved(self, tmp_path):
         x, _, histories = neighbourly()
-        first = ItemAlignment(dim=4, num_steps=5, batch_size=16, seed=1).fit(x, histories)
-        again = ItemAlignment(dim=4, num_steps=5, batch_size=16, seed=1).fit(x, histories)
+        first = EmbeddingAdaptation(dim=4, num_steps=5, batch_size=16, seed=1).fit(x, histories)
+        again = EmbeddingAdaptation(dim=4, num_steps=5, batch_size=16, seed=1).fit(x, histories)
         assert np.array_equal(first.transform(x), again.transform(x))
         first.save_pretrained(tmp_path)
-        assert np.array_equal(ItemAlignment.from_pretrained(tmp_path).transform(x), first.transform(x))
-        weights = (tmp_path / "item_alignment.safetensors").read_bytes()
-        (tmp_path / "item_alignment.safetensors").write_bytes(weights[:100])
-        with pytest.raises(ValueError, match="item_alignment.safetensors holds no weights"):
-            ItemAlignment.from_pretrained(tmp_path)
-        (tmp_path / "item_alignment.json").write_text('{"foreign": 1}')
-        with pytest.raises(ValueError, match="item_alignment.json describes no ItemAlignment"):
-            ItemAlignment.from_pretrained(tmp_path)
+        assert np.array_equal(EmbeddingAdaptation.from_pretrained(tmp_path).transform(x), first.transform(x))
+        weights = (tmp_path / "embedding_adaptation.safetensors").read_bytes()
+        (tmp_path / "embedding_adaptation.safetensors").write_bytes(weights[:100])
+        with pytest.raises(ValueError, match="embedding_adaptation.safetensors holds no weights"):
+            EmbeddingAdaptation.from_pretrained(tmp_path)
+        (tmp_path / "embedding_adaptation.json").write_text('{"foreign": 1}')
+        with pytest.raises(ValueError, match="embedding_adaptation.json does not describe an EmbeddingAdaptation"):
+            EmbeddingAdaptation.from_pretrained(tmp_path)
+
+    def test_what_was_saved_as_item_alignment_is_read(self, tmp_path):
+        x, _, histories = neighbourly()
+        fitted = item_alignment.ItemAlignment(dim=4, num_steps=1, batch_size=16).fit(x, histories)
+        fitted.save_pretrained(tmp_path)
+        for path in list(tmp_path.iterdir()):
+            path.rename(path.with_stem("item_alignment"))
+        assert np.array_equal(EmbeddingAdaptation.from_pretrained(tmp_path).transform(x), fitted.transform(x))
 
     def test_bad_input(self):
         x, _, histories = neighbourly()
         with pytest.raises(ValueError, match="not fitted yet"):
-            ItemAlignment().transform(x)
-        with pytest.raises(ValueError, match=r"histories\[1\] holds 48, which is no catalogue index"):
-            ItemAlignment().fit(x, [histories[0], np.array([48])])
+            EmbeddingAdaptation().transform(x)
+        with pytest.raises(ValueError, match=r"histories\[1\] holds 48, which is not a catalogue index"):
+            EmbeddingAdaptation().fit(x, [histories[0], np.array([48])])
         with pytest.raises(ValueError, match="no two different items"):
-            ItemAlignment().fit(x, [np.array([3, 3]), np.array([4])])
-        fitted = ItemAlignment(num_steps=1, batch_size=4).fit(x, histories)
-        with pytest.raises(ValueError, match="19 dimensions, the alignment was fitted on 20"):
+            EmbeddingAdaptation().fit(x, [np.array([3, 3]), np.array([4])])
+        fitted = EmbeddingAdaptation(num_steps=1, batch_size=4).fit(x, histories)
+        with pytest.raises(ValueError, match="19 dimensions, the adaptation was fitted on 20"):
             fitted.transform(x[:, :19])
         x[5, 0] = np.inf
         with pytest.raises(ValueError, match="row 5 holds NaN"):

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..evaluation.session_judges import REWARD
 from ..figure_style import ACCENT, GRID, INK, MUTED, set_title, styled_axes, with_legend
-from .alignment_report import KINDS, KL, heads_of, judge_change, judge_colour, judge_name, judges_of
-from .report_tables import number, relative_with_interval, with_interval
-from .session_judges import REWARD
+from .alignment_report import KINDS, KL, judge_change, judge_colour, judges_of, objectives_of, shown_name
+from .tables import Measured, Table, number
 
 COLUMNS = ("policy", "rounds kept", "Recall@10", "coverage", "KL to seed [nats]", "illegal", "judge")
 
@@ -24,39 +24,26 @@ def comparison_table(title: str, about: str, rows: Sequence[Mapping[str, Any]]) 
     the seed model with its own; objectives are `mean / max` over a user's sessions.
 
     Args:
-        title: Heading.
-        about: What the table compares, and how.
-        rows: By policy `name`, `rounds` (rounds of alignment that were kept, None for a method without), and what
+        title: heading.
+        about: what the table compares, and how.
+        rows: by policy `name`, `rounds` (rounds of alignment that were kept, None for a method without), and what
             [`PolicyResults.summary`] says, with `change` where it isn't the seed model.
     """
-    objectives = [head for head in heads_of(rows) if head != REWARD]
-    lines = [[*COLUMNS, *(f"{kind} {REWARD}" for kind in KINDS), *objectives]]
+    objectives = [objective for objective in objectives_of(rows) if objective != REWARD]
+    lines = []
     for row in rows:
         change = row.get("change", {})
-        policy = [
-            row["name"],
-            number(row["rounds"]),
-            _with_change(row, "recall@10", change.get("recall@10")),
-            _with_change(row, "coverage", change.get("coverage")),
-            number(row.get(KL)),
-            number(row.get("illegal_rate")),
-        ]
+        ranking = [Measured.of(row, name, change.get(name)) for name in ("recall@10", "coverage")]
+        policy = [row["name"], row["rounds"], *ranking, row.get(KL), row.get("illegal_rate")]
         for judge in judges_of([row]):
             scores = row["judges"][judge]
             rewards = (f"{REWARD}_{kind}" for kind in KINDS)
-            cells = [_with_change(scores, figure, judge_change(row, judge, figure)) for figure in rewards]
-            cells += [" / ".join(number(scores.get(f"{head}_{kind}")) for kind in KINDS) for head in objectives]
-            lines.append([*policy, judge_name(judge), *cells])
+            cells = [Measured.of(scores, figure, judge_change(row, judge, figure)) for figure in rewards]
+            cells += [" / ".join(number(scores.get(f"{name}_{kind}")) for kind in KINDS) for name in objectives]
+            lines.append([*policy, shown_name(judge), *cells])
             policy = [""] * len(policy)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    table = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
-    return "\n".join([f"# {title}", "", about, "", *table, ""])
-
-
-def _with_change(figures: Mapping[str, Any], name: str, change: Mapping[str, Any] | None) -> str:
-    """`value [low, high] +4.1% [+3.2%, +5.0%]`."""
-    return f"{with_interval(figures, name)} {relative_with_interval(change)}".rstrip()
+    header = [*COLUMNS, *(f"{kind} {REWARD}" for kind in KINDS), *objectives]
+    return f"# {title}\n\n{about}\n\n{Table(header, lines).markdown(aligned=True)}\n"
 
 
 def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -64,7 +51,7 @@ def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     where a policy has one, its divergence from the seed model, all with their intervals.
 
     Args:
-        title, rows: As for [`comparison_table`].
+        title, rows: as for [`comparison_table`].
     """
     judges = judges_of(rows)
     figures = {"recall@10": "Recall@10"}
@@ -77,7 +64,7 @@ def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
             changes = [judge_change(row, judge, f"{REWARD}_{kind}") or {} for row in rows]
             values = [(change.get("relative"), change.get("interval")) for change in changes]
             shift = 0.2 * (index - (len(judges) - 1) / 2)
-            _intervals(axis, values, shift, judge_colour(judge), judge_name(judge))
+            _intervals(axis, values, shift, judge_colour(judge), shown_name(judge))
         axis.axvline(0, color=MUTED, linewidth=0.8)
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         set_title(axis, f"{kind.capitalize()} reward, change")

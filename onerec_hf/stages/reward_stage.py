@@ -9,7 +9,6 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ..data import Feed, exposure_runs
-from ..pretraining import index_sessions
 from ..reward import (
     ExposureEncoder,
     ItemTotals,
@@ -24,12 +23,13 @@ from ..reward import (
     user_fold,
     user_half,
 )
+from ..session_rows import index_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import prepared_data
-from .pretrain import TRAINING_DEFAULTS, training_log
-from .recipe_arguments import RecipeArguments
-from .stage_runner import CHECKPOINTS, read_json, run_stage, stage_dir, write_json
-from .tokenize import load_item_embeddings
+from .pretrain_stage import TRAINING_DEFAULTS, training_log
+from .recipe_arguments import RecipeArguments, RewardArguments
+from .stage_runner import CHECKPOINTS, Stage, read_json, run_stage, stage_dir, write_json
+from .tokenize_stage import load_item_embeddings
 
 REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
@@ -39,29 +39,21 @@ DEFAULTS = {REWARD_MODEL: {}, INDEPENDENT_JUDGE: {"hidden_size": 96, "tower_hidd
 CALIBRATION_FOLDS = 10
 
 
-def reward(args: RecipeArguments) -> Path:
+def run_reward(args: RecipeArguments) -> Path:
     """Trains both models; returns the stage's folder with one subfolder each."""
+    options = args.group(RewardArguments)
 
     def work(folder: Path) -> dict | None:
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward"))
-        summary = {}
-        exposures = None
+        summary, exposures = {}, None
         for index, name in enumerate((REWARD_MODEL, INDEPENDENT_JUDGE)):
             if not (folder / name / TRAINED).exists():
                 exposures = exposures or _Exposures(args, tokenizer)
-                _train(args, folder, name, index, tokenizer, exposures)
+                _train(options, folder, name, index, exposures)
             summary[name] = read_json(folder / name / TRAINED)
         return {"models": summary}
 
-    settings = args.settings(
-        "data.history_items",
-        "data.session_items",
-        "training.reward_model",
-        "training.judge_model",
-        "training.reward",
-        "run.seed",
-    )
-    return run_stage("reward", args.output_dir, settings, ["data", "tokenize"], work)
+    return run_stage(Stage("reward", args.output_dir, options, ["data", "tokenize"]), work)
 
 
 class _Exposures:
@@ -69,12 +61,12 @@ class _Exposures:
 
     def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
         prepared = prepared_data(args, "reward")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.data = tokenizer, prepared.args
         self.embeddings = load_item_embeddings(args.output_dir)
         self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
-        self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, args.data), tokenizer)
+        self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, self.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
-        self.seed = args.run.seed
+        self.seed = args.seed
 
     def of_half(self, index: int) -> tuple[Feed, ItemTotals, Dataset, Dataset]:
         """What one half of the users did, totals of the items among them, their runs, and the others' later runs."""
@@ -101,31 +93,22 @@ def without_calibration_users(runs: Dataset, seed: int) -> tuple[Dataset, Datase
 
 def calibrate(model: OneRecRewardModel, encoder: ExposureEncoder, totals: ItemTotals, runs: Dataset) -> None:
     """Fits the calibration on runs that were not trained on, single exposures and whole sessions alike."""
-    predictions = [
-        predict_rewards(model, runs, RewardCollator(encoder, totals, length))
-        for length in {1, model.config.session_items}
-    ]
+    lengths = {1, model.config.session_items}
+    predictions = [predict_rewards(model, runs, RewardCollator(encoder, totals, length)) for length in lengths]
     fit_calibration(model, RewardPredictions.joined(predictions))
 
 
-def _train(
-    args: RecipeArguments, folder: Path, name: str, index: int, tokenizer: OneRecTokenizer, exposures: _Exposures
-) -> None:
+def _train(options: RewardArguments, folder: Path, name: str, index: int, exposures: _Exposures) -> None:
     """One of the two models, into its folder."""
-    target, seed = folder / name, args.run.seed + index
+    target, seed, tokenizer = folder / name, options.seed + index, exposures.tokenizer
     set_seed(seed)
     feed, totals, runs, unseen = exposures.of_half(index)
     train, calibration = without_calibration_users(runs, seed)
-    overrides = args.training.reward_model if name == REWARD_MODEL else args.training.judge_model
-    sizes = {"history_items": args.data.history_items, "session_items": args.data.session_items}
+    overrides = options.reward_model if name == REWARD_MODEL else options.judge_model
+    sizes = {field: getattr(exposures.data, field) for field in ("history_items", "session_items")}
     fields = {**sizes, **DEFAULTS[name], **overrides}
     model = create_reward_model(fields, feed, totals, tokenizer, exposures.embeddings)
-    arguments = {
-        **TRAINING_DEFAULTS,
-        "seed": seed,
-        **args.training.reward,
-        "output_dir": str(folder / CHECKPOINTS / name),
-    }
+    arguments = {**TRAINING_DEFAULTS, "seed": seed, **options.reward, "output_dir": str(folder / CHECKPOINTS / name)}
     log = training_log(train_reward_model(model, tokenizer, totals, train, arguments))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
     calibrate(model, encoder, totals, calibration)

@@ -16,27 +16,34 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..evaluation.policy_results import last_kept
 from ..figure_style import ACCENT, GRID, INK, MUTED, OTHERS, SECOND, png_image, set_title, styled_axes, svg_image
 from ..semantic_ids.semantic_id_report import code_use_figure
 from ..staged_files import staged_file
 from .alignment_report import (
-    HEAD_NAMES,
     judge_change,
-    judge_name,
     judges_of,
-    last_kept,
     log_section,
     reward_section,
     rounds_section,
+    shown_name,
     text_tables,
 )
-from .report_tables import html_table, number, signed_percent, stacked, text_table
+from .tables import Measured, Table, fact_rows, number, signed_percent
 
+PARTS = {"dataset": {}, "tokenizer": {}, "onerec": {}, "baselines": {}, "alignment": [], "reward_models": {}}
 METHOD_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE", "sasrec": "SASRec"}
 RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
 SESSION_COLUMNS = ("intra_session_diversity", "illegal_rate", "duplicate_rate")
+REWARD_METRICS = {
+    "auc": "AUC",
+    "gauc": "AUC by user",
+    "log_loss": "log-loss",
+    "base_log_loss": "of the mean",
+    "calibration_error": "calibration error",
+    "labels": "labels",
+}
 
-_LONGEST_LIST = 16
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #fff; color: #1d2733; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
@@ -81,15 +88,13 @@ def write_report(
     code_samples: Sequence[Mapping[str, Any]] = (),
     reliability_plots: Mapping[str, Mapping[str, bytes]] | None = None,
 ) -> Path:
-    """Write the report, atomically.
+    """Writes the report, whole or not at all, and returns its path.
 
     Args:
         path: the HTML file; its folder is created.
-        metrics: what the evaluate stage writes as metrics.json. "onerec" and "baselines" hold recall@c, ndcg@c and
-            coverage (and optionally "<metric>_interval", [low, high]); "alignment" is a list by round from 0, each
-            what [`PolicyResults.summary`] returns, with "kept" (whether the align stage kept the round) and "on_log".
+        metrics: what the evaluate stage writes as metrics.json, see `metrics_schema`.
         training_curves: title of a curve -> (step, value) pairs.
-        code_use: for each level an int array [K_l], the number of items that have each code.
+        code_use: for each level (K_l,), the number of items that have each code.
         examples: one mapping a user: "user"; "history", rows {"item", "label"}, oldest first; "recommendations", rows
             {"item", "label", "score"}, best first; optionally "next_item", what the user really took next.
             "label" is text beside the id, such as title or tags, and may be empty.
@@ -97,32 +102,28 @@ def write_report(
         item_map: a PNG, the items in two dimensions.
         code_samples: items of some first codes, see `sample_items` of the semantic IDs' report.
         reliability_plots: reward model -> what was judged ("sessions", "exposures") -> a PNG.
-
-    Returns:
-        The path written.
     """
-    alignment = list(metrics.get("alignment") or [])
+    details, metrics = _details_section({"settings": settings, **metrics}), PARTS | metrics
     sections = [
-        ("Recommendation quality", _quality_section(metrics, alignment)),
-        ("Rewards by alignment round", reward_section(alignment)),
-        ("On the logged exposures", log_section(alignment)),
-        ("Reward models", _reward_model_section(metrics.get("reward_models") or {}, reliability_plots or {})),
-        ("Losses", _figure_section(_curves_figure(training_curves), "Training and validation curves")),
-        ("Semantic IDs", _code_section(code_use, metrics.get("tokenizer") or {}, item_map, code_samples)),
+        ("Recommendation quality", _quality_section(metrics)),
+        ("Rewards by alignment round", reward_section(metrics["alignment"])),
+        ("On the logged exposures", log_section(metrics["alignment"])),
+        ("Reward models", _reward_model_section(metrics["reward_models"], reliability_plots or {})),
+        ("Losses", _curves_section({name: curve for name, curve in training_curves.items() if len(curve)})),
+        ("Semantic IDs", _code_section(code_use, metrics["tokenizer"], item_map, code_samples)),
         ("Histories and recommendations", _examples_section(examples)),
-        ("All numbers and settings", _details_section(metrics, settings)),
+        ("All numbers and settings", details),
     ]
     sections = [(title, body) for title, body in sections if body]
     links = "".join(f'<a href="#{_anchor(title)}">{escape(title)}</a>' for title, _ in sections)
     body = "".join(f'<h2 id="{_anchor(title)}">{escape(title)}</h2>{text}' for title, text in sections)
-    name = (metrics.get("dataset") or {}).get("name", "")
-    title = f"OneRec on {name}" if name else "OneRec"
+    title = f"OneRec on {metrics['dataset']['name']}" if "name" in metrics["dataset"] else "OneRec"
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
         '<p class="note">From raw logs to aligned recommendations: what this run learned and how good it is.</p>'
-        f"<nav>{links}</nav>{_cards(metrics, alignment)}{body}</main></body></html>\n"
+        f"<nav>{links}</nav>{_cards(metrics)}{body}</main></body></html>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,27 +134,23 @@ def write_report(
 
 def print_table(metrics: Mapping[str, Any]) -> str:
     """The run's figures as plain text for a terminal: methods, then rounds, judges and the log."""
-    columns = ("recall@10", "recall@50", "ndcg@10", "coverage")
-    rows = [[name, *(number(row.get(column)) for column in columns)] for name, row in _methods(metrics)]
-    blocks = [text_table(["", *columns], rows)]
-    onerec = metrics.get("onerec") or {}
+    metrics, columns = PARTS | metrics, ("recall@10", "recall@50", "ndcg@10", "coverage")
+    rows = [[name, *(row.get(column) for column in columns)] for name, row in _methods(metrics)]
+    blocks, onerec = [Table(["", *columns], rows).text()], metrics["onerec"]
     rates = [f"{name.replace('_', ' ')} {number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
     if rates:
         blocks.append("Sessions: " + ", ".join(rates))
-    return "\n\n".join([*blocks, *text_tables(list(metrics.get("alignment") or []))])
+    return "\n\n".join([*blocks, *text_tables(metrics["alignment"])])
 
 
 def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Rows of the comparison: OneRec after and before alignment, then the baselines."""
-    alignment = list(metrics.get("alignment") or [])
-    rows = []
-    if metrics.get("onerec"):
-        rows.append(("OneRec, aligned" if _is_aligned(alignment) else "OneRec", metrics["onerec"]))
-    if _is_aligned(alignment):
-        rows.append(("OneRec, pre-trained", alignment[0]))
-    for name, values in (metrics.get("baselines") or {}).items():
-        rows.append((METHOD_NAMES.get(name, name), values))
-    return rows
+    aligned, rows = _is_aligned(metrics["alignment"]), []
+    if metrics["onerec"]:
+        rows.append(("OneRec, aligned" if aligned else "OneRec", metrics["onerec"]))
+    if aligned:
+        rows.append(("OneRec, pre-trained", metrics["alignment"][0]))
+    return rows + [(METHOD_NAMES.get(name, name), values) for name, values in metrics["baselines"].items()]
 
 
 def _is_aligned(alignment: Sequence[Mapping[str, Any]]) -> bool:
@@ -168,14 +165,13 @@ def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
-def _cards(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str, Any]]) -> str:
-    onerec = metrics.get("onerec") or {}
-    cards = []
+def _cards(metrics: Mapping[str, Any]) -> str:
+    onerec, alignment, cards = metrics["onerec"], metrics["alignment"], []
     if "recall@10" in onerec:
         before = alignment[0].get("recall@10") if _is_aligned(alignment) else None
         note = f"Recall@10, {number(before)} before alignment" if before is not None else "Recall@10"
         cards.append((number(onerec["recall@10"]), note))
-    baselines = {n: v["recall@10"] for n, v in (metrics.get("baselines") or {}).items() if "recall@10" in v}
+    baselines = {name: row["recall@10"] for name, row in metrics["baselines"].items() if "recall@10" in row}
     if baselines:
         best = max(baselines, key=baselines.__getitem__)
         cards.append((number(baselines[best]), f"Recall@10 of the best baseline, {METHOD_NAMES.get(best, best)}"))
@@ -184,26 +180,19 @@ def _cards(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str, Any]]) -
             change = judge_change(last_kept(alignment), judge, "reward_mean")
             if change is not None:
                 low, high = map(signed_percent, change["interval"])
-                note = f"mean reward by alignment, {judge_name(judge).lower()}; 95%: {low} to {high}"
+                note = f"mean reward by alignment, {shown_name(judge).lower()}; 95%: {low} to {high}"
                 cards.append((signed_percent(change["relative"]), note))
     if "illegal_rate" in onerec:
         cards.append((number(onerec["illegal_rate"]), "illegal items generated"))
-    if not cards:
-        return ""
-    return (
-        '<div class="cards">'
-        + "".join(
-            f'<div class="card"><b>{escape(value)}</b><span>{escape(note)}</span></div>' for value, note in cards
-        )
-        + "</div>"
-    )
+    text = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(why)}</span></div>' for value, why in cards)
+    return f'<div class="cards">{text}</div>' if cards else ""
 
 
-def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str, Any]]) -> str:
-    methods = _methods(metrics)
+def _quality_section(metrics: Mapping[str, Any]) -> str:
+    methods, onerec = _methods(metrics), metrics["onerec"]
     if not methods:
         return ""
-    rows = [[name, *(stacked(values, column) for column in RANKING_COLUMNS)] for name, values in methods]
+    rows = [[name, *(Measured.of(values, column) for column in RANKING_COLUMNS)] for name, values in methods]
     classes = ["ours" if name.startswith("OneRec") else "" for name, _ in methods]
     text = (
         '<p class="note">Each user\'s next item, ranked among the full catalogue, all methods on the same split and '
@@ -211,19 +200,12 @@ def _quality_section(metrics: Mapping[str, Any], alignment: Sequence[Mapping[str
         "intervals over users.</p>"
     )
     text += svg_image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
-    text += html_table(["", *RANKING_COLUMNS], rows, classes=classes)
-    if len(alignment) > 1:
-        text += rounds_section(alignment)
-    else:
-        onerec = metrics.get("onerec") or {}
-        columns = [column for column in SESSION_COLUMNS if column in onerec]
-        if columns:
-            text += html_table(["", *columns], [["OneRec", *(number(onerec[column]) for column in columns)]])
-    return text
-
-
-def _figure_section(figure: Figure | None, description: str) -> str:
-    return "" if figure is None else svg_image(figure, description)
+    text += Table(["", *RANKING_COLUMNS], rows, classes).html()
+    if len(metrics["alignment"]) > 1:
+        return text + rounds_section(metrics["alignment"])
+    columns = [column for column in SESSION_COLUMNS if column in onerec]
+    rates = Table(["", *columns], [["OneRec", *(onerec[column] for column in columns)]])
+    return text + rates.html() if columns else text
 
 
 def _code_section(
@@ -241,116 +223,70 @@ def _code_section(
     if item_map is not None:
         text += "<h3>Items by first code</h3>" + png_image(item_map, "Items in two dimensions by first code")
     if code_samples:
-        text += "<h3>Some items of some first codes</h3>" + html_table(
-            ["first code", "items", "of them"],
-            [[str(row["code"]), number(row["num_items"]), "; ".join(map(str, row["items"]))] for row in code_samples],
-            kind="plain",
-        )
+        rows = [[str(row["code"]), row["num_items"], "; ".join(map(str, row["items"]))] for row in code_samples]
+        samples = Table(["first code", "items", "of them"], rows)
+        text += "<h3>Some items of some first codes</h3>" + samples.html(kind="plain")
     if report:
-        text += html_table(["", ""], _flatten(report), kind="plain")
+        text += Table(["", ""], fact_rows(report)).html(kind="plain")
     return text
 
 
 def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
     text = ""
     for example in examples:
-        history = list(example["history"])
         next_item = example.get("next_item")
         title = f"User {example['user']}"
         if next_item is not None:
             title += f", who took {next_item} next"
-        left = html_table(
-            ["history, oldest first", ""], [[str(row["item"]), str(row.get("label", ""))] for row in history]
-        )
-        recommendations = list(example["recommendations"])
-        right = html_table(
-            ["recommended", "", "score"],
-            [[str(row["item"]), str(row.get("label", "")), number(float(row["score"]))] for row in recommendations],
-            classes=["hit" if next_item is not None and row["item"] == next_item else "" for row in recommendations],
-        )
-        text += f'<div class="user"><h3>{escape(title)}</h3><div>{left}</div><div>{right}</div></div>'
+        rows = [[str(row["item"]), row.get("label", "")] for row in example["history"]]
+        history = Table(["history, oldest first", ""], rows)
+        found = example["recommendations"]
+        rows = [[str(row["item"]), row.get("label", ""), float(row["score"])] for row in found]
+        hits = ["hit" if next_item is not None and row["item"] == next_item else "" for row in found]
+        recommended = Table(["recommended", "", "score"], rows, hits)
+        text += f'<div class="user"><h3>{escape(title)}</h3>'
+        text += f"<div>{history.html()}</div><div>{recommended.html()}</div></div>"
     return text
 
 
-REWARD_METRICS = {
-    "auc": "AUC",
-    "gauc": "AUC by user",
-    "log_loss": "log-loss",
-    "base_log_loss": "of the mean",
-    "calibration_error": "calibration error",
-    "labels": "labels",
-}
-
-
-def _reward_model_section(
-    reward_models: Mapping[str, Any], reliability_plots: Mapping[str, Mapping[str, bytes]]
-) -> str:
+def _reward_model_section(reward_models: Mapping[str, Any], plots: Mapping[str, Mapping[str, bytes]]) -> str:
     """The models' metrics side by side, on sessions and on single exposures, and their reliability plots."""
     text = ""
-    for what in ("sessions", "exposures"):
-        reports = {
-            name: report if what == "sessions" else report.get("exposures") or {}
-            for name, report in reward_models.items()
-        }
-        heads = {
-            key.removesuffix("_auc"): None for report in reports.values() for key in report if key.endswith("_auc")
-        }
-        if not heads:
+    exposures = {name: report.get("exposures") or {} for name, report in reward_models.items()}
+    for what, reports in (("sessions", reward_models), ("exposures", exposures)):
+        known = dict.fromkeys(key for report in reports.values() for key in report)
+        objectives = [key.removesuffix("_auc") for key in known if key.endswith("_auc")]
+        if not objectives:
             continue
-        columns = [
-            key
-            for key in REWARD_METRICS
-            if any(f"{head}_{key}" in report for head in heads for report in reports.values())
-        ]
+        columns = [key for key in REWARD_METRICS if any(f"{objective}_{key}" in known for objective in objectives)]
         rows = [
-            [HEAD_NAMES.get(head, head) if index == 0 else "", judge_name(name)]
-            + [number(report.get(f"{head}_{key}")) for key in columns]
-            for head in heads
+            [shown_name(objective) if index == 0 else "", shown_name(name)]
+            + [report.get(f"{objective}_{key}") for key in columns]
+            for objective in objectives
             for index, (name, report) in enumerate(reports.items())
         ]
-        text += f"<h3>On later {'sessions' if what == 'sessions' else 'single exposures'}</h3>" + html_table(
-            ["", "", *(REWARD_METRICS[key] for key in columns)], rows
-        )
-        for name, plots in reliability_plots.items():
-            if what in plots:
-                title = f"{judge_name(name)}, {what}: estimate against label in bins of equal size"
-                text += f'<p class="note">{escape(title)}</p>' + png_image(plots[what], title)
-    if text:
-        text = (
-            '<p class="note">Both on the later behaviour of users that the model was not trained on. "Of the mean" is '
-            "the log-loss of always answering the mean label.</p>"
-        ) + text
+        text += f"<h3>On later {'sessions' if what == 'sessions' else 'single exposures'}</h3>"
+        text += Table(["", "", *(REWARD_METRICS[key] for key in columns)], rows).html()
+        for name in plots:
+            if what in plots[name]:
+                title = f"{shown_name(name)}, {what}: estimate against label in bins of equal size"
+                text += f'<p class="note">{escape(title)}</p>' + png_image(plots[name][what], title)
+    note = (
+        '<p class="note">Both on the later behaviour of users that the model was not trained on. "Of the mean" is the '
+        "log-loss of always answering the mean label.</p>"
+    )
+    return note + text if text else ""
+
+
+def _details_section(parts: Mapping[str, Any]) -> str:
+    text, shown = "", ("onerec", "baselines", "tokenizer")
+    for key, value in parts.items():
+        title = key.replace("_", " ")
+        rows = fact_rows(value if isinstance(value, Mapping) else {title: value})
+        if rows and key not in shown:
+            table = Table(["", ""], rows).html(kind="plain")
+            text += f"<details><summary>{escape(title.capitalize())}</summary>{table}</details>"
     return text
-
-
-def _details_section(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    shown = ("onerec", "baselines", "tokenizer")
-    parts = [("Settings", settings)]
-    parts += [(key.replace("_", " ").capitalize(), value) for key, value in metrics.items() if key not in shown]
-    text = ""
-    for title, value in parts:
-        rows = _flatten(value if isinstance(value, Mapping) else {title.lower(): value})
-        if rows:
-            table = html_table(["", ""], rows, kind="plain")
-            text += f"<details><summary>{escape(title)}</summary>{table}</details>"
-    return text
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    rows = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            rows += _flatten(value, f"{name}.")
-        elif isinstance(value, (list, tuple)) and any(isinstance(element, Mapping) for element in value):
-            for index, element in enumerate(value):
-                rows += _flatten(element if isinstance(element, Mapping) else {"": element}, f"{name}.{index}.")
-        elif isinstance(value, (list, tuple, np.ndarray)):
-            shown = ", ".join(number(element) for element in list(value)[:_LONGEST_LIST])
-            rows.append([name, shown if len(value) <= _LONGEST_LIST else f"{shown}, … ({len(value)} values)"])
-        else:
-            rows.append([name, number(value)])
-    return rows
 
 
 # Pictures
@@ -363,23 +299,16 @@ def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figu
     colours = [OTHERS if not own else ACCENT if i == 0 else SECOND for i, own in enumerate(ours)]
     for axis, metric in zip(styled_axes(figure, 1, 2)[0], ("recall@10", "ndcg@10"), strict=True):
         values = np.array([values.get(metric, math.nan) for _, values in methods], dtype=float)
-        axis.barh(places, np.nan_to_num(values), color=colours, height=0.66)
         reach = np.nan_to_num(values)
+        axis.barh(places, reach.copy(), color=colours, height=0.66)
         for index, (_, row) in enumerate(methods):
             interval = row.get(f"{metric}_interval")
             if interval is not None:
                 axis.plot(interval, [places[index]] * 2, color=INK, linewidth=1.1, solid_capstyle="butt")
                 reach[index] = max(reach[index], interval[1])
+        beside = {"textcoords": "offset points", "va": "center", "fontsize": 9, "color": INK}
         for place, value, end in zip(places, values, reach, strict=True):
-            axis.annotate(
-                number(float(value)),
-                (end, place),
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=INK,
-            )
+            axis.annotate(number(value), (end, place), (5, 0), **beside)
         axis.set_xlim(0, max(float(reach.max()) * 1.16, 1e-6))
         axis.set_yticks(places, [name for name, _ in methods], fontsize=9.5, color=INK)
         axis.grid(axis="y", visible=False)
@@ -388,10 +317,9 @@ def _comparison_figure(methods: Sequence[tuple[str, Mapping[str, Any]]]) -> Figu
     return figure
 
 
-def _curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figure | None:
-    curves = {name: curve for name, curve in curves.items() if len(curve)}
+def _curves_section(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     if not curves:
-        return None
+        return ""
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(3.55 * columns if columns > 1 else 6.0, 2.4 * rows), layout="constrained")
@@ -406,4 +334,4 @@ def _curves_figure(curves: Mapping[str, Sequence[tuple[float, float]]]) -> Figur
         set_title(axis, name)
     for axis in list(axes.flat)[len(curves) :]:
         axis.set_visible(False)
-    return figure
+    return svg_image(figure, "Training and validation curves")

@@ -1,4 +1,4 @@
-"""Stage `tokenize`: item embeddings, their alignment with behaviour, quantization and the tokenizer (section 3.1)."""
+"""Stage `tokenize`: item embeddings, their adaptation to behaviour, quantization and the tokenizer (section 3.1)."""
 
 from pathlib import Path
 from typing import Any
@@ -10,45 +10,42 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 
 from ..data import Feed
-from ..item_alignment import ItemAlignment
+from ..embedding_adaptation import EmbeddingAdaptation
 from ..item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
-from ..pretraining import catalogue_index_lists
 from ..semantic_ids import make_quantizer
 from ..semantic_ids.semantic_id_report import CODE_SAMPLES_FILE, ITEM_MAP_FILE, write_semantic_id_report
+from ..session_rows import catalogue_index_lists
 from ..tokenization_onerec import OneRecTokenizer
-from .data_stage import USER_HISTORIES, PreparedData, prepare_data, prepared_data
-from .recipe_arguments import RecipeArguments
-from .stage_runner import read_json, run_stage
+from .data_stage import USER_HISTORIES, PreparedData, prepared_data, run_data
+from .recipe_arguments import RecipeArguments, TokenizeArguments
+from .stage_runner import OutsideInput, Stage, read_json, run_stage
 
 ITEM_EMBEDDINGS = "item_embeddings.safetensors"
 SEMANTIC_ID_REPORT = "semantic_ids"
 
 
-def tokenize(args: RecipeArguments) -> Path:
+def run_tokenize(args: RecipeArguments) -> Path:
     """Fits the tokenizer on what is known before the evaluated period; returns the stage's folder."""
-    prepare_data(args)
-    options = args.tokenize
+    run_data(args)
+    options = args.group(TokenizeArguments)
 
     def work(folder: Path) -> dict | None:
         state = PartialState()
         prepared = prepared_data(args, "tokenize")
         feed = prepared.feed
-        fitting = {"seed": args.run.seed, "device": state.device, "show_progress": state.is_main_process}
+        fitting = {"seed": options.seed, "device": state.device, "show_progress": state.is_main_process}
         if state.is_main_process:
-            embeddings = embed_items(feed, prepared, args)
-            if options.item_alignment is not None:
-                alignment = ItemAlignment(**{**fitting, **options.item_alignment})
-                alignment.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
-                embeddings = alignment.transform(embeddings)
+            embeddings = embed_items(feed, prepared, options)
+            if options.embedding_adaptation is not None:
+                adaptation = EmbeddingAdaptation(**fitting, **options.embedding_adaptation)
+                adaptation.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
+                embeddings = adaptation.transform(embeddings)
             save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
         state.wait_for_everyone()
         # All processes fit on the same numbers, as the K-means is spread over them.
-        embeddings = _embeddings(folder).numpy()
-        quantizer = make_quantizer(
-            options.quantizer_type,
-            options.codebook_sizes,
-            **{**fitting, "collision_policy": options.collision_policy, **options.quantizer},
-        )
+        embeddings = load_file(folder / ITEM_EMBEDDINGS)["embeddings"].numpy()
+        fields = {**fitting, "collision_policy": options.collision_policy, **options.quantizer}
+        quantizer = make_quantizer(options.quantizer_type, options.codebook_sizes, **fields)
         tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
         if not state.is_main_process:
             return None
@@ -57,30 +54,23 @@ def tokenize(args: RecipeArguments) -> Path:
         def name(index: int) -> str:
             return feed.item_name(index) or f"item {feed.items['item_id'].iloc[index]}"
 
-        write_semantic_id_report(
-            folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, tokenizer.codebook_sizes, name
-        )
-        return {"codebook_sizes": list(tokenizer.codebook_sizes), "report": tokenizer.report}
+        sizes = tokenizer.codebook_sizes
+        write_semantic_id_report(folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, sizes, name)
+        return {"codebook_sizes": list(sizes), "report": tokenizer.report}
 
-    return run_stage("tokenize", args.output_dir, args.settings("tokenize", "run.seed"), ["data"], work)
+    outside = [OutsideInput(options.text_encoder)] if options.text_encoder else []
+    return run_stage(Stage("tokenize", args.output_dir, options, ["data"], outside), work)
 
 
 def load_item_embeddings(output_dir: Path) -> torch.Tensor:
     """What a run's semantic IDs were made of, `(N, D)` by catalogue index."""
-    return _embeddings(output_dir / "tokenize")
-
-
-def _embeddings(folder: Path) -> torch.Tensor:
-    return load_file(folder / ITEM_EMBEDDINGS)["embeddings"]
+    return load_file(output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
 
 
 def semantic_id_pictures(folder: Path) -> dict[str, Any]:
     """What the run's report shows of the stage's pictures: `item_map`, a PNG, and `code_samples`, a table."""
     report = folder / SEMANTIC_ID_REPORT
-    return {
-        "item_map": (report / ITEM_MAP_FILE).read_bytes(),
-        "code_samples": read_json(report / CODE_SAMPLES_FILE),
-    }
+    return {"item_map": (report / ITEM_MAP_FILE).read_bytes(), "code_samples": read_json(report / CODE_SAMPLES_FILE)}
 
 
 def fitted_histories(feed: Feed, prepared: PreparedData) -> list[np.ndarray]:
@@ -92,13 +82,12 @@ def fitted_histories(feed: Feed, prepared: PreparedData) -> list[np.ndarray]:
     return [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
 
 
-def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np.ndarray:
+def embed_items(feed: Feed, prepared: PreparedData, options: TokenizeArguments) -> np.ndarray:
     """Embeddings of the whole catalogue from every source that the data has and the options weigh, fused.
 
     Raises:
-        ValueError: If there is no source at all.
+        ValueError: if there is no source at all.
     """
-    options = args.tokenize
     sources = []
     if options.content_weight and feed.embedding_column:
         content = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
@@ -106,9 +95,8 @@ def embed_items(feed: Feed, prepared: PreparedData, args: RecipeArguments) -> np
     if options.text_weight and options.text_encoder:
         if feed.text_column is None:
             raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
-        sources.append(
-            (*text_embeddings(feed.items[feed.text_column].tolist(), options.text_encoder), options.text_weight)
-        )
+        texts = feed.items[feed.text_column].tolist()
+        sources.append((*text_embeddings(texts, options.text_encoder), options.text_weight))
     if options.behaviour_weight:
         behaviour = behaviour_embeddings(fitted_histories(feed, prepared), len(feed.items), dim=options.behaviour_dim)
         sources.append((*behaviour, options.behaviour_weight))

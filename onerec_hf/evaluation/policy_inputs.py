@@ -1,0 +1,52 @@
+"""How a generator is asked when it is evaluated: in evaluation mode, from rows of histories, by one exclusion rule."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..history_features import encode_history_rows
+from ..item_trie import ItemTrie
+from ..modeling_onerec import OneRecForConditionalGeneration
+from ..session_generation import SessionBeams, excluded_items, generate_sessions
+from ..tokenization_onerec import OneRecTokenizer
+
+
+@contextmanager
+def evaluation_mode(model: OneRecForConditionalGeneration) -> Iterator[None]:
+    """The model without dropout and gradients; afterwards it is in its former mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def draw_sessions(
+    model: OneRecForConditionalGeneration, trie: ItemTrie, count: int, generator: torch.Generator, **inputs
+) -> SessionBeams:
+    """Sessions drawn from the policy, normalised over the items that a user may be given."""
+    options = {"search": "sample", "normalization": "constrained", "generator": generator}
+    return generate_sessions(model, trie, **inputs, num_beams=count, **options)
+
+
+def generation_inputs(
+    model: OneRecForConditionalGeneration,
+    tokenizer: OneRecTokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    exclude_consumed: bool = True,
+) -> dict[str, torch.Tensor | None]:
+    """What [`generate_sessions`] and [`session_log_probs`] read of rows, on the model's device.
+
+    Args:
+        rows: each has `history`, catalogue indices, and what [`encode_history_rows`] reads beside it.
+        exclude_consumed: whether the items of the history are left out.
+    """
+    excluded = None
+    if exclude_consumed:
+        excluded = excluded_items([np.asarray(row["history"], dtype=np.int64) for row in rows], model.device)
+    return {**encode_history_rows(rows, tokenizer, model.config).to(model.device), "excluded": excluded}

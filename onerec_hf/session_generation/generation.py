@@ -1,0 +1,181 @@
+"""Generating sessions and ranked items by catalogue index, under the item constraint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..item_trie import ItemConstraint, ItemTrie
+from .searches import SearchOptions
+from .session_search import Beams, SessionSearch, encoded_histories
+
+
+@dataclass
+class SessionBeams:
+    """Sessions, best first (by stochastic beam search and sampling: in the order in which they were drawn; by diverse
+    beam search: best first within each group, group by group, and groups may have sessions in common).
+
+    Args:
+        items: (batch, sessions, num_items) catalogue indices. -1 throughout where fewer sessions exist than were asked
+            for, and after the last item of a user who may be given fewer items than a session has.
+        scores: (batch, sessions) log-probability of each session's codes, -inf where there is no session.
+        token_ids: (batch, sessions, num_items, L) the code tokens as they were generated, for a check of legality that
+            does not rest on the trie; padding where there is no item.
+    """
+
+    items: torch.LongTensor
+    scores: torch.FloatTensor
+    token_ids: torch.LongTensor
+
+
+class DecidedItem(NamedTuple):
+    """The item (catalogue index) at a position of a user's session, final."""
+
+    user: int
+    position: int
+    item: int
+
+
+@torch.no_grad()
+def _session_search(
+    model, trie: ItemTrie, num_items, num_beams, excluded=None, allowed=None, normalization="level", **options
+) -> SessionSearch:
+    """Checks a request of [`generate_sessions`], whose arguments these are, and encodes the histories."""
+    config = model.config
+    num_items = config.session_items if num_items is None else num_items
+    if not 1 <= num_items <= config.session_items:
+        raise ValueError(
+            f"num_items ({num_items}) must lie in [1, {config.session_items}], the model's session_items."
+        )
+    if list(trie.codebook_sizes) != list(config.codebook_sizes):
+        raise ValueError(
+            f"The trie has levels of {list(trie.codebook_sizes)} codes, the model {list(config.codebook_sizes)}: the "
+            "tokenizer belongs to another model."
+        )
+    num_beams = model.generation_config.num_beams if num_beams is None else num_beams
+    of_search = {field.name for field in fields(SearchOptions)} & options.keys()
+    search = SearchOptions(num_beams, **{name: options.pop(name) for name in of_search})
+    histories = encoded_histories(model, **options)
+    constraint = ItemConstraint(trie, len(histories[0]), excluded, allowed)
+    return SessionSearch(model, histories, constraint, search, normalization, num_items)
+
+
+@torch.no_grad()
+def generate_sessions(
+    model,
+    trie: ItemTrie,
+    input_ids: torch.LongTensor | None = None,
+    attention_mask: torch.LongTensor | None = None,
+    num_items: int | None = None,
+    num_beams: int | None = None,
+    num_return: int | None = None,
+    excluded: torch.LongTensor | None = None,
+    allowed: torch.BoolTensor | None = None,
+    **options,
+) -> SessionBeams:
+    """Sessions of real items, none repeated within a session; with `num_items=1` a ranked list of items.
+
+    The beams of a user share one copy of the encoder's keys and values, and only codes that an available item follows
+    are scored. Where items share a semantic ID, a ranked list holds every item of an ID with the ID's score, and a
+    session takes the first of them that is allowed and not in it yet.
+
+    Args:
+        model: The [`OneRecForConditionalGeneration`] in evaluation mode, or dropout takes part.
+        trie: The catalogue, on the model's device.
+        input_ids, attention_mask: (batch, tokens) encoded histories, left or right padded.
+        num_items: Items per session, the config's `session_items` by default.
+        num_beams: The generation config's by default; of sampling: sessions drawn.
+        num_return: Sessions returned per user, all beams by default.
+        excluded, allowed: Consumed and blocked items, an inventory: see [`ItemConstraint`].
+        options: The fields of [`SearchOptions`] (`search`, `temperature`, ...); further inputs of the encoder, or
+            `encoder_outputs` in place of all of them; and `normalization`, what a code's log-probability is taken
+            over. `"level"`, the default: the codes of its level, which is exact since a place in the session fixes the
+            level; `"constrained"`: the codes that an available item follows (`generate` with
+            `renormalize_logits=True`); `"vocabulary"`: every token (plain `generate`). However sessions are searched
+            for, `scores` have it without temperature, filters and penalty.
+
+    Returns:
+        [`SessionBeams`] of exactly `num_return` sessions.
+
+    Raises:
+        ValueError: For a request that the model or the trie cannot serve; it names the argument.
+        TypeError: For an option that there is not.
+    """
+    num_beams = model.generation_config.num_beams if num_beams is None else num_beams
+    num_return = num_beams if num_return is None else num_return
+    if not 1 <= num_return <= num_beams:
+        raise ValueError(f"num_return ({num_return}) must lie in [1, num_beams = {num_beams}].")
+    options |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    search = _session_search(model, trie, num_items, num_beams, excluded, allowed, **options)
+    *_, found = search
+    if found.positions.shape[-1] == 1 and trie.max_items_per_leaf > 1:
+        found = _expand_leaves(found, search.constraint, num_return)
+    padding = (0, max(num_return - found.scores.shape[1], 0))
+    scores = nn.functional.pad(found.scores, padding, value=-torch.inf)[:, :num_return]
+    positions = nn.functional.pad(found.positions, (0, 0, *padding), value=trie.num_positions)[:, :num_return]
+    token_ids = nn.functional.pad(found.token_ids, (0, 0, 0, 0, *padding))[:, :num_return]
+    items = trie.order[positions.clamp(max=trie.num_positions - 1)].long()
+    items = items.masked_fill((positions == trie.num_positions) | scores.isneginf()[..., None], -1)
+    scores = scores.masked_fill(items[..., 0] < 0, -torch.inf)
+    return SessionBeams(items, scores, token_ids.masked_fill(items[..., None] < 0, model.config.pad_token_id))
+
+
+def _expand_leaves(found: Beams, constraint: ItemConstraint, num_return: int) -> Beams:
+    """A ranked list of semantic IDs to one of the items that may be given, an ID's items side by side."""
+    trie = constraint.trie
+    alive = ~found.scores.isneginf()
+    first = found.positions[..., 0].clamp(max=trie.num_positions - 1)
+    below, free = constraint.items_of_leaves(trie.node_of(first, trie.num_levels - 1), found.positions[..., :0])
+    free &= alive[..., None]
+    rank = torch.where(free, free.flatten(1).cumsum(1).view_as(free) - 1, num_return).clamp(max=num_return).flatten(1)
+    beam = torch.arange(free.shape[1], device=free.device)[:, None].expand(free.shape[1:]).flatten().expand_as(rank)
+    # What may not be given, and what is beyond num_return, falls into a column of its own.
+    beams = rank.new_zeros(rank.shape[0], num_return + 1).scatter_(1, rank, beam)[:, :num_return]
+    positions = rank.new_full((rank.shape[0], num_return + 1), trie.num_positions)
+    positions = positions.scatter_(1, rank, below.flatten(1))[:, :num_return, None]
+    scores = found.scores.gather(1, beams).masked_fill(positions[..., 0] == trie.num_positions, -torch.inf)
+    token_ids = found.token_ids[torch.arange(len(beams), device=beams.device)[:, None], beams]
+    return Beams(scores, positions, token_ids)
+
+
+def stream_sessions(
+    model,
+    trie: ItemTrie,
+    input_ids: torch.LongTensor | None = None,
+    attention_mask: torch.LongTensor | None = None,
+    num_items: int | None = None,
+    num_beams: int | None = None,
+    **options,
+) -> Iterator[DecidedItem]:
+    """Every user's first session of [`generate_sessions`], each item as soon as nothing can change it any more.
+
+    A sampled item is final at once. A beam's is when all surviving beams agree on it, at the latest at the end. The
+    arguments are those of [`generate_sessions`]; a sampled session takes a single beam.
+
+    Yields:
+        [`DecidedItem`], those of each user in the order of the session.
+    """
+    if options.get("search") == "sample":
+        num_beams = 1
+    options |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    order = trie.order.cpu()
+    decided: dict[int, int] = {}
+    found = None
+    for found in _session_search(model, trie, num_items, num_beams, **options):
+        yield from _newly_decided(found, order, decided, finished=False)
+    yield from _newly_decided(found, order, decided, finished=True)
+
+
+def _newly_decided(found: Beams, order: torch.Tensor, decided: dict[int, int], finished: bool):
+    positions, dead = found.positions, found.scores.isneginf()
+    agreed = ((positions == positions[:, :1]) | dead[..., None]).all(1)
+    count = agreed.int().cumprod(1).sum(1) if not finished else torch.full_like(dead[:, 0].int(), positions.shape[2])
+    count = count.masked_fill(dead[:, 0], 0).tolist()
+    best = positions[:, 0].tolist()
+    for user, items in enumerate(best):
+        for place in range(decided.get(user, 0), count[user]):
+            if items[place] < len(order):
+                yield DecidedItem(user, place, int(order[items[place]]))
+        decided[user] = max(decided.get(user, 0), count[user])

@@ -1,0 +1,223 @@
+"""Recommending with item ids in and out."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..history_features import encode_history_rows
+from ..item_trie import ItemTrie
+from ..renamed_arguments import renamed_arguments
+from .generation import generate_sessions
+from .searches import SearchOptions
+
+
+def excluded_items(histories: list[np.ndarray], device: torch.device) -> torch.LongTensor:
+    """Lists of catalogue indices, one by user, as [`ItemConstraint`] reads them: (users, longest), padded with -1."""
+    lengths = np.fromiter((len(history) for history in histories), dtype=np.int64, count=len(histories))
+    padded = np.full((len(histories), int(lengths.max(initial=0))), -1, dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([np.zeros(0, np.int64), *histories])
+    return torch.from_numpy(padded).to(device)
+
+
+class Recommender:
+    """Recommends to users from their histories of item ids; keeps the trie on the model's device between calls.
+
+    Items that the tokenizer adds or removes are added or removed here at the next call.
+
+    Args:
+        model: The trained [`OneRecForConditionalGeneration`].
+        tokenizer: The [`OneRecTokenizer`] saved with it.
+        scorer: A [`SessionScorer`] whose reward model chooses a user's session among those that the search finds;
+            without one it is the likeliest. Its tokenizer has the same catalogue.
+
+    Raises:
+        ValueError: If the scorer's catalogue is another.
+    """
+
+    def __init__(self, model, tokenizer, scorer=None):
+        self.model, self.tokenizer, self.scorer = model, tokenizer, scorer
+        if scorer is not None and scorer.tokenizer.semantic_id_fingerprint != tokenizer.semantic_id_fingerprint:
+            raise ValueError("The reward model's catalogue differs from the generator's: they are of different runs.")
+        self.catalogue = self.trie = None
+
+    @renamed_arguments(exclude_seen="exclude_consumed", unknown="unknown_items")
+    def __call__(
+        self,
+        histories: list[list | dict],
+        top_k: int = 10,
+        *,
+        exclude_consumed: bool = True,
+        unknown_items: str = "error",
+        blocked_items: Iterable | None = None,
+        allowed_items: Iterable | None = None,
+        batch_size: int = 32,
+        show_progress: bool = False,
+        **options,
+    ) -> list[dict[str, list]]:
+        """Recommends.
+
+        Args:
+            histories: Item ids per user, oldest first, of the catalogue's own type. May be empty. A model with
+                feedback, times or user features needs rows (`dict`) of `history_item_ids` and of the columns that
+                [`encode_history_rows`] names. A reward model reads `exposed_item_ids`, `exposed_feedback`,
+                `feedback_totals` and `user_profile` (data/schema.py) of them, or else the history.
+            top_k: Length of the ranked list.
+            exclude_consumed: Whether items of the history are left out.
+            unknown_items: `"error"` raises for an item that is not in the catalogue, `"skip"` leaves it out.
+            blocked_items: Item ids that nobody is given.
+            allowed_items: The only item ids that may be given: an inventory or a region.
+            batch_size: Users encoded together.
+            options: `num_beams`, the saved generation config's by default, and at least `top_k`; `normalization`,
+                `search` and `temperature` as [`generate_sessions`] has them, where with `"stochastic_beam"` the ranked
+                list is a draw without replacement, and `"diverse_beam"` is for sessions, and the list by plain beams;
+                `num_beam_groups` and `diversity_penalty` of the latter, for which beams are added to make the groups
+                equal; `seed`, which makes draws repeatable.
+
+        Returns:
+            Per user `session`, the item ids of the best (or first drawn) session, or of the one that the scorer chose;
+            `items`, the ranked item ids, highest first; and `scores`, their log-probabilities. Lists are shorter than
+            asked where fewer items may be recommended.
+
+        Raises:
+            ValueError: If a history, a user's exposures or an option name an item that the tokenizer does not know.
+            TypeError: For an option that there is not.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}.")
+        if unknown_items not in ("error", "skip"):
+            raise ValueError(f"unknown_items must be 'error' or 'skip', got {unknown_items!r}.")
+        model = self.model
+        if self.catalogue != self.tokenizer.semantic_id_fingerprint:  # at first, or items were added or removed
+            self.catalogue = self.tokenizer.semantic_id_fingerprint
+            self.trie = ItemTrie.from_tokenizer(self.tokenizer)
+        self.trie = self.trie.to(model.device)
+        ranking, sessions = self._searches(top_k, self._allowed(blocked_items, allowed_items), **options)
+        was_training = model.training
+        model.eval()
+        try:
+            results = []
+            for start in tqdm(range(0, len(histories), batch_size), desc="Recommending", disable=not show_progress):
+                rows = self._known_rows(histories[start : start + batch_size], start, unknown_items)
+                results.extend(self._recommend(rows, exclude_consumed, ranking, sessions))
+        finally:
+            model.train(was_training)
+        return results
+
+    def _searches(
+        self,
+        top_k: int,
+        allowed: torch.BoolTensor | None,
+        num_beams: int | None = None,
+        normalization: str = "level",
+        seed: int | None = None,
+        **options,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The arguments of [`generate_sessions`] for the ranked list and for the sessions."""
+        num_beams = self.model.generation_config.num_beams if num_beams is None else num_beams
+        num_beams = min(max(num_beams, top_k), self.trie.num_positions)
+        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
+        wanted, added = options.get("search", "beam"), 0
+        if wanted == "sample":
+            raise ValueError("Independent samples make no ranked list: draw without repeats by 'stochastic_beam'.")
+        if wanted == "diverse_beam":
+            added = -num_beams % max(options.get("num_beam_groups", SearchOptions.num_beam_groups), 1)
+        sessions = SearchOptions(num_beams + added, generator=generator, **options)
+        options["search"] = "beam" if wanted == "diverse_beam" else wanted
+        ranking = SearchOptions(num_beams, generator=generator, **options)
+        shared = {"allowed": allowed, "normalization": normalization}
+        return (
+            {"num_return": min(top_k, num_beams), **shared, **vars(ranking)},
+            {"num_return": 1 if self.scorer is None else None, **shared, **vars(sessions)},
+        )
+
+    def _allowed(self, blocked_items: Iterable | None, allowed_items: Iterable | None) -> torch.BoolTensor | None:
+        if blocked_items is None and allowed_items is None:
+            return None
+        allowed = np.full(self.trie.num_items, allowed_items is None)
+        if allowed_items is not None:
+            allowed[self.tokenizer.item_index(list(allowed_items))] = True
+        if blocked_items is not None:
+            allowed[self.tokenizer.item_index(list(blocked_items))] = False
+        return torch.from_numpy(allowed).to(self.model.device)
+
+    def _known_rows(self, rows: list[list | dict], first: int, unknown_items: str) -> list[dict]:
+        """The chunk that begins at user `first` as rows with catalogue indices in `history` and `exposed`."""
+        rows = [row if isinstance(row, dict) else {"history_item_ids": row} for row in rows]
+        for user, row in enumerate(rows, start=first):
+            if "history_item_ids" not in row:
+                raise ValueError(f"histories[{user}] has no history_item_ids, only {', '.join(map(str, row))}")
+        rows = self._indexed(rows, "history", ("history_feedback", "history_timestamps"), first, unknown_items)
+        if self.scorer is None:
+            return rows
+        feedback = len(self.scorer.model.config.feedback)
+        for row in rows:  # exposures stand one after the other: a line for each
+            if feedback and row.get("exposed_feedback") is not None:
+                row["exposed_feedback"] = np.reshape(row["exposed_feedback"], (-1, feedback))
+        return self._indexed(rows, "exposed", ("exposed_feedback",), first, unknown_items)
+
+    def _indexed(
+        self, rows: list[dict], name: str, aligned: tuple[str, ...], first: int, unknown_items: str
+    ) -> list[dict]:
+        """The rows with the known items of `{name}_item_ids`, where there are any, as catalogue indices in `name`, all
+        looked up at once, and with what the columns `aligned` hold of these items."""
+        lists = [row.get(f"{name}_item_ids") for row in rows]
+        items = [item for items in lists if items is not None for item in items]
+        ends = np.cumsum([0 if items is None else len(items) for items in lists])
+        indices = self.tokenizer.item_index(items, unknown_items="skip")
+        missing = np.flatnonzero(indices < 0)
+        if len(missing) and unknown_items == "error":
+            user = first + int(np.searchsorted(ends, missing[0], side="right"))
+            raise ValueError(
+                f"histories[{user}] holds item id {items[missing[0]]!r}, which is not in the catalogue of "
+                f"{self.tokenizer.num_items} items; drop it or pass unknown_items='skip'"
+            )
+        indexed = []
+        for row, given, found in zip(rows, lists, np.split(indices, ends[:-1]), strict=True):
+            known = np.flatnonzero(found >= 0)
+            kept = {
+                column: [row[column][position] for position in known]
+                for column in aligned
+                if row.get(column) is not None and len(known) < len(found) == len(row[column])
+            }
+            indexed.append({**row, **kept, name: None if given is None else found[known]})
+        return indexed
+
+    @torch.no_grad()
+    def _recommend(self, rows: list[dict], exclude_consumed: bool, ranking: dict, sessions: dict) -> list[dict]:
+        """Results of users encoded together; `ranking` and `sessions` are the arguments of the two searches."""
+        model, trie = self.model, self.trie
+        encoded = encode_history_rows(rows, self.tokenizer, model.config).to(model.device)
+        users = {
+            "attention_mask": encoded["attention_mask"],
+            "encoder_outputs": model.get_encoder()(**encoded),
+            "excluded": excluded_items([row["history"] for row in rows], model.device) if exclude_consumed else None,
+        }
+        ranked = generate_sessions(model, trie, num_items=1, **users, **ranking)
+        found = generate_sessions(model, trie, **users, **sessions).items.cpu()
+        chosen = found[:, 0]
+        if self.scorer is not None:
+            rewards = self.scorer.score(rows, found).reward
+            chosen = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
+        # Draws come in their own order; the list is by score.
+        scores, order = ranked.scores.sort(dim=1, descending=True, stable=True)
+        items = ranked.items[..., 0].gather(1, order)
+        ids = self.tokenizer.item_ids
+        return [
+            {
+                "session": ids[session[session >= 0]].tolist(),
+                "items": ids[row[row >= 0]].tolist(),
+                "scores": row_scores[row >= 0].tolist(),
+            }
+            for session, row, row_scores in zip(chosen.numpy(), items.cpu().numpy(), scores.cpu().numpy(), strict=True)
+        ]
+
+
+def recommend(model, tokenizer, histories: list[list], **options) -> list[dict[str, list]]:
+    """Recommends once: `Recommender(model, tokenizer)(histories, **options)`.
+
+    Keep a [`Recommender`], whose options these are, to build the trie once for many calls.
+    """
+    return Recommender(model, tokenizer)(histories, **options)

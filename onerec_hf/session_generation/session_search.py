@@ -1,0 +1,123 @@
+"""The way through the trie, item by item and level by level, with whichever search chooses the beams."""
+
+import inspect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from transformers.masking_utils import create_bidirectional_mask
+
+from ..item_trie import ItemConstraint
+from .beam_cache import BeamPaths, beam_cache
+from .code_scores import CodeScores
+from .searches import SEARCHES, Candidates, SearchOptions
+
+
+class Beams(NamedTuple):
+    """What the beams have generated so far: trie positions (batch, beams, items) and tokens (..., items, L)."""
+
+    scores: torch.Tensor
+    positions: torch.LongTensor
+    token_ids: torch.LongTensor
+
+
+def encoded_histories(
+    model, input_ids=None, attention_mask=None, encoder_outputs=None, **encoder_inputs
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The encoder's output, unless it is there already, and the mask over its positions.
+
+    Raises:
+        TypeError: For an input that the encoder does not have; it would go unnoticed there.
+    """
+    encoder = model.get_encoder()
+    unknown = encoder_inputs.keys() - inspect.signature(encoder.forward).parameters.keys()
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: not an argument, nor an input of the encoder.")
+    if encoder_outputs is None:
+        encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
+    return encoder_outputs.last_hidden_state, encoder.position_mask(attention_mask)
+
+
+class SessionSearch:
+    """Searches `num_items` items for each user of a batch; iterating over it, which can be done once, gives the
+    surviving [`Beams`] after each item."""
+
+    def __init__(
+        self, model, histories, constraint: ItemConstraint, options: SearchOptions, normalization: str, num_items: int
+    ):
+        config, self.decoder = model.config, model.get_decoder()
+        self.config, self.constraint, self.trie, self.num_items = config, constraint, constraint.trie, num_items
+        self.code_scores = CodeScores(model, normalization)
+        self.choose = SEARCHES[options.search](options)
+        hidden_states, attention_mask = histories
+        batch, device = len(hidden_states), hidden_states.device
+        # The codes of a session's last item are never read again.
+        num_tokens = num_items * config.tokens_per_item - 1
+        self.paths = BeamPaths(batch, options.num_beams, num_tokens, device)
+        # Made once, since every making of it asks the device whether anything is padded; all queries share it.
+        attention_mask = create_bidirectional_mask(
+            config=self.decoder.config,
+            inputs_embeds=hidden_states[:, :1],
+            attention_mask=attention_mask,
+            encoder_hidden_states=hidden_states,
+        )
+        self.decoder_inputs = {
+            "encoder_hidden_states": hidden_states,
+            "encoder_attention_mask": attention_mask,
+            "past_key_values": beam_cache(self.paths, config.decoder_layers, num_tokens),
+            "use_cache": True,
+        }
+        self.first_row = torch.arange(batch, device=device)[:, None]
+        self.scores = torch.zeros(batch, 1, device=device)
+        self.used = torch.empty(batch, 1, 0, dtype=torch.long, device=device)
+        self.generated = torch.empty(batch, 1, 0, dtype=torch.long, device=device)
+        self.tokens = torch.full((batch, 1), config.bos_token_id, device=device)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Beams]:
+        levels = self.config.num_levels
+        for item in range(self.num_items):
+            # A user whose items are used up keeps each beam as it is, by a candidate that costs nothing.
+            exhausted = (self.constraint.num_available <= item)[:, None]
+            node = torch.zeros_like(self.scores, dtype=torch.long)
+            for level in range(levels):
+                node = self._extend(self._candidates(node, level, exhausted[..., None]), level)
+            self.used = torch.cat([self.used, self._taken_positions(node, exhausted)[..., None]], dim=-1)
+            yield Beams(self.scores, self.used, self.generated.view(*self.used.shape, levels))
+            bos = self.tokens.new_full(self.tokens.shape, self.config.bos_token_id)
+            self.tokens = torch.cat([self.tokens, bos], dim=1)
+
+    def _candidates(self, node: torch.LongTensor, level: int, exhausted: torch.BoolTensor) -> Candidates:
+        """What may follow beams at nodes (batch, beams) of the level before."""
+        self.paths.extend(self.tokens.shape[1])
+        hidden_states = self.decoder(input_ids=self.tokens, **self.decoder_inputs).last_hidden_state[:, -1]
+        logits = self.code_scores.logits(hidden_states.view(*node.shape, -1), level)
+        children, exists = self.trie.child_nodes(node, level)
+        codes = self.trie.codes(children, level)
+        available = self.constraint.available(node, children, exists, level, self.used)
+        available = torch.where(exhausted, torch.arange(exists.shape[-1], device=exists.device) == 0, available)
+        log_probs = self.code_scores.log_probs(logits, codes, available)
+        log_probs = log_probs.masked_fill(available & exhausted, 0.0)
+        return Candidates(self.scores[..., None] + log_probs, logits, available, codes, children)
+
+    def _extend(self, candidates: Candidates, level: int) -> torch.LongTensor:
+        """Chooses the new beams, has everything follow them and gives their nodes."""
+        chosen = self.choose(candidates)
+        _, parents, fan_out = candidates.nodes.shape
+        parent = chosen // fan_out
+        token = candidates.codes.flatten(1).gather(1, chosen) + self.config.level_offsets[level]
+        self.scores = candidates.scores.flatten(1).gather(1, chosen)
+        self.used = self.used.take_along_dim(parent[..., None], dim=1)
+        generated = self.generated.take_along_dim(parent[..., None], dim=1)
+        self.generated = torch.cat([generated, token[..., None]], dim=-1)
+        self.paths.follow((parent + self.first_row * parents).flatten())
+        self.tokens = token.view(-1, 1)
+        return candidates.nodes.flatten(1).gather(1, chosen)
+
+    def _taken_positions(self, leaf: torch.LongTensor, exhausted: torch.BoolTensor) -> torch.LongTensor:
+        """The item that each beam takes of its leaf: the first that it may, and none where there is none."""
+        position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
+        if self.trie.max_items_per_leaf > 1 and self.num_items > 1:
+            below, free = self.constraint.items_of_leaves(leaf, self.used)
+            position = below.gather(-1, free.int().argmax(-1, keepdim=True)).squeeze(-1)
+        return position.masked_fill(exhausted | self.scores.isneginf(), self.trie.num_positions)

@@ -1,0 +1,288 @@
+"""Stage `evaluate`: item-level ranking on the full catalogue beside tuned baselines, and generated sessions before and
+after every round under judges that the alignment has not seen.
+
+Two stages of their own go before it, so that another alignment of the same seed model is evaluated without them:
+`baselines`, and `evaluate_seed` with the seed model's results.
+"""
+
+import math
+import platform
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors.numpy import save_file
+
+from .. import __version__
+from ..data import positive_mask
+from ..evaluation import CUTOFFS, PolicyOnLog, PolicyResults, SASRec, last_kept, ranking_metrics
+from ..modeling_onerec import OneRecForConditionalGeneration
+from ..reporting import onerec_card, print_table, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
+from ..reporting.report import write_report
+from ..semantic_ids.semantic_id_report import code_use
+from ..session_generation import generate_sessions
+from ..staged_files import staged_file
+from .evaluated_run import EvaluatedRun
+from .pretrain_stage import MODEL
+from .recipe_arguments import BASELINES, BaselineArguments, EvaluateArguments, RecipeArguments
+from .reward_stage import REWARD_MODEL
+from .stage_runner import Stage, completed_stage, read_json, run_stage, write_json
+from .tokenize_stage import semantic_id_pictures
+
+STAGES = ("data", "tokenize", "pretrain", "reward", "align")
+BASELINE_STAGE, SEED_STAGE = "baselines", "evaluate_seed"
+NUM_EXAMPLES = 6
+ROUND_ALONE = ("round", "kept", "judges", "change", "on_log")  # of an entry of "alignment", not of "onerec"
+ROUND, ROUND_ON_LOG = "round_{}.safetensors", "round_{}_on_log.safetensors"
+
+
+def run_evaluate(args: RecipeArguments) -> Path:
+    """Writes `metrics.json` and `report.html` into the run's folder; returns the stage's folder."""
+    aligned = args.align_rounds > 0
+    reads = [name for name in STAGES if aligned or name not in ("reward", "align")]
+    run = EvaluatedRun(args, "evaluate", aligned)
+    run_baselines(baseline_stage(args), run)
+    run_evaluate_seed(run)
+
+    def work(folder: Path) -> None:
+        if PartialState().is_main_process:
+            results = run_results(folder, run)
+            write_json(folder / "metrics.json", results["metrics"])
+            write_report(folder / "report.html", **results)
+
+    reads += [BASELINE_STAGE, SEED_STAGE]
+    folder = run_stage(Stage("evaluate", args.output_dir, args.group(EvaluateArguments), reads), work)
+    if PartialState().is_main_process:
+        for name in ("metrics.json", "report.html"):
+            with staged_file(args.output_dir / name) as partial:
+                shutil.copy2(folder / name, partial)
+        metrics = read_json(folder / "metrics.json")
+        print(print_table(metrics))
+        print(f"Report: {args.output_dir / 'report.html'}")
+        model_id, reward_id = args.hub_model_id, args.hub_reward_model_id
+        if model_id is not None:
+            reward_dir = args.output_dir / "reward" / REWARD_MODEL if reward_id else None
+            urls = push_run_to_hub(model_id, final_model(args), metrics, reward_id, reward_dir)
+            print("\n".join(f"Pushed: {url}" for url in urls))
+    return folder
+
+
+def final_model(args: RecipeArguments) -> Path:
+    """The checkpoint that the run ends in."""
+    return args.output_dir / ("align" if args.align_rounds else "pretrain") / MODEL
+
+
+def baseline_stage(args: RecipeArguments, name: str = BASELINE_STAGE) -> Stage:
+    return Stage(name, args.output_dir, args.group(BaselineArguments), ["data", "tokenize"])
+
+
+def run_baselines(stage: Stage, run: EvaluatedRun) -> Path:
+    """Stage `baselines`: fits and evaluates each of them; writes `<name>.json`, the metrics, and `<name>.safetensors`,
+    the rankings with their scores."""
+
+    def work(folder: Path) -> None:
+        missing = [name for name in fitted_baselines(run.args) if not (folder / f"{name}.json").exists()]
+        for name in missing if PartialState().is_main_process else ():
+            ranked, scores = rank_baseline(name, run)
+            save_file({"ranked": ranked, "scores": scores}, folder / f"{name}.safetensors")
+            targets, num_items = run.evaluator.targets, len(run.tokenizer.item_ids)
+            metrics = ranking_metrics(ranked, targets, num_items, CUTOFFS, interval_resamples=1000)
+            write_json(folder / f"{name}.json", metrics)
+
+    return run_stage(stage, work)
+
+
+def fitted_baselines(args: RecipeArguments) -> list[str]:
+    return [name for name in BASELINES if args.baselines.get(name) is not False]
+
+
+def rank_baseline(name: str, run: EvaluatedRun) -> tuple[np.ndarray, np.ndarray]:
+    """A baseline's ranking of the evaluated users, long enough for its judged sessions, and its scores."""
+    fields, options = run.args.baselines.get(name) or {}, run.evaluator.options
+    fitted = [np.asarray(history) for history in run.fitted_histories["history"][:]]
+    num_items = len(run.tokenizer.item_ids)
+    if name == "sasrec":
+        model = SASRec(seed=run.args.seed, **fields).fit(fitted, num_items, recent_behaviours(run))
+    else:
+        model = BASELINES[name](**fields).fit(fitted, num_items)
+    return model.rank_with_scores(run.evaluator.histories, options.ranked_items, options.exclude_consumed)
+
+
+def recent_behaviours(run: EvaluatedRun) -> np.ndarray | None:
+    """How many of each fitted history's latest behaviours lie in the latest `recent_days`; None without these."""
+    if run.args.recent_days is None:
+        return None
+    fit = run.prepared.split.fit
+    positive = fit[positive_mask(fit, run.prepared.feed.positive_feedback)]
+    since = positive["timestamp"].max() - run.args.recent_days * 86400
+    counts = positive.loc[positive["timestamp"] >= since, "user_id"].value_counts()
+    return counts.reindex(run.fitted_histories["user_id"][:], fill_value=0).to_numpy()
+
+
+def seed_stage(args: RecipeArguments, judged: bool) -> Stage:
+    reads = ["data", "tokenize", "pretrain", *(["reward"] if judged else [])]
+    return Stage(SEED_STAGE, args.output_dir, args.group(EvaluateArguments), reads)
+
+
+def run_evaluate_seed(run: EvaluatedRun) -> Path:
+    """Stage `evaluate_seed`: the results of round 0."""
+
+    def work(folder: Path) -> None:
+        if PartialState().is_main_process:
+            round_results(0, run.args.output_dir / "pretrain" / MODEL, folder, run)
+
+    return run_stage(seed_stage(run.args, run.judged), work)
+
+
+def round_results(number: int, source: Path, folder: Path, run: EvaluatedRun) -> PolicyResults:
+    """Results of one round's model, from the files in `folder` as far as a former run got."""
+    path, on_log, name = folder / ROUND.format(number), folder / ROUND_ON_LOG.format(number), f"round {number}"
+    if not path.exists() or run.log is not None and not on_log.exists():
+        model = run.load(source) if number else run.seed_model
+        if run.log is not None and not on_log.exists():
+            run.evaluator.on_log(model, run.log, name).save(on_log)
+        if not path.exists():
+            run.evaluator.generator(model, run.seed_model, name).save(path)
+    return PolicyResults.load(path)
+
+
+def round_entries(folder: Path, run: EvaluatedRun) -> list[dict[str, Any]]:
+    """The metrics' "alignment": every round's summary, the seed model's first."""
+    output_dir = run.args.output_dir
+    seed = PolicyResults.load(output_dir / SEED_STAGE / ROUND.format(0))
+    entries = [{"round": 0, "kept": True, **seed.summary()}]
+    for done in completed_stage(output_dir, "align")["rounds"] if run.judged else ():
+        number = done["round"]
+        results = round_results(number, output_dir / "align" / f"round_{number}", folder, run)
+        entries.append({"round": number, "kept": done["kept"], **results.summary(seed)})
+    if run.log is not None:
+        seed_on_log = PolicyOnLog.load(output_dir / SEED_STAGE / ROUND_ON_LOG.format(0))
+        entries[0]["on_log"] = run.log.feedback.estimates(seed_on_log)
+        for entry in entries[1:]:
+            on_log = PolicyOnLog.load(folder / ROUND_ON_LOG.format(entry["round"]))
+            entry["on_log"] = run.log.feedback.estimates(on_log, seed_on_log)
+    return entries
+
+
+def run_metrics(
+    entries: list[dict[str, Any]], run: EvaluatedRun, stages: dict[str, dict], model: OneRecForConditionalGeneration
+) -> dict[str, Any]:
+    """metrics.json, which `reporting.metrics_schema` describes."""
+    args, baselines = run.args, run.args.output_dir / BASELINE_STAGE
+    metrics = {
+        "dataset": {
+            **stages["data"]["dataset"],
+            "evaluation_split": args.evaluation_split,
+            "num_evaluated_users": len(run.evaluator.cases),
+            "num_judged_users": len(run.evaluator.judged),
+            "exclude_consumed": args.exclude_consumed,
+        },
+        "tokenizer": stages["tokenize"]["report"],
+        "model": {
+            "num_parameters": model.num_parameters(),
+            "num_pretraining_sessions": stages["pretrain"]["num_sessions"],
+            "config": model.config.to_diff_dict(),
+        },
+        "onerec": {name: value for name, value in last_kept(entries).items() if name not in ROUND_ALONE},
+        "baselines": {name: read_json(baselines / f"{name}.json") for name in fitted_baselines(args)},
+        "alignment": entries,
+        "timings": {name: stage["seconds"] for name, stage in stages.items()},
+        "environment": environment(),
+    }
+    if len(entries) > 1:
+        metrics["reward_models"] = {
+            name: {"num_runs": entry["num_runs"]}
+            | entry["metrics_on_later_sessions"]
+            | {"exposures": entry["metrics_on_later_exposures"]}
+            for name, entry in stages["reward"]["models"].items()
+        }
+    return metrics
+
+
+def run_results(folder: Path, run: EvaluatedRun) -> dict[str, Any]:
+    """The report's arguments; writes the model cards beside the checkpoints that they describe."""
+    args = run.args
+    completed = {name: completed_stage(args.output_dir, name) for name in (*STAGES, BASELINE_STAGE, SEED_STAGE)}
+    stages = {name: stage for name, stage in completed.items() if stage is not None}
+    model = run.load(final_model(args))
+    metrics = run_metrics(round_entries(folder, run), run, stages, model)
+    write_cards(args, metrics)
+    return {
+        "metrics": metrics,
+        "training_curves": training_curves(stages),
+        "code_use": code_use(run.tokenizer.codes, run.tokenizer.codebook_sizes),
+        **semantic_id_pictures(args.output_dir / "tokenize"),
+        "reliability_plots": {
+            name: {path.stem.removeprefix("reliability_"): path.read_bytes() for path in plots}
+            for name in metrics.get("reward_models", {})
+            if (plots := sorted((args.output_dir / "reward" / name).glob("reliability_*.png")))
+        },
+        "examples": recommendation_examples(model, run),
+        "settings": asdict(args),
+    }
+
+
+def recommendation_examples(model: OneRecForConditionalGeneration, run: EvaluatedRun) -> list[dict[str, Any]]:
+    """A few users' latest behaviours beside what is recommended to them."""
+    evaluator, judged = run.evaluator, run.evaluator.judged
+    item_ids, examples = np.asarray(run.tokenizer.item_ids), []
+
+    def shown(item: int) -> dict[str, str]:
+        return {"item": str(item_ids[item]), "label": run.prepared.feed.item_name(item)}
+
+    for row in judged[np.linspace(0, len(judged) - 1, min(NUM_EXAMPLES, len(judged))).astype(int)]:
+        inputs = evaluator.inputs(model, evaluator.cases.select([row]).to_list())
+        found = generate_sessions(model, evaluator.trie, **inputs, num_items=1, num_beams=64, num_return=10)
+        scored = zip(found.items[0, :, 0].tolist(), found.scores[0].tolist(), strict=True)
+        examples.append(
+            {
+                "user": str(evaluator.cases["user_id"][int(row)]),
+                "next_item": str(item_ids[evaluator.targets[row]]),
+                "history": [shown(item) for item in evaluator.histories[row][-10:]],
+                "recommendations": [{**shown(item), "score": score} for item, score in scored if item >= 0],
+            }
+        )
+    return examples
+
+
+def training_curves(stages: dict[str, dict]) -> dict[str, list[tuple[float, float]]]:
+    """Losses by step of every training stage."""
+    logs = {"pretraining": stages["pretrain"]["log"]}
+    if "recent_log" in stages["pretrain"]:
+        logs["pretraining, recent sessions"] = stages["pretrain"]["recent_log"]
+    logs |= {name: entry["log"] for name, entry in stages.get("reward", {}).get("models", {}).items()}
+    logs |= {f"alignment round {entry['round']}": entry["log"] for entry in stages.get("align", {}).get("rounds", [])}
+    curves = {}
+    for name, log in logs.items():
+        for key, label in (("loss", name), ("eval_loss", f"{name}, held out"), ("dpo_loss", f"{name}, DPO")):
+            points = [(row["step"], row[key]) for row in log if key in row and math.isfinite(row[key])]
+            if points:
+                curves[label] = points
+    return curves
+
+
+def environment() -> dict[str, Any]:
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": torch.cuda.device_count(),
+        "onerec_hf": __version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+def write_cards(args: RecipeArguments, metrics: dict[str, Any]) -> None:
+    """Model cards of the run, beside the checkpoints."""
+    model, tokenizer = final_model(args), args.output_dir / "tokenize"
+    save_model_card(onerec_card(model, metrics), model)
+    save_model_card(tokenizer_card(tokenizer, metrics), tokenizer)
+    if args.align_rounds:
+        reward = args.output_dir / "reward" / REWARD_MODEL
+        save_model_card(reward_model_card(reward, reward, metrics), reward)

@@ -1,0 +1,162 @@
+"""Stage `pretrain`: session-wise next-token prediction to the seed model M_0 (section 3.2, eq 4)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
+
+from ..configuration_onerec import OneRecConfig
+from ..data import DataArguments
+from ..modeling_onerec import OneRecForConditionalGeneration
+from ..pretraining import OneRecPretrainer
+from ..session_rows import index_sessions, user_feature_values
+from ..shared_histories import share_histories
+from ..tokenization_onerec import OneRecTokenizer
+from ..training_checkpoints import latest_complete_checkpoint
+from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
+from .recipe_arguments import PretrainArguments, RecipeArguments
+from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
+
+TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
+TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
+
+MODEL = "model"  # where a stage that makes a generator puts it
+
+TRAINING_DEFAULTS = {
+    "report_to": "none",
+    "save_total_limit": 2,
+    "save_strategy": "epoch",
+    "logging_steps": 50,
+    # Told so, the trainer joins the processes of any launcher on the CPU too.
+    "use_cpu": not torch.accelerator.is_available(),
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+    # The experts' load is counted in buffers of every process, which must not be overwritten by the first one's.
+    "ddp_broadcast_buffers": False,
+    # Experts are slices of one parameter, so that every parameter is used in every step.
+    "ddp_find_unused_parameters": False,
+}
+
+
+def training_log(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trainer's log rows that are figures, for the report's curves."""
+    return [{name: value for name, value in row.items() if isinstance(value, (int, float))} for row in log_history]
+
+
+def parted_sessions(sessions: Dataset, options: PretrainArguments) -> dict[str, Dataset]:
+    """Sessions that are trained on (`train`, in their own order, in which a user's stand together) and those held out
+    of all training (`test`)."""
+    holdout = min(options.holdout_sessions, len(sessions) // 10)
+    shuffled = np.random.default_rng(options.seed).permutation(len(sessions))
+    return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
+
+
+def recent_sessions(sessions: Dataset, days: float) -> Dataset:
+    """The sessions of the latest `days` days, in their order; those without a time are not among them."""
+    times = np.asarray(sessions["timestamp"][:], dtype=np.float64)
+    latest = np.fmax.reduce(times, initial=-np.inf)
+    return sessions.select(np.flatnonzero(times >= latest - days * 86400))
+
+
+def save_trained_model(trainer: Trainer, folder: Path) -> None:
+    """Model and tokenizer, without the trainer's arguments, which are a pickle that nothing reads."""
+    trainer.save_model(str(folder))
+    (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def run_pretrain(
+    args: RecipeArguments, stage: str = "pretrain", sessions_of: Callable[[PreparedData], Dataset] | None = None
+) -> Path:
+    """Trains M_0; returns the stage's folder, whose `model` has the tokenizer with it.
+
+    Args:
+        stage: the stage's name, another one to train another model of the run's data.
+        sessions_of: cuts other sessions than those of the `data` stage.
+    """
+    options, data = args.group(PretrainArguments), args.group(DataArguments)
+
+    def work(folder: Path) -> dict | None:
+        set_seed(options.seed)
+        tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", stage))
+        prepared = prepared_data(args, stage)
+        cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
+        sessions = index_sessions(cut, tokenizer)
+        parts = parted_sessions(sessions, options)
+        config = generator_config(options, data, tokenizer, parts["train"])
+        recent = {}
+        if options.recent_days is not None:
+            recent = {name: recent_sessions(sessions, options.recent_days) for name, sessions in parts.items()}
+            if not len(recent["train"]):
+                raise ValueError(f"recent_days is {options.recent_days}, but no session has a time: leave it out.")
+        model = OneRecForConditionalGeneration(config)
+        trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS)
+        results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
+        if recent:
+            last = folder / CHECKPOINTS / "recent"
+            trainer = train_generator(model, tokenizer, recent, options, last, **options.pretrain_recent)
+            log = training_log(trainer.state.log_history)
+            results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
+        save_trained_model(trainer, folder / MODEL)
+        return results
+
+    return run_stage(Stage(stage, args.output_dir, options, ["data", "tokenize"]), work)
+
+
+def generator_config(
+    options: PretrainArguments, data: DataArguments, tokenizer: OneRecTokenizer, sessions: Dataset
+) -> OneRecConfig:
+    """Configuration of the generator that is trained on these sessions."""
+    return OneRecConfig.from_preset(
+        options.preset,
+        **{
+            "history_items": data.history_items,
+            "session_items": data.session_items,
+            # Better and faster than the paper's tokens on the same budget: recipes/kuairand/README.md.
+            "history_positions": "item",
+            "history_feedback": data.history_feedback or [],
+            "time_gap_buckets": TIME_GAP_BUCKETS if data.history_timestamps else 0,
+            "user_features": user_feature_values(sessions),
+            "codebook_sizes": list(tokenizer.codebook_sizes),
+            **options.model,
+        },
+    )
+
+
+def train_generator(
+    model: OneRecForConditionalGeneration,
+    tokenizer: OneRecTokenizer,
+    parts: dict[str, Dataset],
+    options: PretrainArguments,
+    folder: Path,
+    **changes: Any,
+) -> OneRecPretrainer:
+    """Trains on the sessions of `parts["train"]`, after the latest checkpoint in `folder`; returns the trainer.
+
+    Args:
+        parts: `train` and `test`, what is held out.
+        changes: fields of `options.pretrain` that differ.
+    """
+    rows, held_out = parts["train"], parts["test"]
+    training_args = Seq2SeqTrainingArguments(
+        **{
+            **TRAINING_DEFAULTS,
+            "train_sampling_strategy": "group_by_length",
+            "eval_strategy": "epoch" if len(held_out) else "no",
+            **options.pretrain,
+            **changes,
+            "seed": options.seed,
+            "output_dir": str(folder),
+        }
+    )
+    if model.config.encoder_attention == "causal":
+        # The batch size counts targets, however many of them a history serves.
+        targets_per_row = min(TARGETS_PER_ROW, training_args.per_device_train_batch_size)
+        training_args.per_device_train_batch_size //= targets_per_row
+        rows = share_histories(rows, model.config.history_items, targets_per_row)
+    data = {"train_dataset": rows, "eval_dataset": held_out if len(held_out) else None}
+    trainer = OneRecPretrainer(model=model, tokenizer=tokenizer, args=training_args, **data)
+    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
+    return trainer

@@ -1,0 +1,172 @@
+"""When a stage is done again: its arguments, the stages that it reads, and what it reads from outside the run."""
+
+import json
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from onerec_hf.stages import parse_recipe_arguments, run_data
+from onerec_hf.stages.recipe_arguments import GROUPS, EvaluateArguments, PolicyArguments, RecommendArguments
+from onerec_hf.stages.stage_runner import OutsideInput, Stage, run_stage
+
+MAPPING = """
+interactions:
+  file: log/*.csv
+  columns: {user_id: user, item_id: item, timestamp: time}
+  feedback: {like: liked}
+"""
+
+
+@dataclass
+class Options:
+    dim: int = 4
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    threads = torch.get_num_threads()
+    yield lambda *flags: parse_recipe_arguments(["--output_dir", str(tmp_path / "run"), *flags])
+    torch.set_num_threads(threads)
+
+
+def write_log(path: Path, users: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{user},{item},{100 * item + user},{item % 2}" for user in users for item in range(8)]
+    path.write_text("\n".join(["user,item,time,liked", *rows]) + "\n")
+
+
+def counted(stage: Stage) -> int:
+    """How often the work of a stage was done by now, this call included."""
+    path = stage.output_dir / "count"
+    done = int(path.read_text()) if path.exists() else 0
+
+    def work(folder: Path) -> None:
+        path.write_text(str(done + 1))
+
+    run_stage(stage, work)
+    return int(path.read_text())
+
+
+def test_a_stage_is_done_again_when_its_arguments_or_a_stage_that_it_reads_change(tmp_path, caplog):
+    first = Stage("first", tmp_path, Options())
+    run_stage(first, lambda folder: {})
+    second = Stage("second", tmp_path, Options(), ["first"])
+    assert counted(second) == counted(second) == 1 and second.is_complete()
+    assert not replace(second, arguments=Options(5)).is_complete()
+    with caplog.at_level("INFO"):
+        assert counted(replace(second, arguments=Options(5))) == 2
+    assert "settings or inputs changed, done again (dim)" in caplog.text
+    run_stage(replace(first, arguments=Options(7)), lambda folder: {})
+    with caplog.at_level("INFO"):
+        assert counted(replace(second, arguments=Options(5))) == 3
+    assert "done again (first)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_stage_is_done_again_when_what_it_reads_from_outside_changed_under_the_same_name(tmp_path, kind):
+    log = tmp_path / "outside" / "log.csv"
+    log.parent.mkdir()
+    log.write_text("a\n")
+    stage = Stage("stage", tmp_path, Options(), outside=[OutsideInput(log if kind == "file" else log.parent)])
+    assert counted(stage) == counted(stage) == 1
+    log.write_text("a\nb\n")
+    assert counted(stage) == counted(stage) == 2
+    before = log.stat()
+    log.write_text("a\nc\n")  # as long as before
+    os.utime(log, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert counted(stage) == counted(stage) == 3
+    (log.parent / "more.csv").write_text("d\n")
+    assert counted(stage) == (3 if kind == "file" else 4)
+
+
+def test_a_repository_is_told_by_its_commit_and_taken_as_unchanged_without_the_hub(tmp_path, monkeypatch, caplog):
+    commits = iter(["one", "one", "two"])
+
+    def repo_info(self, repo_id, repo_type, timeout):
+        assert (repo_id, repo_type) == ("me/log", "dataset")
+        return type("", (), {"sha": next(commits)})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
+    stage = Stage("stage", tmp_path, Options(), outside=[OutsideInput("me/log", "dataset")])
+    assert [counted(stage) for _ in range(3)] == [1, 1, 2]
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert counted(stage) == 2
+    assert "me/log cannot be looked at now, and is taken to be unchanged" in caplog.text
+
+
+def test_a_log_that_grew_a_shard_and_an_edited_mapping_redo_the_data(tmp_path, arguments):
+    data_dir, mapping = tmp_path / "data", tmp_path / "mapping.yaml"
+    write_log(data_dir / "log" / "a.csv", range(4))
+    (data_dir / "unread.txt").write_text("notes")
+    mapping.write_text(MAPPING)
+    args = arguments("--dataset", "table", "--data_dir", str(data_dir), "--column_mapping", str(mapping))
+
+    def users() -> int:
+        return json.loads((run_data(args) / "stage.json").read_text())["dataset"]["num_users"]
+
+    def seconds() -> float:
+        return (args.output_dir / "data" / "stage.json").stat().st_mtime_ns
+
+    assert users() == 4
+    written = seconds()
+    (data_dir / "unread.txt").write_text("other notes")
+    assert users() == 4 and seconds() == written
+    write_log(data_dir / "log" / "a.csv", range(5))
+    assert users() == 5
+    write_log(data_dir / "log" / "b.csv", range(5, 7))
+    assert users() == 7
+    mapping.write_text(MAPPING + "positive_feedback: [like]\n")
+    run_data(args)
+    about = json.loads((args.output_dir / "data" / "stage.json").read_text())["dataset"]
+    assert about["positive_feedback"] == ["like"]
+    (data_dir / "log" / "b.csv").unlink()
+    assert users() == 5
+
+
+def test_what_is_recommended_with_does_not_redo_an_evaluation(arguments):
+    plain, chosen = arguments(), arguments("--recommend_reward_model", "judge", "--recommend_search", "diverse_beam")
+    assert plain.group(RecommendArguments) != chosen.group(RecommendArguments)
+    assert plain.group(EvaluateArguments) == chosen.group(EvaluateArguments)
+    other = arguments("--counterfactual_users", "5")
+    assert plain.group(EvaluateArguments) != other.group(EvaluateArguments)
+    assert plain.group(PolicyArguments) == other.group(PolicyArguments)
+
+
+def test_every_option_belongs_to_a_stage_or_says_where_the_run_writes(arguments):
+    staged = {entry.name for group in GROUPS for entry in fields(group)}
+    others = {entry.name for entry in fields(arguments())} - staged
+    assert others == {"output_dir", "threads", "hub_model_id", "hub_reward_model_id", "hub_preferences_id"}
+
+
+@pytest.mark.parametrize(
+    "option, values, decided_by",
+    [
+        ("preferences", {"num_candidates": 8}, "num_candidates"),
+        ("preferences", {"sample_share": 0.1}, "r_dpo"),
+        ("preferences", {"min_reward_gap": 0.1}, "min_reward_margin"),
+        ("preferences", {"exclude_history": False}, "exclude_consumed"),
+        ("model", {"codebook_sizes": [8, 8]}, "codebook_sizes"),
+        ("model", {"session_items": 2}, "session_items"),
+        ("reward_model", {"history_items": 2}, "history_items"),
+        ("judge_model", {"feedback": ["like"]}, "the data"),
+        ("quantizer", {"collision_policy": "share"}, "collision_policy"),
+        ("quantizer", {"seed": 3}, "seed"),
+        ("embedding_adaptation", {"seed": 3}, "seed"),
+        ("pretrain", {"output_dir": "elsewhere"}, "output_dir"),
+        ("align", {"seed": 3}, "seed"),
+        ("baselines", {"sasrec": {"seed": 3}}, "seed"),
+    ],
+)
+def test_a_field_that_another_option_decides_is_refused(arguments, option, values, decided_by):
+    [name] = values if option != "baselines" else values["sasrec"]
+    with pytest.raises(ValueError, match=f"has '{name}', which .*{decided_by} decides: leave it out of {option}"):
+        arguments(f"--{option}", json.dumps(values))
+
+
+def test_the_old_name_of_the_embeddings_adaptation_is_read(arguments, caplog):
+    assert arguments("--item_alignment", '{"num_steps": 3}').embedding_adaptation == {"num_steps": 3}
+    assert "item_alignment is now called embedding_adaptation" in caplog.text
