@@ -70,6 +70,20 @@ class OneRecConfig(PreTrainedConfig):
         encoder_attention: `"bidirectional"` (the paper): every position of the history sees the whole history.
             `"causal"`: it sees what lies before it, so that one encoding of a history serves the targets after each of
             its prefixes.
+        encoder_positions: `"absolute"`: a vector by place is added to each position. `"distance"`, of a causal one:
+            a learned bias of its attention by how many items lie between, so that every prefix trains what a whole
+            history uses.
+        item_head: `"encoder"`: beside the codes, a softmax over the catalogue at every position of a causal encoder
+            with `history_positions="item"`, which then reads an item's own vector beside its codes.
+        num_items: N, items of the catalogue that have a vector of the item head.
+        item_content_size: Width of the content embeddings whose projection is a part of each item's vector; 0: none,
+            so that items without a behaviour have no vector.
+        item_encoders: Further encoders of the item head, each as deep as the encoder and with learned vectors of its
+            own, which the codes' loss does not touch; the head is the geometric mean of all their distributions.
+        item_loss_weight: Weight of the item head's loss beside eq 4.
+        item_share: g, the item head's share in what is generated: P(item) = g P_item + (1 - g) P_codes.
+        item_negatives: Items drawn at random for each batch, in place of the whole catalogue, to estimate the softmax
+            that the item head is trained with; 0: the whole catalogue.
         expert_bias_update_rate: Step by which a router's selection bias moves towards balanced load after every
             optimizer step; 0 turns the balancing off.
         dropout: Dropout on embeddings and residual branches.
@@ -102,6 +116,14 @@ class OneRecConfig(PreTrainedConfig):
     time_gap_buckets: int = 0
     user_features: dict[str, list[str]] | None = None
     encoder_attention: str = "bidirectional"
+    encoder_positions: str = "absolute"
+    item_head: str = "none"
+    num_items: int = 0
+    item_content_size: int = 0
+    item_encoders: int = 0
+    item_loss_weight: float = 1.0
+    item_share: float = 0.5
+    item_negatives: int = 0
     hidden_act: str = "silu"
     dropout: float = 0.1
     attention_dropout: float = 0.0
@@ -155,6 +177,25 @@ class OneRecConfig(PreTrainedConfig):
                 "takes neither time_gap_buckets, which count to one target's moment, nor user_features."
             )
 
+        if self.encoder_positions not in ("absolute", "distance"):
+            raise ValueError(f"encoder_positions must be 'absolute' or 'distance', got {self.encoder_positions!r}.")
+        if self.encoder_positions == "distance" and not (
+            self.encoder_attention == "causal" and self.history_positions == "item"
+        ):
+            raise ValueError(
+                "encoder_positions='distance' needs encoder_attention='causal' and history_positions='item'."
+            )
+        if not 0 <= self.item_share <= 1:
+            raise ValueError(f"item_share must lie in [0, 1], got {self.item_share}.")
+        if self.item_head not in ("none", "encoder"):
+            raise ValueError(f"item_head must be 'none' or 'encoder', got {self.item_head!r}.")
+        if self.item_head == "encoder" and not (
+            self.encoder_attention == "causal" and self.history_positions == "item" and self.num_items > 0
+        ):
+            raise ValueError(
+                "item_head='encoder' needs encoder_attention='causal', history_positions='item' and num_items."
+            )
+
     @property
     def num_levels(self) -> int:
         """L, the codes of one semantic ID."""
@@ -180,6 +221,3 @@ class OneRecConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return cls(**(PRESETS[name] | overrides))
-
-
-__all__ = ["NUM_SPECIAL_TOKENS", "PRESETS", "SPECIAL_TOKENS", "OneRecConfig"]

@@ -108,16 +108,10 @@ class EmbeddingAdaptation:
                 "dim and window must be positive, temperature above 0 and batch_size at least 2, got "
                 f"{dim}, {window}, {temperature} and {batch_size}"
             )
-        self.dim = dim
-        self.hidden_size = hidden_size
-        self.window = window
-        self.temperature = temperature
-        self.num_steps = num_steps
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.seed = seed
-        self.device = device
-        self.show_progress = show_progress
+        self.dim, self.hidden_size = dim, hidden_size
+        self.window, self.temperature = window, temperature
+        self.num_steps, self.batch_size, self.learning_rate = num_steps, batch_size, learning_rate
+        self.seed, self.device, self.show_progress = seed, device, show_progress
         self.projection: AdaptationProjection | None = None
 
     def fit(self, embeddings, histories: Sequence[np.ndarray]) -> "EmbeddingAdaptation":

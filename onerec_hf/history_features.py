@@ -1,6 +1,7 @@
 """The encoder's inputs of histories: their tokens and, where the model's configuration asks for them, what is known of
 each behaviour (its feedback, its time) and of the user (categorical columns)."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def encode_history_rows(
             column. Other columns are passed over.
 
     Returns:
-        `input_ids` and `attention_mask` of [`OneRecTokenizer.encode_histories`] and those of `history_feedback`,
-        `history_time_gaps` and `user_features` that [`OneRecEncoder`] needs.
+        `input_ids` and `attention_mask` of [`OneRecTokenizer.encode_histories`] and those of `history_item_indices`,
+        `history_feedback`, `history_time_gaps` and `user_features` that [`OneRecEncoder`] needs.
 
     Raises:
         ValueError: An unknown item, a column that is missing or does not fit its history; names the row.
@@ -39,6 +40,13 @@ def encode_history_rows(
     histories = [row[name] for row in rows]
     batch = tokenizer.encode_histories(histories, max_items=config.history_items, catalogue_indices=name == "history")
     lengths = np.array([len(history) for history in histories])
+    if config.item_head != "none":
+        if name == "history_item_ids":
+            histories = np.split(tokenizer.item_index(list(itertools.chain(*histories))), np.cumsum(lengths)[:-1])
+        indices = _left_padded(histories, name, lengths, config.history_items, 1)[..., 0]
+        # Items that came after the head was made, and have no vector yet, are read by their codes alone.
+        known = np.where(indices < config.num_items, indices, -1)
+        batch["history_item_indices"] = torch.from_numpy(known.astype(np.int64))
     if config.history_feedback:
         values = _column(rows, "history_feedback", "config.history_feedback")
         held = _left_padded(values, "history_feedback", lengths, config.history_items, len(config.history_feedback))

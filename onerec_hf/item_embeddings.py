@@ -294,11 +294,8 @@ def _split_values(value) -> list:
 
 
 def _categorical_block(values: pd.Series, num_items: int, min_count: int) -> sp.csr_matrix:
-    """One column per value of at least `min_count` items, log(N / count) where an item has it.
-
-    Args:
-        values: text by row of the item, which may have several values.
-    """
+    """One column per value of at least `min_count` items, log(N / count) where an item has it; `values` are text by
+    row of the item, which may have several."""
     codes, _ = pd.factorize(values)
     pairs = np.unique(np.stack([values.index.to_numpy(), codes], axis=1), axis=0)
     counts = np.bincount(pairs[:, 1]) if len(pairs) else np.zeros(0, dtype=np.int64)
@@ -334,8 +331,7 @@ def _whiten(part: np.ndarray, present: np.ndarray, name: str) -> np.ndarray:
     kept = variances > 1e-6 * variances[-1]
     if variances[-1] <= 0:
         raise ValueError(f"{name}: all embeddings are equal, which tells no items apart; leave this source out")
-    whitened = centred @ (directions[:, kept] / np.sqrt(variances[kept] * kept.sum()))
-    return np.where(present[:, None], whitened, 0.0)
+    return np.where(present[:, None], centred @ (directions[:, kept] / np.sqrt(variances[kept] * kept.sum())), 0.0)
 
 
 def _ridge_prediction(inputs: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:

@@ -198,6 +198,15 @@ class ItemConstraint:
                 f"in [0, {trie.num_items}), nor the padding -1."
             )
 
+    def mask_positions(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (batch, positions) with 0 in the places of what a user may not be given."""
+        if self.allowed_before is not None:
+            values = values * (self.allowed_before[:, 1:] - self.allowed_before[:, :-1])
+        if self.excluded is not None:
+            # What is padding falls into a column of its own.
+            values = nn.functional.pad(values, (0, 1)).scatter(1, self.excluded, 0.0)[:, :-1]
+        return values
+
     def _allowed_between(self, start: torch.LongTensor, end: torch.LongTensor) -> torch.LongTensor:
         """Items in [start, end) that the bitmap allows, of shape (batch, ...)."""
         if self.allowed_before is None:

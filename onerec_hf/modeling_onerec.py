@@ -2,6 +2,7 @@
 sparse mixture of experts (eq 2), trained by next-token prediction over the session's codes (eq 3 and 4)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec import OneRecConfig
+from .item_head import FullSoftmaxLoss, OneRecItemVectors, sampled_softmax_loss
 
 
 class OneRecRMSNorm(nn.Module):
@@ -333,10 +335,7 @@ class OneRecPreTrainedModel(PreTrainedModel):
         return total
 
     def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
         """As every model's; the decoder's own embeddings, where they are not tied to the encoder's, grow with them."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -354,6 +353,64 @@ class OneRecPreTrainedModel(PreTrainedModel):
 
 # Tensor-parallel plans stand on the classes: one in the configuration would be applied to both submodels.
 ATTENTION_TP_PLAN = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+
+
+@dataclass
+class OneRecEncoderOutput(BaseModelOutput):
+    """`item_states` (batch, heads, items, hidden_size): what the item head multiplies with the items' vectors, of the
+    encoder itself and of each further item encoder."""
+
+    item_states: torch.Tensor | None = None
+
+
+@dataclass
+class OneRecModelOutput(Seq2SeqMoEModelOutput):
+    """`item_states` as in [`OneRecEncoderOutput`]."""
+
+    item_states: torch.Tensor | None = None
+
+
+@dataclass
+class OneRecOutput(Seq2SeqMoEOutput):
+    """`item_states` as in [`OneRecEncoderOutput`]; `code_loss` and `item_loss`, whose weighted sum is `loss`."""
+
+    item_states: torch.Tensor | None = None
+    code_loss: torch.Tensor | None = None
+    item_loss: torch.Tensor | None = None
+
+
+class OneRecDistanceMask(nn.Module):
+    """The additive causal mask with a learned bias by the distance between two items."""
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.bias = nn.Embedding(config.history_items, config.num_attention_heads)
+
+    def forward(self, mask: torch.Tensor) -> torch.Tensor:
+        """(batch, heads, items, items) of a mask (batch, items) that is 0 on padding."""
+        places = torch.arange(mask.shape[1], device=mask.device)
+        distance = places[:, None] - places
+        bias = self.bias(distance.clamp(0, self.bias.num_embeddings - 1)).permute(2, 0, 1)
+        hidden = (distance < 0) | (mask == 0)[:, None, None]
+        return bias.masked_fill(hidden, torch.finfo(bias.dtype).min)
+
+
+class OneRecItemEncoder(nn.Module):
+    """An encoder of the item head's own, which reads items by their learned vectors alone."""
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.item_vectors = OneRecItemVectors(config.num_items, config.hidden_size)
+        self.distance_mask = OneRecDistanceMask(config)
+        self.layers = nn.ModuleList([OneRecEncoderLayer(config, index) for index in range(config.encoder_layers)])
+        self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, items: torch.LongTensor, mask: torch.Tensor) -> torch.Tensor:
+        hidden_states, layer_mask = self.dropout(self.item_vectors(items)), self.distance_mask(mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layer_mask)
+        return self.norm(hidden_states)
 
 
 class OneRecEncoder(OneRecPreTrainedModel):
@@ -379,10 +436,16 @@ class OneRecEncoder(OneRecPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_recency = nn.Embedding(config.history_items, config.hidden_size)
-        if config.encoder_attention == "causal":
+        if config.encoder_positions == "distance":
+            self.distance_mask = OneRecDistanceMask(config)
+        elif config.encoder_attention == "causal":
             self.embed_positions = nn.Embedding(config.history_items, config.hidden_size)
         if config.history_positions == "item":
             self.item_proj = nn.Linear(config.num_levels * config.hidden_size, config.hidden_size, bias=False)
+        if config.item_head == "encoder":
+            self.item_vectors = OneRecItemVectors(config.num_items, config.hidden_size, config.item_content_size)
+            self.item_encoders = nn.ModuleList([OneRecItemEncoder(config) for _ in range(config.item_encoders)])
+            self.item_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.history_feedback:
             # Per condition one vector where it holds and one where it does not; where unknown, neither.
             self.feedback_proj = nn.Linear(2 * len(config.history_feedback), config.hidden_size, bias=False)
@@ -476,12 +539,13 @@ class OneRecEncoder(OneRecPreTrainedModel):
         history_feedback: torch.LongTensor | None = None,
         history_time_gaps: torch.LongTensor | None = None,
         user_features: torch.LongTensor | None = None,
+        history_item_indices: torch.LongTensor | None = None,
         recency_in_output: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encodes histories.
 
-        The last three inputs are needed where the configuration names them, and refused elsewhere;
+        The four inputs after `inputs_embeds` are needed where the configuration names them, and refused elsewhere;
         [`encode_history_rows`] makes them.
 
         Args:
@@ -492,6 +556,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
                 that is unknown and on padding.
             history_time_gaps: (batch, items) bucket of the time to the recommendation, 0 where unknown and on padding.
             user_features: (batch, columns) ids counted from 1 over the values of all columns, 0 where unknown.
+            history_item_indices: (batch, items) catalogue indices, -1 where an item has no vector and on padding.
             recency_in_output: Whether a causal encoder adds the recency of the whole history to its output; `False`
                 where each target adds that of its own prefix.
         """
@@ -501,6 +566,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
             ("history_feedback", history_feedback, self.config.history_feedback),
             ("history_time_gaps", history_time_gaps, self.config.time_gap_buckets),
             ("user_features", user_features, self.config.user_features),
+            ("history_item_indices", history_item_indices, self.config.item_head == "encoder"),
         ):
             if (given is not None) != bool(setting):
                 raise ValueError(
@@ -516,6 +582,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
                 inputs_embeds = self.item_proj(self.embed_tokens(slots).flatten(2))
             else:
                 inputs_embeds = self.embed_tokens(input_ids)
+        if history_item_indices is not None:
+            inputs_embeds = inputs_embeds + self.item_vectors(history_item_indices)
         inputs_embeds = self._add_behaviours(inputs_embeds, history_feedback, history_time_gaps)
         columns = len(self.config.user_features)
         if mask is None:
@@ -524,21 +592,31 @@ class OneRecEncoder(OneRecPreTrainedModel):
         causal = self.config.encoder_attention == "causal"
         behaviours = mask[:, columns:]
         recency = self.embed_recency(self._item_steps(behaviours.flip(1).cumsum(1).flip(1) - 1))
-        positions = self.embed_positions(self._item_steps(behaviours.cumsum(1) - 1)) if causal else recency
-        hidden_states = inputs_embeds + positions
+        by_distance = self.config.encoder_positions == "distance"
+        hidden_states = inputs_embeds
+        if not by_distance:
+            from_oldest = self._item_steps(behaviours.cumsum(1) - 1)
+            hidden_states = hidden_states + (self.embed_positions(from_oldest) if causal else recency)
         if user_features is not None:
             hidden_states = torch.cat([self.embed_user_features(user_features), hidden_states], dim=1)
         hidden_states = self.dropout(hidden_states)
-        make_mask = create_causal_mask if causal else create_bidirectional_mask
-        layer_mask = make_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=None
-        )
+        if by_distance:
+            layer_mask = self.distance_mask(mask)
+        else:
+            make_mask = create_causal_mask if causal else create_bidirectional_mask
+            layer_mask = make_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=None
+            )
         for layer in self.layers:
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
+        item_states = None
+        if history_item_indices is not None:
+            own = [encoder(history_item_indices, mask) for encoder in self.item_encoders]
+            item_states = torch.stack([self.item_norm(hidden_states), *own], dim=1)
         hidden_states = self.dropout(self.norm(hidden_states))
         if causal and recency_in_output:
             hidden_states = hidden_states + recency
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return OneRecEncoderOutput(last_hidden_state=hidden_states, item_states=item_states)
 
 
 class OneRecDecoder(OneRecPreTrainedModel):
@@ -683,11 +761,7 @@ class OneRecModel(OneRecPreTrainedModel):
         for router, change in zip(routers, step, strict=True):
             router.expert_bias += change
             router.tokens_per_expert.zero_()
-        return {
-            "expert_load": load,
-            "expert_load_max": load.max(),
-            "dead_experts": (counts == 0).float().mean(),
-        }
+        return {"expert_load": load, "expert_load_max": load.max(), "dead_experts": (counts == 0).float().mean()}
 
     @can_return_tuple
     def forward(
@@ -707,8 +781,9 @@ class OneRecModel(OneRecPreTrainedModel):
         history_feedback: torch.LongTensor | None = None,
         history_time_gaps: torch.LongTensor | None = None,
         user_features: torch.LongTensor | None = None,
+        history_item_indices: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqMoEModelOutput:
+    ) -> OneRecModelOutput:
         """Runs encoder and decoder.
 
         With k * batch decoder rows for `batch` histories, k consecutive rows read the same history, which is encoded
@@ -734,11 +809,12 @@ class OneRecModel(OneRecPreTrainedModel):
                 history_feedback=history_feedback,
                 history_time_gaps=history_time_gaps,
                 user_features=user_features,
+                history_item_indices=history_item_indices,
                 recency_in_output=not shared,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
+            encoder_outputs = OneRecEncoderOutput(*encoder_outputs)
         encoder_hidden_states = encoder_outputs.last_hidden_state
         encoder_attention_mask = self.encoder.position_mask(attention_mask)
         prefixes = None
@@ -769,7 +845,7 @@ class OneRecModel(OneRecPreTrainedModel):
             prefixes=prefixes,
             **kwargs,
         )
-        return Seq2SeqMoEModelOutput(
+        return OneRecModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             past_key_values=decoder_outputs.past_key_values,
             decoder_hidden_states=decoder_outputs.hidden_states,
@@ -779,6 +855,7 @@ class OneRecModel(OneRecPreTrainedModel):
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            item_states=encoder_outputs.get("item_states"),
         )
 
 
@@ -817,6 +894,49 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.lm_head = new_embeddings
 
+    def _item_vectors(self) -> list[OneRecItemVectors]:
+        """Those of the encoder and of each further item encoder."""
+        encoder = self.model.encoder
+        return [encoder.item_vectors, *(further.item_vectors for further in encoder.item_encoders)]
+
+    def add_items(self, content: torch.Tensor) -> None:
+        """Gives items that [`OneRecTokenizer.add_items`] appends a vector of the item head each, in the same order.
+
+        Args:
+            content: (items, item_content_size) content embeddings, in the space of those trained with.
+        """
+        for vectors in self._item_vectors():
+            vectors.add(content)
+        self.config.num_items += len(content)
+
+    def item_loss(self, item_states: torch.Tensor, item_targets: torch.LongTensor) -> torch.Tensor:
+        """Cross-entropy of the softmax over the catalogue: the mean over the positions whose target is not -100, the
+        sum over the heads, which share no parameters."""
+        kept = item_targets != -100
+        targets, total = item_targets[kept], item_states.sum() * 0.0  # where there is no target
+        for states, vectors in zip(item_states.unbind(1), self._item_vectors(), strict=True):
+            if len(targets) and self.config.item_negatives:
+                total = total + sampled_softmax_loss(states[kept], vectors, targets, self.config.item_negatives)
+            elif len(targets):
+                total = total + FullSoftmaxLoss.apply(states[kept], vectors(), targets)
+        return total
+
+    def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The item head's distribution over the item that follows each history: the heads' geometric mean.
+
+        Args:
+            item_states: (batch, heads, items, hidden_size) from the encoder.
+            mask: (batch, items) from [`OneRecEncoder.position_mask`].
+
+        Returns:
+            (batch, N) log-probabilities, float32.
+        """
+        last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        states = item_states[torch.arange(len(item_states), device=item_states.device), :, last]
+        # A mean of logits is a geometric mean of distributions: their normalisers are the same for all items.
+        logits = sum(head @ vectors().T for head, vectors in zip(states.unbind(1), self._item_vectors(), strict=True))
+        return (logits.float() / states.shape[1]).log_softmax(-1)
+
     @can_return_tuple
     def forward(
         self,
@@ -830,20 +950,23 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        item_targets: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqMoEOutput:
-        """Next-token prediction over session codes (eq 4).
+    ) -> OneRecOutput:
+        """Next-token prediction over session codes (eq 4) and, with an item head, over the catalogue's items.
 
         Args:
             input_ids: (batch, tokens) histories from [`OneRecTokenizer.encode_histories`].
             labels: (batch, session tokens) from [`OneRecTokenizer.encode_sessions`], codes with BOS between items. BOS
                 and -100 carry no loss: a BOS is certain, not predicted.
+            item_targets: (batch, items) catalogue index of what follows each behaviour of the history, -100 where
+                nothing is predicted.
             num_items_in_batch: Divides the summed loss in place of the number of predicted codes.
 
         Returns:
-            `Seq2SeqMoEOutput` with `logits` (batch, session tokens, vocab_size).
+            [`OneRecOutput`] with `logits` (batch, session tokens, vocab_size).
         """
         if labels is not None:
             use_cache = bool(use_cache)  # a loss has no next step to keep keys and values for
@@ -863,13 +986,21 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
+        loss = code_loss = item_loss = None
         if labels is not None:
             targets = labels.masked_fill(labels == self.config.bos_token_id, -100).flatten()
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
-            loss = loss / ((targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        return Seq2SeqMoEOutput(
+            code_loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum")
+            predicted = (targets != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = code_loss = code_loss / predicted
+        if item_targets is not None:
+            item_loss = self.item_loss(outputs.item_states, item_targets)
+            weighted = self.config.item_loss_weight * item_loss
+            loss = weighted if loss is None else loss + weighted
+        return OneRecOutput(
             loss=loss,
+            code_loss=code_loss,
+            item_loss=item_loss,
+            item_states=outputs.item_states,
             logits=logits,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -903,13 +1034,3 @@ def session_generation_config(config: OneRecConfig) -> GenerationConfig:
         eos_token_id=config.eos_token_id,
         decoder_start_token_id=config.decoder_start_token_id,
     )
-
-
-__all__ = [
-    "OneRecDecoder",
-    "OneRecEncoder",
-    "OneRecForConditionalGeneration",
-    "OneRecModel",
-    "OneRecPreTrainedModel",
-    "session_generation_config",
-]

@@ -42,6 +42,3 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def postprocess(self, model_outputs):
         return model_outputs
-
-
-__all__ = ["GenerativeRecommendationPipeline"]

@@ -41,6 +41,8 @@ class SessionCollator:
             shared["target_histories"] = torch.arange(len(rows)).repeat_interleave(counts)
             shared["target_prefixes"] = torch.tensor([items for row in rows for items in row["prefixes"]])
         batch = encode_history_rows(rows, self.tokenizer, self.config)
+        if self.config.item_head != "none":
+            batch["item_targets"] = self._item_targets(rows, batch["history_item_indices"].shape[1])
         labels = self.tokenizer.encode_sessions(sessions, max_items=self.config.session_items, catalogue_indices=True)
         return {
             **batch,
@@ -48,6 +50,16 @@ class SessionCollator:
             "labels": labels.masked_fill(labels == self.config.bos_token_id, -100),
             **shared,
         }
+
+    def _item_targets(self, rows: list[dict[str, Any]], width: int) -> torch.LongTensor:
+        """The item after each behaviour of the rows' histories (batch, width), laid out like them: the next one, and
+        after the last the first item of the session that follows it; -100 in front."""
+        labels = torch.full((len(rows), width), -100)
+        for label, row in zip(labels, rows, strict=True):
+            last = row["session"] if "session" in row else row["sessions"][-1]
+            following = [*row["history"], last[0]][1:][-width:]
+            label[width - len(following) :] = torch.tensor(following)
+        return labels
 
 
 class ExpertBalanceCallback(TrainerCallback):

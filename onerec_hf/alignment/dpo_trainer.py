@@ -115,11 +115,9 @@ class PreferenceCollator:
         num_rejected: int | None = None,
         chosen_margin: float | None = None,
     ):
-        self.tokenizer = tokenizer
-        self.config = model.config
-        self.ntp_dataset = ntp_dataset
+        self.tokenizer, self.config = tokenizer, model.config
+        self.ntp_dataset, self.chosen_margin = ntp_dataset, chosen_margin
         self.several, self.num_rejected = num_rejected is not None, num_rejected or 1
-        self.chosen_margin = chosen_margin
         self.session_collator = SessionCollator(tokenizer, model)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -319,5 +317,4 @@ class OneRecDPOTrainer(DPOTrainer):
 
 def _pair_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What TRL reads of a batch, without the ordinary rows."""
-    left_out = (NTP_PREFIX, "rejected_mask")
-    return {name: tensor for name, tensor in inputs.items() if not name.startswith(left_out)}
+    return {name: tensor for name, tensor in inputs.items() if not name.startswith((NTP_PREFIX, "rejected_mask"))}

@@ -206,15 +206,14 @@ def _pairs_of(
     pairs = []
     compared = torch.full((len(rows), 1 + options.num_rejected, sessions.shape[-1]), -1)
     for row, candidates, candidate_rewards, places in zip(rows, sessions.numpy(), rewards, compared, strict=True):
-        _, first = np.unique(candidates, axis=0, return_index=True)
-        first = np.sort(first)
+        first = np.sort(np.unique(candidates, axis=0, return_index=True)[1])
         first = first[(candidates[first] >= 0).all(-1) & ~np.isnan(candidate_rewards[first])]
         pair = options.pair(candidates[first], candidate_rewards[first])
         pairs.append(pair and row | pair)
         if pair is not None:
             places[: 1 + len(pair["rejected"])] = torch.tensor([pair["chosen"], *pair["rejected"]])
-    log_probs = session_log_probs(model, trie, compared, **encoded, normalization="vocabulary").float().cpu()
-    for pair, (chosen, *rejected) in zip(pairs, log_probs.tolist(), strict=True):
+    log_probs = session_log_probs(model, trie, compared, **encoded, normalization="vocabulary", item_share=0)
+    for pair, (chosen, *rejected) in zip(pairs, log_probs.float().cpu().tolist(), strict=True):
         if pair is not None:
             pair |= {"chosen_log_prob": chosen, "rejected_log_probs": rejected[: len(pair["rejected"])]}
     return [pair for pair in pairs if pair is not None]

@@ -14,12 +14,5 @@ from .readers import (
     source_files,
 )
 from .schema import DataError, feedback_columns, interaction_features, item_features
-from .sessions import (
-    FeedSplit,
-    evaluation_cases,
-    exposure_sessions,
-    pretraining_sessions,
-    split_feed,
-    user_histories,
-)
+from .sessions import FeedSplit, evaluation_cases, exposure_sessions, pretraining_sessions, split_feed, user_histories
 from .simulated_feed import SimulatedFeed, SimulatedFeedParameters

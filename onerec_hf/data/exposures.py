@@ -108,8 +108,7 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
         judged = judged & (exposures.times >= since)
     rows = np.flatnonzero(judged)
     users = exposures.users[rows]
-    rank = np.arange(len(rows)) - np.searchsorted(users, users)
-    opens = rank % TARGETS_PER_RUN == 0
+    opens = (np.arange(len(rows)) - np.searchsorted(users, users)) % TARGETS_PER_RUN == 0
     first = rows[opens]
     last = rows[np.r_[np.flatnonzero(opens)[1:], len(rows)] - 1] if len(rows) else rows
     starts, ends = np.maximum(first - args.history_items, exposures.first[exposures.users[first]]), last + 1

@@ -355,8 +355,7 @@ def _seconds(values: pd.Series, unit: str, source: str) -> pd.Series:
                 f"{source}: column '{values.name}' is not an ISO date-time, first at row {row} (rows counted from 0, "
                 f"without a header): {values.iloc[row]!r}. Correct timestamp_unit, or the values."
             )
-        seconds = times.dt.tz_localize(None).astype("datetime64[us]").astype("int64") / 1e6
-        return seconds.where(times.notna())
+        return (times.dt.tz_localize(None).astype("datetime64[us]").astype("int64") / 1e6).where(times.notna())
     if not pd.api.types.is_numeric_dtype(values.dtype):
         raise DataError(
             f"{source}: column '{values.name}' has dtype {values.dtype} where times are needed, first at row 0: "

@@ -123,11 +123,14 @@ def user_features(users: pd.DataFrame) -> Features:
     return Features(features | {"user_id": Value(id_type(users["user_id"]))})
 
 
-def _offence(source: str, column: str, bad: np.ndarray, values: pd.Series, problem: str, remedy: str) -> DataError:
+def _refuse(source: str, column: str, bad: np.ndarray, values: pd.Series, problem: str, remedy: str) -> None:
+    """Raises DataError for the first of the `bad` rows, if there is any."""
+    if not bad.any():
+        return
     row = int(np.flatnonzero(bad)[0])
     value = values.iloc[row]
     value = value.item() if isinstance(value, np.generic) else value
-    return DataError(
+    raise DataError(
         f"{source}: column '{column}' {problem}, first at row {row} (rows counted from 0, without a header): "
         f"{value!r} ({int(bad.sum())} of {len(bad)} rows). {remedy}"
     )
@@ -146,10 +149,8 @@ def require_columns(frame: pd.DataFrame, columns: Iterable[str], source: str) ->
 def _unique_ids(frame: pd.DataFrame, column: str, source: str) -> pd.Series:
     """`canonical_ids` of a table's key. Raises DataError for an id that repeats, too."""
     ids = canonical_ids(frame[column], column, source)
-    duplicate = ids.duplicated().to_numpy()
-    if duplicate.any():
-        remedy = f"Keep one row per {column.removesuffix('_id')}."
-        raise _offence(source, column, duplicate, ids, "repeats an id", remedy)
+    remedy = f"Keep one row per {column.removesuffix('_id')}."
+    _refuse(source, column, ids.duplicated().to_numpy(), ids, "repeats an id", remedy)
     return ids
 
 
@@ -160,8 +161,8 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
         DataError: a missing id (unless `nullable`), or values that are neither all integers nor all strings.
     """
     missing = values.isna().to_numpy()
-    if missing.any() and not nullable:
-        raise _offence(source, column, missing, values, "has no id", "Drop these rows or give them an id.")
+    if not nullable:
+        _refuse(source, column, missing, values, "has no id", "Drop these rows or give them an id.")
     if missing.all() and len(values):
         return pd.Series(pd.array([pd.NA] * len(values), dtype="Int64"), index=values.index)
     known = values[~missing] if missing.any() else values
@@ -172,10 +173,8 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
     text = np.array([isinstance(v, str) for v in values], dtype=bool)
     number = np.array([isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values], dtype=bool)
     kind = text if (text & ~missing).any() else number
-    bad = ~kind & ~missing
-    if bad.any():
-        problem = f"has dtype {values.dtype} where ids, all integers or all strings, are needed"
-        raise _offence(source, column, bad, values, problem, "Convert the column to one of the two.")
+    problem = f"has dtype {values.dtype} where ids, all integers or all strings, are needed"
+    _refuse(source, column, ~kind & ~missing, values, problem, "Convert the column to one of the two.")
     if kind is text:
         return values.astype("string") if missing.any() else values.astype("str")
     return values.astype("Int64") if missing.any() else values.astype(np.int64)
@@ -191,14 +190,11 @@ def canonical_numbers(values: pd.Series, column: str, source: str, dtype: str = 
         numbers = pd.Series(values.to_numpy(dtype="float64", na_value=np.nan), index=values.index)
     else:
         bad = np.array([not isinstance(v, (int, float, np.number)) and not pd.isna(v) for v in values], dtype=bool)
-        if bad.any():
-            problem = f"has dtype {values.dtype} where numbers are needed"
-            raise _offence(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
+        problem = f"has dtype {values.dtype} where numbers are needed"
+        _refuse(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
         numbers = pd.Series([np.nan if pd.isna(v) else v for v in values], index=values.index, dtype="float64")
-    infinite = np.isinf(numbers.to_numpy())
-    if infinite.any():
-        remedy = "Replace these by numbers or leave them empty."
-        raise _offence(source, column, infinite, values, "is infinite", remedy)
+    remedy = "Replace these by numbers or leave them empty."
+    _refuse(source, column, np.isinf(numbers.to_numpy()), values, "is infinite", remedy)
     return numbers.astype(dtype)
 
 
@@ -226,9 +222,8 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         unknown = pd.Series(np.full(len(frame), np.nan))
         columns[name] = canonical_numbers(frame[name], name, source, "float64") if name in frame else unknown
     unordered = (columns["timestamp"].isna() & columns["position"].isna()).to_numpy()
-    if unordered.any():
-        remedy = "Give these rows a time or a position."
-        raise _offence(source, "timestamp", unordered, columns["timestamp"], "and 'position' are both empty", remedy)
+    remedy = "Give these rows a time or a position."
+    _refuse(source, "timestamp", unordered, columns["timestamp"], "and 'position' are both empty", remedy)
     if "session_id" in frame:
         columns["session_id"] = canonical_ids(frame["session_id"], "session_id", source, nullable=True)
     for name in frame.columns:
@@ -236,12 +231,12 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
             continue
         columns[name] = canonical_numbers(frame[name], name, source)
         values = columns[name].to_numpy()
-        if name in SECONDS_COLUMNS and (values < 0).any():
+        if name in SECONDS_COLUMNS:
             remedy = "Drop these rows or leave the value empty; the unit is seconds."
-            raise _offence(source, name, values < 0, frame[name], "is negative", remedy)
-        if name in PROBABILITY_COLUMNS and ((values < 0) | (values > 1)).any():
+            _refuse(source, name, values < 0, frame[name], "is negative", remedy)
+        if name in PROBABILITY_COLUMNS:
             remedy = "Use 0 for no and 1 for yes; give other feedback a name of its own."
-            raise _offence(source, name, (values < 0) | (values > 1), frame[name], "is outside [0, 1]", remedy)
+            _refuse(source, name, (values < 0) | (values > 1), frame[name], "is outside [0, 1]", remedy)
     return pd.DataFrame(columns)
 
 
@@ -254,10 +249,9 @@ def check_known_items(interactions: pd.DataFrame, items: pd.DataFrame, source: s
             f"{items_source} has {item_side} ids ({items['item_id'].iloc[0]}). Use one type in both."
         )
     unknown = ~interactions["item_id"].isin(items["item_id"]).to_numpy()
-    if unknown.any():
-        remedy = f"Add the items to {items_source} or drop these interactions."
-        problem = f"names items that are not in {items_source}"
-        raise _offence(source, "item_id", unknown, interactions["item_id"], problem, remedy)
+    remedy = f"Add the items to {items_source} or drop these interactions."
+    problem = f"names items that are not in {items_source}"
+    _refuse(source, "item_id", unknown, interactions["item_id"], problem, remedy)
 
 
 def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -278,8 +272,7 @@ def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
         )
     time, position = interactions["timestamp"].to_numpy(), interactions["position"].to_numpy()
     timeless = np.bincount(users, np.isnan(time)) > 0
-    placed = np.bincount(users, np.isnan(position)) == 0
-    by_position = (timeless & placed)[users]
+    by_position = (timeless & (np.bincount(users, np.isnan(position)) == 0))[users]
     primary = np.where(by_position, 0.0, np.where(np.isnan(time), -np.inf, time))
     order = np.lexsort((np.nan_to_num(position), primary, users))
     interactions = interactions.iloc[order].reset_index(drop=True)
@@ -349,9 +342,7 @@ def canonical_users(frame: pd.DataFrame, source: str) -> pd.DataFrame:
 def canonical_text(values: pd.Series, column: str, source: str) -> pd.Series:
     """Text as str, null where missing or blank. Raises DataError where a value is not a string."""
     bad = np.array([not isinstance(v, str) and not pd.isna(v) for v in values], dtype=bool)
-    if bad.any():
-        problem = f"has dtype {values.dtype} where text is needed"
-        raise _offence(source, column, bad, values, problem, "Convert to text.")
+    _refuse(source, column, bad, values, f"has dtype {values.dtype} where text is needed", "Convert to text.")
     return pd.Series([v if isinstance(v, str) and v.strip() else None for v in values], dtype="str")
 
 
@@ -367,12 +358,9 @@ def canonical_embeddings(values: pd.Series, column: str, source: str) -> pd.Seri
     rows = [np.asarray(v, dtype=np.float32) if isinstance(v, (list, tuple, np.ndarray)) else None for v in values]
     width = next((len(row) for row in rows if row is not None), 0)
     bad = np.array([row is None or row.ndim != 1 or len(row) != width for row in rows], dtype=bool)
-    if bad.any() or not width:
-        bad = bad if bad.any() else np.ones(len(rows), dtype=bool)
-        remedy = "Give every item an embedding of the same length, or leave the column out."
-        raise _offence(source, column, bad, values, f"is not a list of {width} numbers", remedy)
-    bad = ~np.isfinite(np.stack(rows)).all(axis=1)
-    if bad.any():
-        remedy = "Compute these embeddings again, or leave the column out."
-        raise _offence(source, column, bad, values, "holds NaN or infinite values", remedy)
+    bad = bad if bad.any() else np.full(len(rows), not width)
+    remedy = "Give every item an embedding of the same length, or leave the column out."
+    _refuse(source, column, bad, values, f"is not a list of {width} numbers", remedy)
+    remedy = "Compute these embeddings again, or leave the column out."
+    _refuse(source, column, ~np.isfinite(np.stack(rows)).all(axis=1), values, "holds NaN or infinite values", remedy)
     return pd.Series(rows, dtype=object)

@@ -118,8 +118,7 @@ def _leave_one_out(feed: Feed, args: DataArguments):
     held_out = 0 if args.evaluation_split == "test" else 1
     left_out = np.bincount(users, positive)[users] >= LEAVE_ONE_OUT_MIN_POSITIVES
     evaluated = left_out & positive & (later == held_out)
-    fitted = ~left_out | (later > held_out)
-    return interactions[fitted], interactions[evaluated], {"leaks_future": True}
+    return interactions[~left_out | (later > held_out)], interactions[evaluated], {"leaks_future": True}
 
 
 def user_codes(interactions: pd.DataFrame) -> np.ndarray:
@@ -131,12 +130,7 @@ def user_codes(interactions: pd.DataFrame) -> np.ndarray:
 
 
 class _Histories:
-    """Positive behaviours, user after user, of which histories are slices [start : start + length].
-
-    Args:
-        fit: interactions before the evaluated period.
-        feed: says what is positive, and has the table of users.
-        args: which features go with a history.
+    """Positive behaviours of `fit`, user after user, of which histories are slices [start : start + length].
 
     Attributes:
         positive: int64 (P,), rows of `fit`.
@@ -151,11 +145,7 @@ class _Histories:
         self.users = fit["user_id"].iloc[self.positive[self.starts]]
 
     def columns(self, starts: np.ndarray, lengths: np.ndarray, users: pd.Series) -> dict[str, pa.Array]:
-        """`history_item_ids` of the slices, and the features that are asked for of them and of `users`.
-
-        Raises:
-            DataError: a feature needs a column that is missing.
-        """
+        """`history_item_ids` of the slices, and the features that are asked for of them and of `users`."""
         args, rows = self.args, self.fit.iloc[self.positive]
         columns = {"history_item_ids": list_array(id_array(rows["item_id"]), starts, lengths)}
         if args.history_feedback:
@@ -269,8 +259,7 @@ def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tup
         )
     elif args.session_cut == "gap":
         opens = np.zeros(len(fit), dtype=np.int64)
-        gaps = np.diff(time) > args.session_gap_hours * 3600
-        opens[1:] = gaps | (timed[1:] != timed[:-1])
+        opens[1:] = (np.diff(time) > args.session_gap_hours * 3600) | (timed[1:] != timed[:-1])
         keys = np.cumsum(opens)
     else:
         local = pd.to_datetime(np.nan_to_num(time), unit="s", utc=True).tz_convert(timezone).tz_localize(None)
@@ -284,13 +273,11 @@ def _cut(rows: np.ndarray, groups: np.ndarray, timed: np.ndarray, args: DataArgu
     m = args.session_items
     # Groups are numbered by their first row, so a session that is interleaved with another is gathered again.
     rows = rows[np.argsort(groups[rows], kind="stable")]
-    group = groups[rows]
-    opens = np.flatnonzero(np.diff(group, prepend=-1)) if len(rows) else np.zeros(0, dtype=np.int64)
+    opens = np.flatnonzero(np.diff(groups[rows], prepend=-1)) if len(rows) else np.zeros(0, dtype=np.int64)
     sizes = np.diff(np.r_[opens, len(rows)])
     within = np.arange(len(rows)) - np.repeat(opens, sizes)
     left = np.repeat(sizes, sizes) - within
-    stride = np.where(timed[rows], m, args.session_stride or m)
-    starts = np.flatnonzero(within % stride == 0)
+    starts = np.flatnonzero(within % np.where(timed[rows], m, args.session_stride or m) == 0)
     lengths = np.minimum(left[starts], m)
     offsets = np.arange(m)
     inside_row = offsets < lengths[:, None]
@@ -371,5 +358,4 @@ def _lists_by_index(values: pa.Array, index: np.ndarray, lengths: np.ndarray) ->
 
 def arrow_dataset(columns: dict[str, pa.Array]) -> Dataset:
     table = pa.table(columns)
-    features = Features.from_arrow_schema(table.schema)
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=Features.from_arrow_schema(table.schema)))

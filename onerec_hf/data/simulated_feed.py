@@ -190,8 +190,7 @@ class SimulatedFeed:
                 if len(active):
                     shown = self._expose(active, starts[active, turn], popularity, unseen[active - first], rng)
                     kept = np.arange(p.max_request_items) < sizes[active, turn, None]
-                    rows = np.broadcast_to(active[:, None], shown.shape)
-                    unseen[rows[kept] - first, shown[kept]] = False
+                    unseen[np.broadcast_to(active[:, None], shown.shape)[kept] - first, shown[kept]] = False
                     parts.append(self._draw_feedback(active, shown, kept, starts[active, turn], rng))
         log = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         order = np.lexsort((log["timestamp"], log["user"]))
@@ -232,8 +231,7 @@ class SimulatedFeed:
             keys = rng.standard_exponential(scores.shape, dtype=np.float32) / scores
         size = p.max_request_items
         shown = np.argpartition(keys, size - 1, axis=1)[:, :size]
-        order = np.argsort(np.take_along_axis(keys, shown, axis=1), axis=1)
-        return np.take_along_axis(shown, order, axis=1)
+        return np.take_along_axis(shown, np.argsort(np.take_along_axis(keys, shown, axis=1), axis=1), axis=1)
 
     def _draw_feedback(self, users, shown, kept, starts, rng: np.random.Generator) -> dict[str, np.ndarray]:
         p = self.parameters
@@ -275,8 +273,7 @@ class SimulatedFeed:
         match = tastes @ truth["item_latents"].T
         match = np.take_along_axis(match, items.reshape(len(items), -1), axis=1).reshape(items.shape)
         length = np.log(truth["item_durations"] / p.median_duration)
-        item_term = p.quality_scale * truth["item_quality"] - p.duration_scale * length
-        return p.affinity_scale * match + item_term[items]
+        return p.affinity_scale * match + (p.quality_scale * truth["item_quality"] - p.duration_scale * length)[items]
 
     def _feedback_given(self, tastes: np.ndarray, items: np.ndarray) -> dict[str, np.ndarray]:
         """Probabilities and expected watched shares, each of the shape of `items` (B, ..., m), places last."""

@@ -106,8 +106,7 @@ class ItemKNN(Baseline):
             similarity = together / (norms[row + start] * norms[column] + self.shrinkage)
             order = np.lexsort((column, -similarity, row))
             row, column, similarity = row[order], column[order], similarity[order]
-            rank_in_row = np.arange(len(row)) - np.searchsorted(row, row)
-            kept = rank_in_row < self.neighbours
+            kept = np.arange(len(row)) - np.searchsorted(row, row) < self.neighbours
             entries = similarity[kept].astype(np.float32), (row[kept], column[kept])
             blocks.append(sparse.csr_array(entries, shape=(counts.shape[0], num_items)))
         self.similarity = sparse.vstack(blocks, format="csr")
@@ -154,8 +153,7 @@ class EASE(Baseline):
         return self
 
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
-        weights = interaction_matrix(histories, self.num_items, self.half_life)
-        return torch.from_numpy(weights @ self.weights.numpy())
+        return torch.from_numpy(interaction_matrix(histories, self.num_items, self.half_life) @ self.weights.numpy())
 
 
 def interaction_matrix(

@@ -79,8 +79,7 @@ def relative_change(
     draws = resampled_means(np.column_stack([before, after]), resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = draws[:, 1] / draws[:, 0] - 1
-    interval = percentile_interval(ratios[np.isfinite(ratios)])
-    return float(np.nanmean(after) / np.nanmean(before) - 1), interval
+    return float(np.nanmean(after) / np.nanmean(before) - 1), percentile_interval(ratios[np.isfinite(ratios)])
 
 
 def coverage_change(

@@ -120,8 +120,7 @@ class LoggedFeedback:
                 entry[f"{name}_interval"] = list(percentile_interval(draws[name]))
                 if former is not None:
                     entry[f"{name}_difference"] = value[name] - former[0][name]
-                    difference = draws[name] - former[1][name]
-                    entry[f"{name}_difference_interval"] = list(percentile_interval(difference))
+                    entry[f"{name}_difference_interval"] = list(percentile_interval(draws[name] - former[1][name]))
             result["heads"][objective] = entry
         return result
 

@@ -47,8 +47,7 @@ class LoggedExposures:
         seed: int = 0,
     ):
         self.scorer, tokenizer = scorer, scorer.tokenizer
-        row_of = pd.Series(np.arange(len(users)), index=users["user_id"][:])
-        user_row = shown["user_id"].map(row_of)
+        user_row = shown["user_id"].map(pd.Series(np.arange(len(users)), index=users["user_id"][:]))
         known = np.unique(user_row.dropna()).astype(np.int64)
         chosen = np.sort(np.random.default_rng(seed).permutation(known)[:max_users])
         self.rows = users.select(chosen).to_list()

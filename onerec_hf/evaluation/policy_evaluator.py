@@ -120,8 +120,7 @@ class PolicyEvaluator:
         results = self.results(ranked, sessions)
         if seed_model is not None:
             results.by_user["kl_to_seed"] = divergence
-        made = (sessions >= 0).all(-1)
-        results.facts["illegal_rate"] = illegal_rate(codes[made], self.tokenizer.codes)
+        results.facts["illegal_rate"] = illegal_rate(codes[(sessions >= 0).all(-1)], self.tokenizer.codes)
         return results
 
     def ranking_method(self, ranked: np.ndarray, scores: np.ndarray) -> PolicyResults:
@@ -206,8 +205,7 @@ class PolicyEvaluator:
         judges = {name: judge_by_model(scorer, self.judged_rows, sessions) for name, scorer in self.scorers.items()}
         if self.world is not None and self.scorers:
             scorer, users = next(iter(self.scorers.values())), np.asarray(self.cases["user_id"][:])[self.judged]
-            item_ids = np.asarray(self.tokenizer.item_ids)
-            judges[TRUTH] = judge_by_truth(self.world, scorer, item_ids, users, sessions)
+            judges[TRUTH] = judge_by_truth(self.world, scorer, np.asarray(self.tokenizer.item_ids), users, sessions)
         return judges
 
     def on_log(self, model: OneRecForConditionalGeneration, log: LoggedExposures, name: str = "policy") -> PolicyOnLog:

@@ -67,8 +67,8 @@ class PolicyResults:
             if not np.isnan(values).all():
                 target[figure] = float(np.nanmean(values))
                 target[f"{figure}_interval"] = list(bootstrap_interval(values))
-        covered = np.unique(self.top_items[self.top_items >= 0])
-        result |= {"coverage": len(covered) / self.num_items, "judges": judges}
+        result["coverage"] = len(np.unique(self.top_items[self.top_items >= 0])) / self.num_items
+        result["judges"] = judges
         if before is not None:
             result["change"] = self._change(before)
         return result

@@ -20,10 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..item_head import FullSoftmaxLoss
 from .baselines import Baseline
 from .ranking_metrics import flatten_histories, ranking_metrics
 
-_LOSS_CHUNK = 512
 _BATCHES_PER_BUCKET = 16
 
 
@@ -92,41 +92,6 @@ class SASRecBlock(nn.Module):
         attended = self.output(attended.transpose(1, 2).reshape(batch, length, width))
         states = states + F.dropout(attended, self.dropout, self.training)
         return states + self.feed_forward(states)
-
-
-class FullSoftmaxLoss(torch.autograd.Function):
-    """Mean cross-entropy of `states @ embeddings.T` in chunks that stay in the processor's cache.
-
-    The gradient is taken while a chunk's probabilities are at hand, so that the (T, N) logits never exist as a whole.
-    """
-
-    @staticmethod
-    def forward(ctx, states: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        count = len(states)
-        states_gradient = torch.empty_like(states)
-        embeddings_gradient = torch.zeros_like(embeddings)
-        buffer = states.new_empty(min(_LOSS_CHUNK, count), len(embeddings))
-        total = states.new_zeros(())
-        for start in range(0, count, _LOSS_CHUNK):
-            chunk = states[start : start + _LOSS_CHUNK]
-            target = targets[start : start + _LOSS_CHUNK, None]
-            logits = torch.mm(chunk, embeddings.T, out=buffer[: len(chunk)])
-            logits -= logits.amax(dim=1, keepdim=True)
-            target_logit = logits.gather(1, target)
-            exponentials = logits.exp_()
-            normaliser = exponentials.sum(dim=1, keepdim=True)
-            total += (normaliser.log() - target_logit).sum()
-            residual = exponentials.div_(normaliser * count)
-            residual.scatter_add_(1, target, torch.full_like(target_logit, -1.0 / count))
-            torch.mm(residual, embeddings, out=states_gradient[start : start + len(chunk)])
-            embeddings_gradient.addmm_(residual.T, chunk)
-        ctx.save_for_backward(states_gradient, embeddings_gradient)
-        return total / count
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        states_gradient, embeddings_gradient = ctx.saved_tensors
-        return states_gradient * gradient, embeddings_gradient * gradient, None
 
 
 @dataclass(eq=False)

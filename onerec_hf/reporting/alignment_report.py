@@ -23,13 +23,8 @@ from .tables import Measured, Table, relative_with_interval
 
 JUDGE_NAMES = {"reward_model": "Reward model", "independent_judge": "Independent judge", "truth": "Simulated truth"}
 JUDGE_COLOURS = {"reward_model": "#d9822b", "independent_judge": ACCENT, "truth": "#1f8f5f"}
-OBJECTIVE_NAMES = {
-    "reward": "Reward",
-    "swt": "Watch time (swt)",
-    "vtr": "View (vtr)",
-    "wtr": "Follow (wtr)",
-    "ltr": "Like (ltr)",
-}
+_RATES = {"swt": "Watch time", "vtr": "View", "wtr": "Follow", "ltr": "Like"}
+OBJECTIVE_NAMES = {"reward": "Reward"} | {name: f"{shown} ({name})" for name, shown in _RATES.items()}
 KINDS = ("mean", "max")
 KL = "kl_to_seed"
 ROUND_COLUMNS = {
@@ -299,8 +294,7 @@ def _rounds_figure(alignment: Sequence[Entry]) -> Figure:
         axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("round", fontsize=9, color=MUTED)
-        title = ROUND_COLUMNS[name]
-        set_title(axis, title[0].upper() + title[1:])
+        set_title(axis, ROUND_COLUMNS[name][0].upper() + ROUND_COLUMNS[name][1:])
     return figure
 
 

@@ -226,9 +226,8 @@ def _facts_table(facts: Mapping[str, Any]) -> str:
 
 def _config_table(config: PreTrainedConfig) -> str:
     """The fields that the model's own configuration adds to those of every transformers configuration."""
-    inherited = PreTrainedConfig().to_dict()
     # Tables of values are for the file alone.
-    left_out = {*inherited, "user_features"}
+    left_out = {*PreTrainedConfig().to_dict(), "user_features"}
     return _facts_table({name: value for name, value in config.to_dict().items() if name not in left_out})
 
 

@@ -32,8 +32,7 @@ def comparison_table(title: str, about: str, rows: Sequence[Mapping[str, Any]]) 
     objectives = [objective for objective in objectives_of(rows) if objective != REWARD]
     lines = []
     for row in rows:
-        change = row.get("change", {})
-        ranking = [Measured.of(row, name, change.get(name)) for name in ("recall@10", "coverage")]
+        ranking = [Measured.of(row, name, row.get("change", {}).get(name)) for name in ("recall@10", "coverage")]
         policy = [row["name"], row["rounds"], *ranking, row.get(KL), row.get("illegal_rate")]
         for judge in judges_of([row]):
             scores = row["judges"][judge]
@@ -63,8 +62,7 @@ def comparison_figure(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         for index, judge in enumerate(judges):
             changes = [judge_change(row, judge, f"{REWARD}_{kind}") or {} for row in rows]
             values = [(change.get("relative"), change.get("interval")) for change in changes]
-            shift = 0.2 * (index - (len(judges) - 1) / 2)
-            _intervals(axis, values, shift, judge_colour(judge), shown_name(judge))
+            _intervals(axis, values, 0.2 * (index - (len(judges) - 1) / 2), judge_colour(judge), shown_name(judge))
         axis.axvline(0, color=MUTED, linewidth=0.8)
         axis.xaxis.set_major_formatter(PercentFormatter(1))
         set_title(axis, f"{kind.capitalize()} reward, change")

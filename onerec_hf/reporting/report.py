@@ -326,8 +326,7 @@ def _curves_section(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     axes = styled_axes(figure, rows, columns)
     for axis, (name, curve) in zip(axes.flat, curves.items(), strict=False):
         steps, values = np.array(curve, dtype=float).T
-        few = len(steps) <= 20
-        axis.plot(steps, values, color=ACCENT, linewidth=1.4, marker="o" if few else None, markersize=3.5)
+        axis.plot(steps, values, color=ACCENT, linewidth=1.4, marker="o" if len(steps) <= 20 else None, markersize=3.5)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.set_xlabel("step", fontsize=9, color=MUTED)

@@ -88,8 +88,7 @@ def _bins(values: np.ndarray) -> tuple[list[np.ndarray], int]:
 
 def _ranks(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
-    rank = np.searchsorted(np.sort(values[known]), values, side="right") / known.sum()
-    return np.where(known, 2 * rank - 1, 0)
+    return np.where(known, 2 * np.searchsorted(np.sort(values[known]), values, side="right") / known.sum() - 1, 0)
 
 
 def _columns(columns: list[np.ndarray], length: int, dtype: type) -> np.ndarray:
@@ -168,8 +167,7 @@ class ExposureEncoder:
                 "sessions come from another catalogue than the tokenizer."
             )
         found = torch.from_numpy(indices)
-        codes = self.item_token_ids[found.clamp(min=0)]
-        return codes.masked_fill((found < 0)[..., None], self.config.pad_token_id)
+        return self.item_token_ids[found.clamp(min=0)].masked_fill((found < 0)[..., None], self.config.pad_token_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], latest: int | None = None) -> dict[str, torch.Tensor]:
         """`history_ids`, `history_indices`, `history_signals`, `user_totals` and `user_values` of B rows, padded at

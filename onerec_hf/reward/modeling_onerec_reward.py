@@ -255,8 +255,7 @@ class OneRecRewardTower(nn.Module):
         self.output = OneRecRewardEnsembleLinear(config, config.tower_hidden_size, 1)
 
     def forward(self, session: torch.Tensor) -> torch.Tensor:
-        hidden = self.dropout(self.act_fn(self.hidden(session)))
-        return self.output(hidden[..., None, :])[..., 0, 0]
+        return self.output(self.dropout(self.act_fn(self.hidden(session)))[..., None, :])[..., 0, 0]
 
 
 class OneRecRewardItemTable(nn.Module):
@@ -377,7 +376,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             width += 2 * num_signals * (3 + len(self._columns))
         if config.user_features:
             self.user_embeddings = OneRecRewardFeatureEmbeddings(
-                config, 1 + sum(len(values) for values in config.user_features.values())
+                config, 1 + sum(map(len, config.user_features.values()))
             )
             width += len(config.user_features) * config.feature_size
         self.fusion = OneRecRewardFusion(config, width)
@@ -549,8 +548,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         """For each session item `(B, Q or 1)`: the recency `(B, Q or 1, n)` of behaviours, how many came after each
         one and before the session, -1 where it is hidden; and how many places of the history are before the session.
         `prefixes` `(B, C)` as in `forward`."""
-        every = history_mask.sum(1, keepdim=True)
-        prefixes = every if prefixes is None else prefixes.repeat_interleave(num_items, 1)
+        prefixes = history_mask.sum(1, keepdim=True) if prefixes is None else prefixes.repeat_interleave(num_items, 1)
         recency = prefixes[..., None] - history_mask.cumsum(1)[:, None]
         hidden = ~history_mask[:, None] | (recency >= self.config.history_items)
         return recency.masked_fill(hidden, -1), (recency >= 0).sum(-1)
@@ -636,8 +634,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         if self.config.user_features:
             if user_values is None:
                 user_values = items.rows.new_zeros(len(states), len(self.config.user_features))
-            profile = self.user_embeddings(user_values)
-            inputs.append(profile[:, None].expand(-1, items.mask.shape[1], -1))
+            inputs.append(self.user_embeddings(user_values)[:, None].expand(-1, items.mask.shape[1], -1))
         return self.fusion(torch.cat(inputs, dim=-1))
 
     def _session_attention(self, items: torch.Tensor, session_mask: torch.BoolTensor, **kwargs) -> torch.Tensor:

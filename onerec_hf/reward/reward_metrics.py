@@ -50,12 +50,8 @@ def objective_metrics(
 ) -> dict[str, float | int]:
     """Quality of the estimates of each objective over its known labels.
 
-    For an objective x: `x_auc`, the chance that a session with a label above the median has a higher estimate than
-    one without (see [`above_median`]); `x_gauc`, the same among one user's sessions; `x_log_loss` and
-    `x_base_log_loss`, the cross-entropy of the estimate and of always answering the mean label [nats];
-    `x_calibration_error`, the mean gap between estimate and label over ten bins of equal size; `x_label_mean`,
-    `x_estimate_mean` and `x_labels` (count). A figure that is undefined (no known label, all labels equal) is left
-    out.
+    For each objective the figures of "reward_models" in metrics.json (`reporting.metrics_schema`), the median as in
+    [`above_median`]. One that is undefined (no known label, all labels equal) is left out.
 
     Args:
         probabilities: (S, O) estimates for S sessions.
@@ -112,8 +108,7 @@ def reliability_plot(probabilities: np.ndarray, labels: np.ndarray, names: Seque
         error = 2 * np.sqrt(observed * (1 - observed) / size)
         axis.plot([0, top], [0, top], color=OTHERS, linewidth=1, zorder=1)
         axis.errorbar(estimated, observed, error, color=ACCENT, marker="o", markersize=3.5, linewidth=1.2, capsize=2)
-        axis.set_xlim(0, top)
-        axis.set_ylim(0, max(top, float((observed + error).max()) * 1.02))
+        axis.set(xlim=(0, top), ylim=(0, max(top, float((observed + error).max()) * 1.02)))
         gap = np.average(np.abs(estimated - observed), weights=size)
         axis.text(0.05, 0.9, f"error {gap:.4f}", transform=axis.transAxes, color=INK, fontsize=8.5)
     figure.savefig(path, format="png", dpi=120)

@@ -5,7 +5,6 @@ A row is one of [`exposure_runs`] by catalogue index: `exposed`, `exposed_feedba
 for all sessions that are cut from it, each of which sees the exposures before it alone.
 """
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
@@ -80,8 +79,7 @@ def create_reward_model(
             objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
     model = OneRecRewardModel(known)
     signal_means = totals.signal_means.astype(np.float32)
-    tensors = map(torch.from_numpy, (features.values, features.ranks, totals.all(), signal_means))
-    model.set_items(*tensors, embeddings)
+    model.set_items(*map(torch.from_numpy, (features.values, features.ranks, totals.all(), signal_means)), embeddings)
     return model
 
 
@@ -140,8 +138,7 @@ class RewardCollator:
         rank = np.concatenate([np.arange(len(cut)) for cut in cuts])
         first, length = np.array([session for cut in cuts for session in cut], dtype=np.int64).reshape(-1, 2).T
         # Their places (S, m) in the runs set one after the other, -1 where there is no item.
-        run_ends = np.cumsum([len(run) for run in groups])
-        starts = np.r_[0, run_ends[:-1]][owner] + first
+        starts = np.r_[0, np.cumsum([len(run) for run in groups])[:-1]][owner] + first
         offsets = np.arange(longest)
         places = np.where(offsets < length[:, None], starts[:, None] + offsets, -1)
         shape = (len(rows), int(rank.max(initial=0)) + 1)
@@ -196,9 +193,7 @@ class RewardPredictions:
     @classmethod
     def joined(cls, parts: Sequence["RewardPredictions"]) -> "RewardPredictions":
         """All parts, one after the other."""
-        return cls(
-            *(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(cls))
-        )
+        return cls(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
 
     def metrics(self, config: OneRecRewardConfig) -> dict[str, float | int]:
         """[`objective_metrics`] of all objectives."""

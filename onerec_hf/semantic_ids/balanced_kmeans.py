@@ -154,13 +154,9 @@ class BalancedKMeans:
             raise ValueError(
                 f"num_clusters and max_iterations must be positive, got {num_clusters} and {max_iterations}"
             )
-        self.num_clusters = num_clusters
-        self.assignment = assignment
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
-        self.seed = seed
-        self.show_progress = show_progress
-        self.distributed = distributed
+        self.num_clusters, self.assignment, self.max_iterations = num_clusters, assignment, max_iterations
+        self.tolerance, self.seed = tolerance, seed
+        self.show_progress, self.distributed = show_progress, distributed
 
     def fit(self, x) -> "BalancedKMeans":
         """Fits the centroids on points (N, d).
@@ -190,10 +186,9 @@ class BalancedKMeans:
         few_points = num_points <= EXCHANGE_POINTS * num_clusters
         exchanges = self.assignment == "transport" and few_points and 1 < num_clusters <= EXCHANGE_CLUSTERS
         best_inertia, best, coarse = math.inf, None, True
-        progress = tqdm(range(self.max_iterations), desc="k-means", disable=not self.show_progress, leave=False)
-        num_iterations = 0
-        for _ in progress:
-            num_iterations += 1
+        progress = tqdm(range(1, self.max_iterations + 1), desc="k-means", disable=not self.show_progress, leave=False)
+        for iteration in progress:
+            self.num_iterations = iteration
             if self.assignment == "greedy":
                 labels = self._assign_greedy(x, centroids)
             elif self.assignment == "nearest":
@@ -227,7 +222,7 @@ class BalancedKMeans:
             float((part - centroids[labels]).square().sum(dtype=torch.float64))
             for part, labels in zip(x.split(PART_ROWS), self.labels.split(PART_ROWS), strict=True)
         )
-        self.centroids, self.num_iterations = centroids + center, num_iterations
+        self.centroids = centroids + center
         return self
 
     def predict(self, x) -> torch.Tensor:
@@ -236,7 +231,6 @@ class BalancedKMeans:
 
     def _over_ranks(self, pieces: Iterable, work: Callable, *results: torch.Tensor) -> None:
         """Does `work(index, piece)` for every piece; each fills its own part of the zero tensors `results`.
-
         With several processes, each does every n-th piece. The sum over processes then completes the results, exactly,
         as all but one of the summands are zero.
         """
@@ -299,7 +293,6 @@ class BalancedKMeans:
         self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor, scale: float | None, passes: int
     ) -> torch.Tensor:
         """Prices (K,) at which the points spread evenly; `scale`: mean squared distance to the own centroid.
-
         The prices given are the start; without a scale it is taken from the nearest centroids, and the start is cold.
         """
         if scale is not None:
@@ -382,7 +375,6 @@ class BalancedKMeans:
 
     def _exchange(self, x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> bool:
         """Moves at most one point out of every cluster and into it, where all moves together gain most; in place.
-
         Returns whether any point moved.
 
         The best set of disjoint cycles of clusters is an assignment problem between clusters, in which the gain of

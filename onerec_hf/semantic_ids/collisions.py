@@ -21,8 +21,7 @@ def prefix_ranks(codes: np.ndarray) -> np.ndarray:
     rank = np.zeros(len(codes), dtype=np.int64)
     for level in range(codes.shape[1]):
         # Ranks instead of products of all K, which overflow int64 for many large levels.
-        keys = rank * (int(codes[:, level].max(initial=0)) + 1) + codes[:, level]
-        rank = np.unique(keys, return_inverse=True)[1]
+        rank = np.unique(rank * (int(codes[:, level].max(initial=0)) + 1) + codes[:, level], return_inverse=True)[1]
         ranks[:, level] = rank
     return ranks
 

@@ -87,11 +87,8 @@ class Quantizer:
                 f"collision_policy must be one of {', '.join(COLLISION_POLICIES)}, got {collision_policy!r}"
             )
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
-        self.collision_policy = collision_policy
-        self.suffix_size = suffix_size
-        self.seed = seed
-        self.device = device
-        self.show_progress = show_progress
+        self.collision_policy, self.suffix_size, self.seed = collision_policy, suffix_size, seed
+        self.device, self.show_progress = device, show_progress
         self.codebooks: list[torch.Tensor] = []
         self.id_sizes = self.codebook_sizes
         self.fitted_error: float | None = None
@@ -210,8 +207,7 @@ class Quantizer:
         For new items, far above `fitted_error` it says that the codebooks do not know them.
         """
         x = self._checked(embeddings)
-        codes = self._nearest_codes(self._latents(x)).cpu().numpy()
-        return (x.cpu() - self.decode(codes)).square().sum(1)
+        return (x.cpu() - self.decode(self._nearest_codes(self._latents(x)).cpu())).square().sum(1)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `quantizer.json` and `codebooks.safetensors`; each appears whole or not at all.
@@ -335,14 +331,8 @@ def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
 
 
 def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> dict:
-    """JSON-able quality report of codes (N, L) for embeddings (N, d).
-
-    Per level: codes (K_l), used, use (used / K_l), entropy_bits and perplexity (2 ** entropy) of the code frequencies,
-    min_size and max_size (items per code), balance (N / K_l over max_size: 1 is even), and for quantized levels
-    reconstruction_error: the squared error that is left after this level, as a share of the embeddings' variance. Over
-    all levels: num_items, reconstruction_error, neighbours_kept (see that function), collision_rate (share of the
-    items whose ID is not theirs alone) and max_items_per_id.
-    """
+    """JSON-able quality report of codes (N, L) for embeddings (N, d): what "tokenizer" of metrics.json
+    (`reporting.metrics_schema`) says of them. Quantized levels alone have a reconstruction_error."""
     x = as_points(embeddings).cpu()
     codes = np.asarray(codes)
     variance = float((x - x.mean(0)).square().sum(dtype=torch.float64))

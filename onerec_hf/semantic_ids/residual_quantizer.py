@@ -45,9 +45,7 @@ class ResidualQuantizer(Quantizer):
             raise ValueError(
                 "code_assignment 'balanced' needs a balanced assignment ('transport' or 'greedy'), not plain K-means"
             )
-        self.assignment = assignment
-        self.code_assignment = code_assignment
-        self.max_iterations = max_iterations
+        self.assignment, self.code_assignment, self.max_iterations = assignment, code_assignment, max_iterations
 
     @property
     def quantizer_type(self) -> str:
@@ -62,8 +60,7 @@ class ResidualQuantizer(Quantizer):
         return quantizer
 
     def _fit_codebooks(self, x: torch.Tensor) -> torch.Tensor:
-        self.codebooks = []
-        codes = []
+        self.codebooks, codes = [], []
         levels = tqdm(self.codebook_sizes, desc="quantization levels", disable=not self.show_progress)
         for level, size in enumerate(levels):
             kmeans = BalancedKMeans(

@@ -81,12 +81,9 @@ class RQVAE(Quantizer):
         **settings,
     ):
         super().__init__(codebook_sizes, **settings)
-        self.latent_dim = latent_dim
-        self.hidden_sizes = tuple(hidden_sizes)
-        self.num_steps = num_steps
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.commitment = commitment
+        self.latent_dim, self.hidden_sizes = latent_dim, tuple(hidden_sizes)
+        self.num_steps, self.batch_size = num_steps, batch_size
+        self.learning_rate, self.commitment = learning_rate, commitment
 
     def _fit_codebooks(self, x: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed)
@@ -125,8 +122,7 @@ class RQVAE(Quantizer):
         return self._nearest_codes(self._latents(x))
 
     def _initial_codebooks(self, x: torch.Tensor) -> list[torch.Tensor]:
-        residual = self._latents(x)
-        codebooks = []
+        residual, codebooks = self._latents(x), []
         for level, size in enumerate(self.codebook_sizes):
             kmeans = BalancedKMeans(size, max_iterations=10, seed=self.seed + level).fit(residual)
             codebooks.append(kmeans.centroids.clone())
@@ -161,8 +157,7 @@ class RQVAE(Quantizer):
             return torch.cat([self.network.decode(rows) for rows in latents.split(ROWS_AT_ONCE)])
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        network = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        return super()._weights() | network
+        return super()._weights() | {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
 
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         super()._load_weights(weights)

@@ -41,8 +41,7 @@ def code_use_figure(counts_by_level: Sequence[np.ndarray]) -> Figure:
         # One outline instead of a bar a code keeps the picture small for thousands of codes.
         axis.stairs(counts, np.arange(len(counts) + 1), fill=True, color=SECOND)
         axis.axhline(counts.mean(), color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axis.set_xlim(0, len(counts))
-        axis.set_ylim(0, max(1.0, float(counts.max()) * 1.1))
+        axis.set(xlim=(0, len(counts)), ylim=(0, max(1.0, float(counts.max()) * 1.1)))
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.set_xlabel(f"{int((counts > 0).sum())} of {len(counts)} codes used", fontsize=9, color=MUTED)
         set_title(axis, f"Level {level + 1}")
@@ -67,10 +66,8 @@ def item_map_figure(embeddings, first_codes: np.ndarray, max_items: int = MAP_IT
     generator = np.random.default_rng(seed)
     shown = shown_codes(codes, seed=seed)
     # Drawn evenly, a code of a large codebook would have a handful of points, which show nothing.
-    each = max_items // (2 * len(shown))
-    drawn = [generator.permutation(np.flatnonzero(codes == code))[:each] for code in shown]
-    others = np.flatnonzero(~np.isin(codes, shown))
-    drawn = np.concatenate([*drawn, generator.permutation(others)[: max_items // 2]])
+    drawn = [generator.permutation(np.flatnonzero(codes == code))[: max_items // (2 * len(shown))] for code in shown]
+    drawn = np.concatenate([*drawn, generator.permutation(np.flatnonzero(~np.isin(codes, shown)))[: max_items // 2]])
     codes, x = codes[drawn], np.asarray(embeddings, dtype=np.float32)[drawn]
     figure = Figure(figsize=(10.6, 5.8), layout="constrained")
     axis = styled_axes(figure, 1, 1)[0, 0]
@@ -78,15 +75,13 @@ def item_map_figure(embeddings, first_codes: np.ndarray, max_items: int = MAP_IT
         # Small catalogues have fewer points than t-SNE's usual neighbourhood.
         perplexity = max(1.0, min(30.0, (len(x) - 1) / 3))
         places = TSNE(perplexity=perplexity, max_iter=500, random_state=seed, n_jobs=1).fit_transform(x)
-        grey = ~np.isin(codes, shown)
-        axis.scatter(*places[grey].T, color=OTHERS, s=6, linewidths=0, alpha=0.6)
+        axis.scatter(*places[~np.isin(codes, shown)].T, color=OTHERS, s=6, linewidths=0, alpha=0.6)
         for colour, code in zip(CODE_COLOURS, shown, strict=False):
             axis.scatter(*places[codes == code].T, color=colour, s=16, linewidths=0, label=f"<a_{code}>")
         axis.legend(
             loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, labelcolor=INK, title="first code"
         )
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.grid(visible=False)
     axis.set_xlabel(f"t-SNE of {len(x):,} of {len(first_codes):,} items", fontsize=9, color=MUTED)
     used = len(np.unique(first_codes))

@@ -86,7 +86,9 @@ def generate_with_trie(
         excluded=excluded,
         allowed=allowed,
         normalization=normalization,
-        encoder_outputs=type(encoder_outputs)(last_hidden_state=encoder_outputs.last_hidden_state[::copies]),
+        encoder_outputs=type(encoder_outputs)(
+            **{name: value[::copies] for name, value in encoder_outputs.items() if torch.is_tensor(value)}
+        ),
         **vars(options),
     )
     bos = found.token_ids.new_full((*found.items.shape, 1), model.config.bos_token_id)

@@ -58,7 +58,7 @@ def _session_search(
     of_search = {field.name for field in fields(SearchOptions)} & options.keys()
     search = SearchOptions(num_beams, **{name: options.pop(name) for name in of_search})
     histories = encoded_histories(model, **options)
-    constraint = ItemConstraint(trie, len(histories[0]), excluded, allowed)
+    constraint = ItemConstraint(trie, len(histories.hidden_states), excluded, allowed)
     return SessionSearch(model, histories, constraint, search, normalization, num_items)
 
 
@@ -94,7 +94,8 @@ def generate_sessions(
             over. `"level"`, the default: the codes of its level, which is exact since a place in the session fixes the
             level; `"constrained"`: the codes that an available item follows (`generate` with
             `renormalize_logits=True`); `"vocabulary"`: every token (plain `generate`). However sessions are searched
-            for, `scores` have it without temperature, filters and penalty.
+            for, `scores` have it without temperature, filters and penalty. With an item head `item_share`, g in
+            P(item) = g P_item + (1 - g) P_codes, the configuration's by default; 0 leaves the head out.
 
     Returns:
         [`SessionBeams`] of exactly `num_return` sessions.

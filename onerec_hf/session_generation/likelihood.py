@@ -5,6 +5,7 @@ from torch import nn
 
 from ..item_trie import ItemConstraint, ItemTrie
 from .code_scores import CodeScores
+from .item_mixture import ItemMixture
 from .session_search import encoded_histories
 
 
@@ -20,7 +21,7 @@ def session_log_probs(
     normalization: str = "constrained",
     **encoder_inputs,
 ) -> torch.FloatTensor:
-    """Log-probability of each session's codes given its user's history, encoded once.
+    """Log-probability of each session given its user's history, encoded once.
 
     Equals the scores of [`generate_sessions`] with the same arguments. With `"constrained"`, the distribution that
     `search="sample"` draws from, the probabilities of all sessions sum to 1, so that differences of two models'
@@ -30,7 +31,8 @@ def session_log_probs(
         model: The [`OneRecForConditionalGeneration`] in evaluation mode, or dropout takes part.
         trie: The catalogue, on the model's device.
         sessions: (batch, C, m) catalogue indices, -1 where there is no item, which adds nothing.
-        input_ids, attention_mask, encoder_inputs, normalization: As in [`generate_sessions`].
+        input_ids, attention_mask, normalization: As in [`generate_sessions`].
+        encoder_inputs: Further inputs of the encoder, or `encoder_outputs`; `item_share` as in [`generate_sessions`].
         excluded, allowed: The same. A session with an item that may not be given has probability 0 under
             `"constrained"` and `"level"`.
 
@@ -51,7 +53,7 @@ def session_log_probs(
     positions = trie.position[sessions.clamp(0, trie.num_items - 1)].long()
     if sessions.numel() and (sessions.max() >= trie.num_items or (there & (positions < 0)).any()):
         raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
-    encoder_hidden_states, encoder_mask = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
+    histories = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
     # From here on a missing item stands at the first position, and what it adds is left out at the end.
     positions = positions.masked_fill(~there, 0)
     nodes = torch.stack([trie.node_of(positions, level) for level in range(levels)], dim=-1)
@@ -60,15 +62,16 @@ def session_log_probs(
     decoder_input_ids = nn.functional.pad(tokens, (1, 0), value=config.bos_token_id).flatten(2)[..., :-1]
     hidden_states = model.get_decoder()(
         input_ids=decoder_input_ids.flatten(0, 1),
-        encoder_hidden_states=encoder_hidden_states,
-        encoder_attention_mask=encoder_mask,
+        encoder_hidden_states=histories.hidden_states,
+        encoder_attention_mask=histories.attention_mask,
         use_cache=False,
     ).last_hidden_state.view(batch, candidates, -1, config.hidden_size)
     constraint = ItemConstraint(trie, batch, excluded, allowed)
+    mixture = ItemMixture.of(histories, constraint, normalization)
     log_probs = torch.zeros(batch, candidates, device=model.device)
     for item in range(num_items):
         used = positions[..., :item].masked_fill(~there[..., :item], trie.num_positions)
-        node = torch.zeros_like(positions[..., item])
+        node, of_codes = torch.zeros_like(positions[..., item]), torch.zeros_like(log_probs)
         for level in range(levels):
             children, exists = trie.child_nodes(node, level)
             available = constraint.available(node, children, exists, level, used)
@@ -77,7 +80,9 @@ def session_log_probs(
             step = code_scores.log_probs(logits, trie.codes(children, level), available)
             taken = (children == node[..., None]) & exists
             step = step.masked_fill(~taken, -torch.inf).amax(-1)
-            log_probs += step.masked_fill(~there[..., item], 0.0)
+            of_codes += step
+        of_item = of_codes if mixture is None else mixture.log_probs(of_codes, node, levels - 1, used)
+        log_probs += of_item.masked_fill(~there[..., item], 0.0)
     return log_probs
 
 

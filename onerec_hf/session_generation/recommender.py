@@ -71,10 +71,10 @@ class Recommender:
             allowed_items: The only item ids that may be given: an inventory or a region.
             batch_size: Users encoded together.
             options: `num_beams`, the saved generation config's by default, and at least `top_k`; `normalization`,
-                `search` and `temperature` as [`generate_sessions`] has them, where with `"stochastic_beam"` the ranked
-                list is a draw without replacement, and `"diverse_beam"` is for sessions, and the list by plain beams;
-                `num_beam_groups` and `diversity_penalty` of the latter, for which beams are added to make the groups
-                equal; `seed`, which makes draws repeatable.
+                `item_share`, `search` and `temperature` as [`generate_sessions`] has them, where with
+                `"stochastic_beam"` the ranked list is a draw without replacement, and `"diverse_beam"` is for
+                sessions, and the list by plain beams; `num_beam_groups` and `diversity_penalty` of the latter, for
+                which beams are added to make the groups equal; `seed`, which makes draws repeatable.
 
         Returns:
             Per user `session`, the item ids of the best (or first drawn) session, or of the one that the scorer chose;
@@ -113,6 +113,7 @@ class Recommender:
         num_beams: int | None = None,
         normalization: str = "level",
         seed: int | None = None,
+        item_share: float | None = None,
         **options,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arguments of [`generate_sessions`] for the ranked list and for the sessions."""
@@ -127,7 +128,7 @@ class Recommender:
         sessions = SearchOptions(num_beams + added, generator=generator, **options)
         options["search"] = "beam" if wanted == "diverse_beam" else wanted
         ranking = SearchOptions(num_beams, generator=generator, **options)
-        shared = {"allowed": allowed, "normalization": normalization}
+        shared = {"allowed": allowed, "normalization": normalization, "item_share": item_share}
         return (
             {"num_return": min(top_k, num_beams), **shared, **vars(ranking)},
             {"num_return": 1 if self.scorer is None else None, **shared, **vars(sessions)},

@@ -16,10 +16,14 @@ class Candidates(NamedTuple):
     available: torch.BoolTensor  # whether an item that may be given follows
     codes: torch.LongTensor
     nodes: torch.LongTensor  # in the trie
+    # With an item head, log-probabilities of the item's codes alone, and of the items below each under the mixture.
+    code_log_probs: torch.Tensor | None = None
+    item_log_probs: torch.Tensor | None = None
 
     def proposal(self, temperature: float) -> torch.Tensor:
         """Log-probabilities to draw from, normalised over what is available."""
-        return log_softmax_over(self.logits.gather(-1, self.codes) / temperature, self.available)
+        logits = self.logits.gather(-1, self.codes) if self.item_log_probs is None else self.item_log_probs
+        return log_softmax_over(logits / temperature, self.available)
 
 
 class BeamSearch:

@@ -10,6 +10,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from ..item_trie import ItemConstraint
 from .beam_cache import BeamPaths, beam_cache
 from .code_scores import CodeScores
+from .item_mixture import ItemMixture
 from .searches import SEARCHES, Candidates, SearchOptions
 
 
@@ -21,21 +22,42 @@ class Beams(NamedTuple):
     token_ids: torch.LongTensor
 
 
+class EncodedHistories(NamedTuple):
+    """The encoder's output and the mask over its positions; the item head's log-probabilities (batch, N) and its share
+    g in the mixture, where it takes part."""
+
+    hidden_states: torch.Tensor
+    attention_mask: torch.Tensor | None
+    item_log_probs: torch.Tensor | None = None
+    item_share: float = 0.0
+
+
 def encoded_histories(
-    model, input_ids=None, attention_mask=None, encoder_outputs=None, **encoder_inputs
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The encoder's output, unless it is there already, and the mask over its positions.
+    model, input_ids=None, attention_mask=None, encoder_outputs=None, item_share: float | None = None, **encoder_inputs
+) -> EncodedHistories:
+    """Encodes the histories, unless that is done already.
+
+    Args:
+        item_share: g; the configuration's by default.
 
     Raises:
         TypeError: For an input that the encoder does not have; it would go unnoticed there.
+        ValueError: For a share of an item head that there is not.
     """
+    if model.config.item_head == "none" and item_share:
+        raise ValueError(f"item_share is {item_share}, but the model has no item head.")
     encoder = model.get_encoder()
     unknown = encoder_inputs.keys() - inspect.signature(encoder.forward).parameters.keys()
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: not an argument, nor an input of the encoder.")
     if encoder_outputs is None:
         encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
-    return encoder_outputs.last_hidden_state, encoder.position_mask(attention_mask)
+    histories = EncodedHistories(encoder_outputs.last_hidden_state, encoder.position_mask(attention_mask))
+    item_share = model.config.item_share if item_share is None else item_share
+    if model.config.item_head == "none" or not item_share:
+        return histories
+    item_log_probs = model.item_log_probs(encoder_outputs.item_states, histories.attention_mask)
+    return histories._replace(item_log_probs=item_log_probs, item_share=item_share)
 
 
 class SessionSearch:
@@ -43,13 +65,20 @@ class SessionSearch:
     surviving [`Beams`] after each item."""
 
     def __init__(
-        self, model, histories, constraint: ItemConstraint, options: SearchOptions, normalization: str, num_items: int
+        self,
+        model,
+        histories: EncodedHistories,
+        constraint: ItemConstraint,
+        options: SearchOptions,
+        normalization: str,
+        num_items: int,
     ):
         config, self.decoder = model.config, model.get_decoder()
         self.config, self.constraint, self.trie, self.num_items = config, constraint, constraint.trie, num_items
         self.code_scores = CodeScores(model, normalization)
         self.choose = SEARCHES[options.search](options)
-        hidden_states, attention_mask = histories
+        hidden_states = histories.hidden_states
+        self.mixture = ItemMixture.of(histories, constraint, normalization)
         batch, device = len(hidden_states), hidden_states.device
         # The codes of a session's last item are never read again.
         num_tokens = num_items * config.tokens_per_item - 1
@@ -58,7 +87,7 @@ class SessionSearch:
         attention_mask = create_bidirectional_mask(
             config=self.decoder.config,
             inputs_embeds=hidden_states[:, :1],
-            attention_mask=attention_mask,
+            attention_mask=histories.attention_mask,
             encoder_hidden_states=hidden_states,
         )
         self.decoder_inputs = {
@@ -80,6 +109,8 @@ class SessionSearch:
             # A user whose items are used up keeps each beam as it is, by a candidate that costs nothing.
             exhausted = (self.constraint.num_available <= item)[:, None]
             node = torch.zeros_like(self.scores, dtype=torch.long)
+            # For a mixture: the scores of the items before this one, and of this item's codes alone.
+            self.before, self.code_log_probs = self.scores, torch.zeros_like(self.scores)
             for level in range(levels):
                 node = self._extend(self._candidates(node, level, exhausted[..., None]), level)
             self.used = torch.cat([self.used, self._taken_positions(node, exhausted)[..., None]], dim=-1)
@@ -97,8 +128,16 @@ class SessionSearch:
         available = self.constraint.available(node, children, exists, level, self.used)
         available = torch.where(exhausted, torch.arange(exists.shape[-1], device=exists.device) == 0, available)
         log_probs = self.code_scores.log_probs(logits, codes, available)
-        log_probs = log_probs.masked_fill(available & exhausted, 0.0)
-        return Candidates(self.scores[..., None] + log_probs, logits, available, codes, children)
+        if self.mixture is None:
+            log_probs = log_probs.masked_fill(available & exhausted, 0.0)
+            return Candidates(self.scores[..., None] + log_probs, logits, available, codes, children)
+        of_codes = self.code_log_probs[..., None] + log_probs
+        # A beam without an item to go on to stays dead, although there are items below its node.
+        alive = available & self.scores.isfinite()[..., None]
+        of_items = self.mixture.log_probs(of_codes, children, level, self.used).masked_fill(~alive, -torch.inf)
+        of_items = of_items.masked_fill(available & exhausted, 0.0)
+        scores = self.before[..., None] + of_items
+        return Candidates(scores, logits, available, codes, children, of_codes, of_items)
 
     def _extend(self, candidates: Candidates, level: int) -> torch.LongTensor:
         """Chooses the new beams, has everything follow them and gives their nodes."""
@@ -107,6 +146,9 @@ class SessionSearch:
         parent = chosen // fan_out
         token = candidates.codes.flatten(1).gather(1, chosen) + self.config.level_offsets[level]
         self.scores = candidates.scores.flatten(1).gather(1, chosen)
+        if self.mixture is not None:
+            self.before = self.before.gather(1, parent)
+            self.code_log_probs = candidates.code_log_probs.flatten(1).gather(1, chosen)
         self.used = self.used.take_along_dim(parent[..., None], dim=1)
         generated = self.generated.take_along_dim(parent[..., None], dim=1)
         self.generated = torch.cat([generated, token[..., None]], dim=-1)

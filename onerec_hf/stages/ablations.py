@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset
 from safetensors.numpy import load_file
 
 from ..configuration_onerec import OneRecConfig
@@ -23,7 +22,6 @@ from ..reporting import comparison_figure, comparison_table
 from ..reporting.report import METHOD_NAMES
 from ..staged_files import staged_file
 from .align_stage import align_stage, run_align
-from .data_stage import PreparedData
 from .evaluate_stage import BASELINE_STAGE, ROUND, SEED_STAGE, baseline_stage, run_baselines, seed_stage
 from .evaluated_run import EvaluatedRun
 from .preferences_stage import run_sample_preferences
@@ -84,8 +82,7 @@ def _losses(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes
 
 
 def _ntp(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:
-    known = {"with": {}, "without": {"align": {**options.align, "ntp_per_pair": 0}}}
-    return {cell: known[cell] for cell in cells}
+    return {cell: {"with": {}, "without": {"align": {**options.align, "ntp_per_pair": 0}}}[cell] for cell in cells}
 
 
 def _rounds(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:
@@ -141,18 +138,9 @@ ABLATIONS = {
 
 TABLE_1 = "table1"
 TIGER, ONEREC, IPA = "tiger", "onerec", "ipa"
-TABLE_1_NAMES = {
-    **METHOD_NAMES,
-    TIGER: "TIGER-like",
-    ONEREC: "OneRec",
-    "dpo": "OneRec + DPO",
-    "ipo": "OneRec + IPO",
-    "cdpo": "OneRec + cDPO",
-    "rdpo": "OneRec + rDPO",
-    "cpo": "OneRec + CPO",
-    "simpo": "OneRec + SimPO",
-    "sdpo": "OneRec + S-DPO",
-    IPA: "OneRec + IPA",
+TABLE_1_NAMES = {**METHOD_NAMES, TIGER: "TIGER-like", ONEREC: "OneRec"} | {
+    name.lower().replace("-", ""): f"OneRec + {name}"
+    for name in ("DPO", "IPO", "cDPO", "rDPO", "CPO", "SimPO", "S-DPO", "IPA")
 }
 TABLE_1_ABOUT = (
     "Sessions of methods that rank items are those with the highest sum of scores. TIGER-like: OneRec's layers with "
@@ -232,8 +220,7 @@ class _Comparison:
 
     def row(self, name: str, results: PolicyResults, **about: Any) -> dict[str, Any]:
         """A policy's row of the table."""
-        before = None if results is self.seed else self.seed
-        return {"name": name, "rounds": None, **about, **results.summary(before)}
+        return {"name": name, "rounds": None, **about, **results.summary(None if results is self.seed else self.seed)}
 
 
 def _aligned_rows(comparison: _Comparison, name: str, cells: Sequence[str]) -> list[dict[str, Any]]:
@@ -273,11 +260,8 @@ def _aligned_row(
 
 
 def _aligned(args: RecipeArguments, changes: Changes, stage: str, shared: str | None = None) -> str:
-    """The stage that has aligned the seed model with changed settings: the run's own, or `stage`, run if need be.
-
-    Args:
-        shared: folder of the first round's pairs, shared with other cells.
-    """
+    """The stage that has aligned the seed model with changed settings: the run's own, or `stage`, run if need be; in
+    the folder `shared` are the first round's pairs, shared with other cells."""
     args = replace(args, hub_preferences_id=None, sample_model=None, **changes)
     if align_stage(args).is_complete():
         return "align"
@@ -322,10 +306,9 @@ def _table_1(comparison: _Comparison, cells: Sequence[str]) -> list[dict[str, An
         results = comparison.results(f"{base}/{TIGER}/evaluate", [trained], lambda run: _ranked_by_tiger(run, source))
         rows.append(comparison.row(names[TIGER], results))
     rows.append(comparison.row(TABLE_1_NAMES[ONEREC], comparison.seed))
+    # The cells of the ablation of the losses.
     losses = [name for name in names if name in LOSSES]
-    if losses:
-        # The cells of the ablation of the losses.
-        rows += [{**row, "name": names[row["name"]]} for row in _aligned_rows(comparison, "losses", losses)]
+    rows += [{**row, "name": names[row["name"]]} for row in _aligned_rows(comparison, "losses", losses)]
     if IPA in names:
         aligned = _aligned(args, {"align_reference": "previous"}, f"{base}/{IPA}/align")
         rows.append(_aligned_row(comparison, names[IPA], aligned, f"{base}/{IPA}/evaluate"))
@@ -346,18 +329,8 @@ def train_tiger(args: RecipeArguments, stage: str) -> Path:
     """
     size = OneRecConfig.from_preset(args.preset, **args.model)
     width = size.num_experts * size.moe_intermediate_size
-    single = replace(
-        args,
-        model={**args.model, "num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width},
-        session_items=1,
-        min_session_items=1,
-        session_source="positive",
-        session_cut="consecutive",
-        session_stride=None,
-        quality_predicates=None,
-    )
-
-    def next_items(prepared: PreparedData) -> Dataset:
-        return pretraining_sessions(prepared.split.fit, prepared.feed, single.group(DataArguments))
-
-    return run_pretrain(single, stage, next_items)
+    dense = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": width}
+    cut = {"session_items": 1, "min_session_items": 1, "session_source": "positive", "session_cut": "consecutive"}
+    single = replace(args, model={**args.model, **dense}, **cut, session_stride=None, quality_predicates=None)
+    arguments = single.group(DataArguments)
+    return run_pretrain(single, stage, lambda data: pretraining_sessions(data.split.fit, data.feed, arguments))

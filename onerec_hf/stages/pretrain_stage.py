@@ -20,6 +20,7 @@ from ..training_checkpoints import latest_complete_checkpoint
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .recipe_arguments import PretrainArguments, RecipeArguments
 from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
+from .tokenize_stage import load_item_embeddings
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
@@ -85,13 +86,16 @@ def run_pretrain(
         cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
         sessions = index_sessions(cut, tokenizer)
         parts = parted_sessions(sessions, options)
-        config = generator_config(options, data, tokenizer, parts["train"])
+        embeddings = load_item_embeddings(args.output_dir)
+        config = generator_config(options, data, tokenizer, parts["train"], embeddings)
         recent = {}
         if options.recent_days is not None:
             recent = {name: recent_sessions(sessions, options.recent_days) for name, sessions in parts.items()}
             if not len(recent["train"]):
                 raise ValueError(f"recent_days is {options.recent_days}, but no session has a time: leave it out.")
         model = OneRecForConditionalGeneration(config)
+        if config.item_content_size:
+            model.get_encoder().item_vectors.set_content(embeddings)
         trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS)
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
@@ -106,9 +110,16 @@ def run_pretrain(
 
 
 def generator_config(
-    options: PretrainArguments, data: DataArguments, tokenizer: OneRecTokenizer, sessions: Dataset
+    options: PretrainArguments,
+    data: DataArguments,
+    tokenizer: OneRecTokenizer,
+    sessions: Dataset,
+    embeddings: torch.Tensor,
 ) -> OneRecConfig:
-    """Configuration of the generator that is trained on these sessions."""
+    """Configuration of the generator that is trained on these sessions, of items with these embeddings."""
+    item_head = {}
+    if options.model.get("item_head", "none") != "none":
+        item_head = {"num_items": len(embeddings), "item_content_size": embeddings.shape[1]}
     return OneRecConfig.from_preset(
         options.preset,
         **{
@@ -120,6 +131,7 @@ def generator_config(
             "time_gap_buckets": TIME_GAP_BUCKETS if data.history_timestamps else 0,
             "user_features": user_feature_values(sessions),
             "codebook_sizes": list(tokenizer.codebook_sizes),
+            **item_head,
             **options.model,
         },
     )

@@ -187,7 +187,10 @@ class PretrainArguments(RecentSessions, StageArguments):
     """The session generator and its training (section 3.2)."""
 
     NESTED: ClassVar = {
-        "model": (OneRecConfig, {**BY_CODES, **BY_DATA, "history_feedback": "history_feedback"}),
+        "model": (
+            OneRecConfig,
+            {**BY_CODES, **BY_DATA, "history_feedback": "history_feedback", "num_items": "the data"},
+        ),
         "pretrain": (Seq2SeqTrainingArguments, BY_RUN),
         "pretrain_recent": (Seq2SeqTrainingArguments, BY_RUN),
     }

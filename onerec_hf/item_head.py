@@ -1,0 +1,114 @@
+"""The item head: a vector per item, and the cross-entropy of a softmax over the whole catalogue."""
+
+import math
+
+import torch
+from torch import nn
+
+_LOSS_CHUNK = 512
+
+
+class OneRecItemVectors(nn.Module):
+    """What the encoder reads of an item beside its codes, and what the item head multiplies a state with.
+
+    A vector is learned, and with a `content_size` the projection of the item's content embedding is added, so that
+    items without a behaviour have a vector too.
+    """
+
+    def __init__(self, num_items: int, hidden_size: int, content_size: int = 0):
+        super().__init__()
+        self.learned = nn.Embedding(num_items, hidden_size)
+        self.register_buffer("content", torch.zeros(num_items, content_size) if content_size else None)
+        if content_size:
+            self.content_proj = nn.Linear(content_size, hidden_size, bias=False)
+
+    def forward(self, items: torch.LongTensor | None = None) -> torch.Tensor:
+        """Vectors (..., hidden_size) of catalogue indices, 0 at -1; all of them, (N, hidden_size), where none are
+        given."""
+        if items is None:
+            content = 0.0 if self.content is None else self.content_proj(self.content)
+            return self.learned.weight + content
+        known = items.clamp(min=0)
+        vectors = self.learned(known)
+        if self.content is not None:
+            vectors = vectors + self.content_proj(self.content[known])
+        return vectors * (items >= 0)[..., None]
+
+    @torch.no_grad()
+    def set_content(self, content: torch.Tensor) -> None:
+        """Takes the items' content embeddings (N, item_content_size), each brought to a mean square of 1."""
+        self.content.copy_(_of_unit_variance(content))
+
+    @torch.no_grad()
+    def add(self, content: torch.Tensor) -> None:
+        """Appends items without a behaviour: their learned part is the mean of all items' (0 beside content).
+
+        Args:
+            content: (items, content_size) content embeddings.
+        """
+        learned = self.learned.weight
+        if self.content is None:
+            new = learned.mean(0).expand(len(content), -1)
+        else:
+            new = learned.new_zeros(len(content), learned.shape[1])
+            self.content = torch.cat([self.content, _of_unit_variance(content.to(self.content))])
+        self.learned = nn.Embedding.from_pretrained(torch.cat([learned, new]), freeze=False)
+
+
+def _of_unit_variance(content: torch.Tensor) -> torch.Tensor:
+    return nn.functional.normalize(content, dim=1) * content.shape[1] ** 0.5
+
+
+class FullSoftmaxLoss(torch.autograd.Function):
+    """Mean cross-entropy of `states @ vectors.T` in chunks that stay in the processor's cache.
+
+    The gradient is taken while a chunk's probabilities are at hand, so that the (T, N) logits never exist as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        count = len(states)
+        states_gradient = torch.empty_like(states)
+        vectors_gradient = torch.zeros_like(vectors)
+        buffer = states.new_empty(min(_LOSS_CHUNK, count), len(vectors))
+        total = states.new_zeros(())
+        for start in range(0, count, _LOSS_CHUNK):
+            chunk = states[start : start + _LOSS_CHUNK]
+            target = targets[start : start + _LOSS_CHUNK, None]
+            logits = torch.mm(chunk, vectors.T, out=buffer[: len(chunk)])
+            logits -= logits.amax(dim=1, keepdim=True)
+            target_logit = logits.gather(1, target)
+            exponentials = logits.exp_()
+            normaliser = exponentials.sum(dim=1, keepdim=True)
+            total += (normaliser.log() - target_logit).sum()
+            residual = exponentials.div_(normaliser * count)
+            residual.scatter_add_(1, target, torch.full_like(target_logit, -1.0 / count))
+            torch.mm(residual, vectors, out=states_gradient[start : start + len(chunk)])
+            vectors_gradient.addmm_(residual.T, chunk)
+        ctx.save_for_backward(states_gradient, vectors_gradient)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        states_gradient, vectors_gradient = ctx.saved_tensors
+        return states_gradient * gradient, vectors_gradient * gradient, None
+
+
+def sampled_softmax_loss(
+    states: torch.Tensor, vectors: OneRecItemVectors, targets: torch.Tensor, num_negatives: int
+) -> torch.Tensor:
+    """Mean cross-entropy with the softmax's denominator estimated, without bias, from items drawn uniformly.
+
+    Args:
+        states: (targets, hidden_size).
+        vectors: The items' vectors, of which those of targets and drawn items are read.
+        targets: (targets,) catalogue indices.
+        num_negatives: Items drawn, with replacement, for all states together.
+    """
+    num_items = vectors.learned.num_embeddings
+    drawn = torch.randint(num_items, (num_negatives,), device=states.device)
+    # A drawn item stands for num_items / num_negatives of them, the target for itself alone.
+    logits = states @ vectors(drawn).T + math.log(num_items / num_negatives)
+    logits = logits.masked_fill(drawn == targets[:, None], -torch.inf)
+    target_logits = (states * vectors(targets)).sum(-1, keepdim=True)
+    return (torch.cat([target_logits, logits], 1).float().logsumexp(1) - target_logits[:, 0]).mean()

@@ -1,0 +1,310 @@
+"""The item head: a softmax over the catalogue at every position of a causal encoder."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch.nn.functional import cross_entropy, normalize
+
+from onerec_hf import (
+    ItemTrie,
+    OneRecConfig,
+    OneRecForConditionalGeneration,
+    OneRecTokenizer,
+    generate_sessions,
+    recommend,
+    stream_sessions,
+)
+from onerec_hf.item_head import FullSoftmaxLoss, OneRecItemVectors, sampled_softmax_loss
+from onerec_hf.pretraining import SessionCollator
+from onerec_hf.semantic_ids import ResidualQuantizer
+from onerec_hf.session_generation import session_log_probs
+
+ITEMS = 12
+
+
+def item_config(**overrides):
+    settings = {
+        "history_positions": "item",
+        "encoder_attention": "causal",
+        "encoder_positions": "distance",
+        "encoder_layers": 2,
+        "history_items": 6,
+        "session_items": 2,
+        "item_head": "encoder",
+        "num_items": ITEMS,
+        "item_content_size": 3,
+        "initializer_range": 0.3,
+    }
+    return OneRecConfig.from_preset("debug", **(settings | overrides))
+
+
+def item_model(**overrides):
+    torch.manual_seed(0)
+    model = OneRecForConditionalGeneration(item_config(**overrides)).eval()
+    if model.config.item_content_size:
+        model.get_encoder().item_vectors.content.normal_()
+    return model
+
+
+def history_inputs(model, histories, side="left"):
+    """Item i has the codes (i % 8, i // 8, 0)."""
+    longest = max(map(len, histories))
+    first, second, third = model.config.level_offsets
+    tokens, items = [], []
+    for history in histories:
+        pads = [-1] * (longest - len(history))
+        items.append(pads + history if side == "left" else history + pads)
+        slots = [[first + i % 8, second + i // 8, third, model.config.sep_token_id] for i in items[-1]]
+        slots = [[0] * 4 if item < 0 else slot for item, slot in zip(items[-1], slots, strict=True)]
+        tokens.append([token for slot in slots for token in slot][:-1])
+    items, tokens = torch.tensor(items), torch.tensor(tokens)
+    mask = (items >= 0).long().repeat_interleave(4, dim=1)[:, :-1]
+    return {"input_ids": tokens, "attention_mask": mask, "history_item_indices": items}
+
+
+def test_full_softmax_loss_is_cross_entropy(monkeypatch):
+    monkeypatch.setattr("onerec_hf.item_head._LOSS_CHUNK", 4)
+    torch.manual_seed(0)
+    states = torch.randn(10, 5, dtype=torch.double, requires_grad=True)
+    vectors = torch.randn(7, 5, dtype=torch.double, requires_grad=True)
+    targets = torch.randint(0, 7, (10,))
+    loss = FullSoftmaxLoss.apply(states, vectors, targets)
+    expected = cross_entropy(states @ vectors.T, targets)
+    torch.testing.assert_close(loss, expected)
+    for given, wanted in zip(
+        torch.autograd.grad(3 * loss, (states, vectors)),
+        torch.autograd.grad(3 * expected, (states, vectors)),
+        strict=True,
+    ):
+        torch.testing.assert_close(given, wanted)
+
+
+def test_sampled_softmax_estimates_the_denominator(monkeypatch):
+    vectors = OneRecItemVectors(7, 16)
+    states, targets = torch.randn(10, 16), torch.randint(0, 7, (10,))
+    full = cross_entropy(states @ vectors().T, targets)
+    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: torch.arange(7).repeat(2))
+    torch.testing.assert_close(sampled_softmax_loss(states, vectors, targets, 14), full)
+
+
+def test_a_vector_is_learned_plus_projected_content():
+    vectors = OneRecItemVectors(2, 2, content_size=3)
+    vectors.content.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]]))
+    with torch.no_grad():
+        vectors.learned.weight.copy_(torch.tensor([[10.0, 20.0], [0.0, 0.0]]))
+        vectors.content_proj.weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    assert vectors().tolist() == [[17.0, 36.0], [2.0, 5.0]]
+    assert vectors(torch.tensor([[1, -1], [0, 1]])).tolist() == [[[2.0, 5.0], [0.0, 0.0]], [[17.0, 36.0], [2.0, 5.0]]]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("positions", ["absolute", "distance"])
+def test_every_position_is_the_end_of_its_prefix(positions, attention):
+    """One pass over a history gives at each position what encoding that prefix alone gives, under any padding."""
+    model = item_model(encoder_positions=positions, item_encoders=1)
+    model.set_attn_implementation(attention)
+    encoder, history = model.get_encoder(), [3, 1, 4, 1, 5]
+    whole = encoder(**history_inputs(model, [history])).item_states[0].transpose(0, 1)
+    for side in ("left", "right"):
+        prefixes = [history[:length] for length in range(1, 6)]
+        inputs = history_inputs(model, prefixes, side)
+        states = encoder(**inputs).item_states
+        mask = encoder.position_mask(inputs["attention_mask"])
+        log_probs = model.item_log_probs(states, mask)
+        torch.testing.assert_close(log_probs, model.item_log_probs(whole[:, :, None]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(5))
+
+
+def test_the_loss_is_joint():
+    model = item_model(item_loss_weight=0.5)
+    inputs = history_inputs(model, [[3, 1, 4], [5, 9]])
+    item_targets = torch.tensor([[1, 4, 7], [-100, -100, 2]])
+    first, second, third = model.config.level_offsets
+    labels = torch.tensor([[first + 7, second, third]] * 2)
+    out = model(**inputs, labels=labels, item_targets=item_targets)
+    torch.testing.assert_close(out.loss, out.code_loss + 0.5 * out.item_loss)
+    logits = out.item_states[:, 0] @ model.get_encoder().item_vectors().T
+    torch.testing.assert_close(out.item_loss, cross_entropy(logits.flatten(0, 1), item_targets.flatten()))
+    torch.testing.assert_close(out.code_loss, model(**inputs, labels=labels).loss)
+    out.item_loss.backward()
+    assert model.get_encoder().item_vectors.content_proj.weight.grad.abs().sum() > 0
+    assert model.get_encoder().embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_heads_are_trained_apart_and_fused_by_their_geometric_mean():
+    model = item_model(item_encoders=2)
+    encoder = model.get_encoder()
+    inputs, item_targets = history_inputs(model, [[3, 1, 4], [5, 9]]), torch.tensor([[1, 4, 7], [-100, -100, 2]])
+    states = encoder(**inputs).item_states
+    vectors = [encoder.item_vectors, *(further.item_vectors for further in encoder.item_encoders)]
+    logits = [head @ items().T for head, items in zip(states.unbind(1), vectors, strict=True)]
+    losses = [cross_entropy(head.flatten(0, 1), item_targets.flatten()) for head in logits]
+    torch.testing.assert_close(model.item_loss(states, item_targets), sum(losses))
+    product = torch.stack([head[:, -1].softmax(-1) for head in logits]).prod(0) ** (1 / 3)
+    torch.testing.assert_close(model.item_log_probs(states).exp(), product / product.sum(-1, keepdim=True))
+    (gradient,) = torch.autograd.grad(
+        losses[0], encoder.item_encoders[0].item_vectors.learned.weight, allow_unused=True
+    )
+    assert gradient is None or not gradient.any()
+
+
+def test_saved_with_its_content(tmp_path):
+    model = item_model()
+    model.save_pretrained(tmp_path)
+    loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.config.num_items == ITEMS
+    torch.testing.assert_close(loaded.get_encoder().item_vectors(), model.get_encoder().item_vectors())
+
+
+def test_new_items_have_the_vector_of_their_content(tmp_path):
+    model = item_model(item_encoders=1)
+    vectors = model.get_encoder().item_vectors
+    before, content = vectors(), torch.randn(2, 3)
+    model.add_items(content)
+    torch.testing.assert_close(
+        vectors(), torch.cat([before, vectors.content_proj(normalize(content) * content.shape[1] ** 0.5)])
+    )
+    model.save_pretrained(tmp_path)
+    loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path)
+    states = torch.randn(1, 2, 1, 16)
+    torch.testing.assert_close(loaded.item_log_probs(states), model.item_log_probs(states))
+    learned = model.get_encoder().item_encoders[0].item_vectors.learned.weight
+    torch.testing.assert_close(learned[ITEMS:], learned[:ITEMS].mean(0).expand(2, -1))
+
+
+def test_off_where_it_is_not_configured():
+    model = item_model(item_head="none", encoder_positions="absolute", num_items=0, item_content_size=0)
+    assert not [name for name in model.state_dict() if "item_" in name.replace("item_proj", "") or "distance" in name]
+    inputs = history_inputs(model, [[3, 1]])
+    with pytest.raises(ValueError, match="takes no history_item_indices"):
+        model.get_encoder()(**inputs)
+    inputs.pop("history_item_indices")
+    assert model.get_encoder()(**inputs).item_states is None
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"item_head": "decoder"}, "item_head must be"),
+        ({"num_items": 0}, "needs encoder_attention='causal'"),
+        ({"encoder_attention": "bidirectional"}, "needs encoder_attention='causal'"),
+        ({"encoder_positions": "relative"}, "encoder_positions must be"),
+    ],
+)
+def test_fields_that_do_not_fit_together(overrides, message):
+    with pytest.raises(StrictDataclassClassValidationError, match=message):
+        item_config(**overrides)
+
+
+def mixture_case(**overrides):
+    """A model with an item head, the trie of twelve items and the histories of three users, one of them empty."""
+    model = item_model(codebook_sizes=[8, 8, 8], **overrides)
+    codes = torch.stack([torch.arange(ITEMS) % 8, torch.arange(ITEMS) // 8, torch.zeros(ITEMS, dtype=torch.long)], 1)
+    return model, ItemTrie(codes, [8, 8, 8]), history_inputs(model, [[0, 5, 11], [3], [7, 2]])
+
+
+def item_probabilities(model, trie, inputs, share, normalization, excluded=None, used=None):
+    """P(item) (batch, N) by brute force: the head's softmax, and every item's codes one by one."""
+    codes = torch.full((3, ITEMS, 1), 0).copy_(torch.arange(ITEMS)[None, :, None])
+    free = torch.ones(3, ITEMS, dtype=torch.bool)
+    for row, items in enumerate(excluded if excluded is not None else []):
+        free[row, [item for item in items.tolist() if item >= 0]] = False
+    allowed = free if normalization == "constrained" else None
+    of_codes = session_log_probs(
+        model, trie, codes, **inputs, allowed=allowed, normalization=normalization, item_share=0
+    ).exp()
+    encoder = model.get_encoder()
+    states = encoder(**inputs).item_states
+    of_items = model.item_log_probs(states, encoder.position_mask(inputs["attention_mask"])).exp() * free
+    if normalization == "constrained":
+        of_items = of_items / of_items.sum(1, keepdim=True)
+    return share * of_items + (1 - share) * of_codes * free
+
+
+@pytest.mark.parametrize("normalization", ["level", "constrained"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_ranked_list_has_the_mixtures_probability_of_every_item(share, normalization):
+    model, trie, inputs = mixture_case()
+    excluded = torch.tensor([[0, 5, 11], [3, -1, -1], [-1, -1, -1]])
+    expected = item_probabilities(model, trie, inputs, share, normalization, excluded)
+    options = {"item_share": share, "normalization": normalization, "excluded": excluded}
+    found = generate_sessions(model, trie, **inputs, num_items=1, num_beams=ITEMS, **options)
+    for row, (items, scores) in enumerate(zip(found.items[..., 0], found.scores, strict=True)):
+        given = items >= 0
+        assert given.sum() == ITEMS - (excluded[row] >= 0).sum() and len(items[given].unique()) == given.sum()
+        torch.testing.assert_close(scores[given].exp(), expected[row][items[given]])
+        assert (scores[given].diff() <= 1e-6).all()
+    every = torch.arange(ITEMS).expand(3, -1)[..., None]
+    again = session_log_probs(model, trie, every, **inputs, **options)
+    torch.testing.assert_close(again.exp(), expected)
+    if normalization == "constrained":
+        torch.testing.assert_close(again.exp().sum(1), torch.ones(3))
+
+
+def test_sessions_have_the_mixtures_probability_and_draws_follow_it():
+    model, trie, inputs = mixture_case(item_share=0.6)
+    options = {"normalization": "constrained"}
+    found = generate_sessions(model, trie, **inputs, num_items=2, num_beams=ITEMS * (ITEMS - 1), **options)
+    assert (found.items >= 0).all() and (found.items[..., 0] != found.items[..., 1]).all()
+    torch.testing.assert_close(found.scores.exp().sum(1), torch.ones(3))  # all sessions there are
+    torch.testing.assert_close(session_log_probs(model, trie, found.items, **inputs, **options), found.scores)
+    # Without the head's share it is another distribution, and without the head there is none to ask for.
+    plain = generate_sessions(model, trie, **inputs, num_items=2, num_beams=4, item_share=0)
+    assert not torch.equal(plain.items, found.items[:, :4])
+    drawn = generate_sessions(
+        model, trie, **inputs, num_items=1, num_beams=6000, search="sample", generator=torch.Generator(), **options
+    )
+    expected = item_probabilities(model, trie, inputs, 0.6, "constrained")
+    counts = torch.stack([torch.bincount(items[:, 0], minlength=ITEMS) for items in drawn.items])
+    torch.testing.assert_close(counts / 6000, expected, atol=0.03, rtol=0)
+    streamed = list(stream_sessions(model, trie, **inputs, num_items=2, num_beams=ITEMS * ITEMS, **options))
+    assert [item.item for item in streamed if item.user == 0] == found.items[0, 0].tolist()
+
+
+def test_what_the_mixture_cannot_do_is_refused():
+    model, trie, inputs = mixture_case()
+    with pytest.raises(ValueError, match=r"item_share must lie in \[0, 1\], got 2"):
+        generate_sessions(model, trie, **inputs, item_share=2)
+    shared = ItemTrie(torch.zeros(ITEMS, 3, dtype=torch.long), [8, 8, 8])
+    with pytest.raises(ValueError, match="Items share semantic IDs"):
+        generate_sessions(model, shared, **inputs)
+    plain = OneRecForConditionalGeneration(OneRecConfig.from_preset("debug")).eval()
+    with pytest.raises(ValueError, match="the model has no item head"):
+        generate_sessions(plain, trie, input_ids=inputs["input_ids"], item_share=0.5)
+
+
+@pytest.fixture
+def tokenizer():
+    embeddings = torch.randn(ITEMS, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    return OneRecTokenizer.fit(range(100, 100 + ITEMS), embeddings, ResidualQuantizer([8, 8, 8]))
+
+
+def test_every_behaviour_is_followed_by_a_label_and_the_last_by_the_sessions_first_item(tokenizer):
+    collate = SessionCollator(tokenizer, item_model(history_items=3))
+    rows = [
+        {"history": [4, 5, 6, 7], "session": [8, 9]},
+        {"history": [2], "session": [1]},
+        {"history": [], "session": [3]},
+    ]
+    batch = collate(rows)
+    assert batch["history_item_indices"].tolist() == [[5, 6, 7], [-1, -1, 2], [-1, -1, -1]]
+    assert batch["item_targets"].tolist() == [[6, 7, 8], [-100, -100, 1], [-100, -100, -100]]
+    shared = [{"rows": [{"history": [4, 5], "sessions": [[5], [6, 7]], "prefixes": [1, 2]}]}]
+    assert collate(shared)["item_targets"].tolist() == [[5, 6]]
+
+
+def test_recommends_with_the_head_and_new_items_once_they_have_a_vector(tokenizer):
+    model = item_model()
+    histories = [[100, 103], [105]]
+    first = recommend(model, tokenizer, histories, top_k=ITEMS, num_beams=ITEMS)
+    assert [len(row["items"]) for row in first] == [ITEMS - 2, ITEMS - 1]
+    by_codes = model.config.item_share
+    model.config.item_share = 0.0
+    assert recommend(model, tokenizer, histories, top_k=ITEMS, num_beams=ITEMS) != first
+    model.config.item_share = by_codes
+    tokenizer.add_items([200], torch.ones(1, 3).numpy())
+    longer = recommend(model, tokenizer, [[100, 200]], top_k=ITEMS, num_beams=ITEMS)  # read by its codes alone
+    assert len(longer[0]["items"]) == ITEMS - 1
+    model.add_items(torch.ones(1, 3))
+    before, after = (recommend(model, tokenizer, [[100]], top_k=13, num_beams=13, item_share=s) for s in (0, 1))
+    assert 200 in after[0]["items"] and before != after
