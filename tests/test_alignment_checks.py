@@ -70,6 +70,12 @@ def test_nothing_is_measured_without_held_out_sessions(policies):
     assert make_checks(training_rows().select([])).measure(policies[0], {}) == {}
 
 
+def test_undefined_figures_are_missing():
+    """Sessions of one item have no diversity within them."""
+    figures = make_checks(training_rows(4)).measure(tiny_generator(session_items=1), {})
+    assert set(figures) == {"session_recall@10", "illegal_rate", "popular_share"}
+
+
 def test_checks_of_runs_that_called_it_recall_are_read():
     assert session_recall({"recall@10": 0.25}) == 0.25 == session_recall({"session_recall@10": 0.25, "recall@10": 1.0})
     with pytest.warns(FutureWarning, match="exclude_consumed"):

@@ -122,6 +122,11 @@ class TestPolicyResults:
         assert change["coverage"]["relative"] == 0 and "kl_to_seed" not in change
         assert "change" not in results.summary()
 
+    def test_an_undefined_figure_is_missing(self, results):
+        """Sessions of one item have no diversity within them."""
+        undefined = PolicyResults({"intra_session_diversity": float("nan")}, results.by_user, results.top_items, 60)
+        assert "intra_session_diversity" not in undefined.summary()
+
     def test_is_saved_whole(self, results, tmp_path):
         results.save(tmp_path / "round_0.safetensors")
         loaded = PolicyResults.load(tmp_path / "round_0.safetensors")

@@ -19,7 +19,7 @@ from ..session_generation import generate_sessions
 from ..session_likelihood import sampled_divergence, session_log_probs
 from ..tokenization_onerec import OneRecTokenizer
 from .policy_inputs import draw_sessions, evaluation_mode, generation_inputs
-from .policy_results import popular_item_share
+from .policy_results import defined_figures, popular_item_share
 from .ranking_metrics import illegal_rate, intra_session_diversity
 
 RECALL = "session_recall@10"
@@ -64,7 +64,7 @@ class AlignmentChecks:
     def measure(
         self, model: OneRecForConditionalGeneration, references: Mapping[str, OneRecForConditionalGeneration]
     ) -> dict[str, float]:
-        """The policy's figures; nothing where no session is held out.
+        """The policy's figures, without the undefined ones; nothing where no session is held out.
 
         Args:
             references: by name, the policies that the divergence is measured to.
@@ -81,13 +81,14 @@ class AlignmentChecks:
         with evaluation_mode(model):
             recall = self._session_recall(model)
             sessions, codes, divergences = self._drawn(model, references)
-        return {
+        figures = {
             RECALL: recall,
             "illegal_rate": illegal_rate(codes, self.tokenizer.codes),
             "diversity": intra_session_diversity(sessions, self.item_embeddings),
             "popular_share": float(np.nanmean(popular_item_share(sessions.numpy(), self.popular))),
             **{f"kl_to_{name}": float(values.nanmean()) for name, values in divergences.items()},
         }
+        return defined_figures(figures)
 
     def _session_recall(self, model: OneRecForConditionalGeneration) -> float:
         recalls = []

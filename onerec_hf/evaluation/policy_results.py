@@ -59,7 +59,7 @@ class PolicyResults:
         Returns:
             A round of "alignment" in metrics.json (`reporting.metrics_schema`); with `before` also its `change`.
         """
-        result: dict[str, Any] = dict(self.facts)
+        result: dict[str, Any] = defined_figures(self.facts)
         judges: dict[str, dict[str, Any]] = {}
         for name, values in self.by_user.items():
             judge, _, figure = name.rpartition("/")
@@ -86,6 +86,11 @@ class PolicyResults:
         relative, interval = coverage_change(before.top_items, self.top_items)
         change["coverage"] = {"relative": relative, "interval": list(interval)}
         return change
+
+
+def defined_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are NaN: JSON has no such number, and who reads figures takes a missing one as unmeasured."""
+    return {name: value for name, value in figures.items() if not (isinstance(value, float) and np.isnan(value))}
 
 
 def last_kept(alignment: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
