@@ -63,16 +63,15 @@ class ItemMixture:
             mass = self._at(self.probs, start)
         else:
             mass = (self._at(self.before, end) - self._at(self.before, start)).to(self.probs.dtype)
+        taken = self._at(self.probs, used.clamp(max=self.trie.num_positions - 1)) * (used < self.trie.num_positions)
+        per_beam = *used.shape[:2], *(1,) * (nodes.dim() - 2)
         for place in range(used.shape[-1]):
-            position = used[..., place].view(*used.shape[:2], *(1,) * (nodes.dim() - 2))
-            taken = self._at(self.probs, position.clamp(max=self.trie.num_positions - 1))
-            taken = taken * (position < self.trie.num_positions)
-            mass = mass - taken * ((position >= start) & (position < end))
+            position = used[..., place].view(per_beam)
+            mass = mass - taken[..., place].view(per_beam) * ((position >= start) & (position < end))
         mass = mass.clamp(min=0)
         if self.constrained and used.shape[-1]:
-            gone = self._at(self.probs, used.clamp(max=self.trie.num_positions - 1)) * (used < self.trie.num_positions)
-            left = (1 - gone.sum(-1)).clamp(min=torch.finfo(mass.dtype).tiny)
-            mass = mass / left.view(*used.shape[:2], *(1,) * (nodes.dim() - 2))
+            left = (1 - taken.sum(-1)).clamp(min=torch.finfo(mass.dtype).tiny)
+            mass = mass / left.view(per_beam)
         of_items, of_codes = self.log_shares
         return torch.logaddexp(of_items + mass.log(), of_codes + code_log_probs)
 

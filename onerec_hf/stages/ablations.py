@@ -82,7 +82,8 @@ def _losses(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes
 
 
 def _ntp(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:
-    return {cell: {"with": {}, "without": {"align": {**options.align, "ntp_per_pair": 0}}}[cell] for cell in cells}
+    known = {"with": {}, "without": {"align": {**options.align, "ntp_per_pair": 0}}}
+    return {cell: known[cell] for cell in cells}
 
 
 def _rounds(options: RecipeArguments, cells: Sequence[str]) -> dict[str, Changes]:

@@ -86,7 +86,8 @@ def run_pretrain(
         cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
         sessions = index_sessions(cut, tokenizer)
         parts = parted_sessions(sessions, options)
-        embeddings = load_item_embeddings(args.output_dir)
+        with_item_head = options.model.get("item_head", "none") != "none"
+        embeddings = load_item_embeddings(args.output_dir) if with_item_head else None
         config = generator_config(options, data, tokenizer, parts["train"], embeddings)
         recent = {}
         if options.recent_days is not None:
@@ -114,11 +115,12 @@ def generator_config(
     data: DataArguments,
     tokenizer: OneRecTokenizer,
     sessions: Dataset,
-    embeddings: torch.Tensor,
+    embeddings: torch.Tensor | None,
 ) -> OneRecConfig:
-    """Configuration of the generator that is trained on these sessions, of items with these embeddings."""
+    """Configuration of the generator that is trained on these sessions, with an item head of items with these
+    embeddings."""
     item_head = {}
-    if options.model.get("item_head", "none") != "none":
+    if embeddings is not None:
         item_head = {"num_items": len(embeddings), "item_content_size": embeddings.shape[1]}
     return OneRecConfig.from_preset(
         options.preset,
