@@ -9,12 +9,14 @@ Nothing here may see the test period: histories passed to [`behaviour_embeddings
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.utils.extmath import randomized_svd
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
@@ -45,8 +47,7 @@ def text_embeddings(
     Raises:
         ValueError: no text at all; the encoder gives NaN, with the row.
     """
-    texts = ["" if text is None or text != text else str(text).strip() for text in texts]
-    present = np.array([bool(text) for text in texts], dtype=bool)
+    texts, present = _known_texts(texts)
     if not present.any():
         raise ValueError(f"none of the {len(texts)} texts holds anything; check the text column")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -74,6 +75,37 @@ def text_embeddings(
         embeddings[batch] = pooled
     _require_finite(embeddings, present, f"text embeddings of {model_name_or_path}")
     return embeddings, present
+
+
+def term_embeddings(
+    texts: Sequence[str | None], dim: int = 128, min_count: int = 2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latent semantic analysis: TF-IDF of the words and truncated SVD; needs no model and takes seconds.
+
+    Args:
+        texts: N texts; None, NaN and blank ones count as missing.
+        min_count: words of fewer texts say nothing about likeness and are left out.
+
+    Returns:
+        Embeddings float32 (N, at most dim), present bool (N,); False where a text has no such word.
+    """
+    texts, _ = _known_texts(texts)
+    split = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").build_analyzer()
+    counts = Counter(word for text in texts for word in set(split(text)))
+    words = sorted(word for word, count in counts.items() if count >= min_count)
+    if not words:
+        return np.zeros((len(texts), 1), dtype=np.float32), np.zeros(len(texts), dtype=bool)
+    weights = TfidfVectorizer(analyzer=split, vocabulary=words, sublinear_tf=True).fit_transform(texts)
+    present = np.diff(weights.indptr) > 0
+    embeddings = _truncated_svd(weights, min(dim, *weights.shape), power=1.0, seed=seed)
+    embeddings[~present] = 0
+    return embeddings, present
+
+
+def _known_texts(texts: Sequence[str | None]) -> tuple[list[str], np.ndarray]:
+    """Texts, empty where there is none, and which of them hold anything."""
+    texts = ["" if text is None or text != text else str(text).strip() for text in texts]
+    return texts, np.array([bool(text) for text in texts], dtype=bool)
 
 
 def pairs_in_window(

@@ -5,7 +5,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from onerec_hf.item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
+from onerec_hf.item_embeddings import (
+    behaviour_embeddings,
+    feature_embeddings,
+    fuse_embeddings,
+    term_embeddings,
+    text_embeddings,
+)
 
 
 def cosine(a, b):
@@ -43,6 +49,25 @@ class TestTextEmbeddings:
     def test_no_text(self):
         with pytest.raises(ValueError, match="none of the 2 texts"):
             text_embeddings([None, ""], "unused")
+
+
+class TestTermEmbeddings:
+    def test_titles_of_like_words_are_near(self):
+        texts = ["Red shoe, size 7", "red SHOE", None, "blue hat", "hat blue 7", "unique"]
+        embeddings, present = term_embeddings(texts)
+        assert embeddings.dtype == np.float32 and embeddings.shape == (6, 5)  # red, shoe, 7, blue, hat
+        assert present.tolist() == [True, True, False, True, True, False] and not embeddings[~present].any()
+        # As many dimensions as words keep the inner products of the weights: rows of unit length.
+        likeness = embeddings @ embeddings.T
+        assert np.allclose(np.diag(likeness)[present], 1, atol=1e-5) and abs(likeness[1, 3]) < 1e-5
+        idf = 1 + np.log(7 / 3)  # every word stands in two of the six texts
+        assert np.isclose(likeness[0, 1], 2 * idf**2 / (np.sqrt(3) * np.sqrt(2) * idf**2), atol=1e-5)
+        assert term_embeddings(texts, dim=2)[0].shape == (6, 2)
+
+    def test_no_shared_word_says_nothing(self):
+        for texts in (["one", "two"], [None, ""]):
+            embeddings, present = term_embeddings(texts)
+            assert embeddings.shape == (2, 1) and not present.any()
 
 
 class TestBehaviourEmbeddings:

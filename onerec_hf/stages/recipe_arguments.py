@@ -133,8 +133,10 @@ class TokenizeArguments(StageArguments):
     """Item embeddings and semantic IDs (section 3.1). A source with weight 0 is left out."""
 
     content_weight: float = option(1.0, "Weight of the items' own embedding column.")
-    text_weight: float = option(1.0, "Weight of the text embedding; needs text_encoder.")
-    text_encoder: str | None = option(None, "Hub id or folder of an AutoModel that encodes the items' text column.")
+    text_weight: float = option(1.0, "Weight of the embedding of the items' text column.")
+    text_encoder: str | None = option(
+        None, "Hub id or folder of an AutoModel that encodes the text. Default: TF-IDF of its words."
+    )
     behaviour_weight: float = option(1.0, "Weight of the co-occurrence embedding.")
     behaviour_dim: int = option(64, "Dimensions of the co-occurrence embedding.")
     feature_weight: float = option(1.0, "Weight of the item feature columns.")

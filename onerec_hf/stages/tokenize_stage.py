@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from ..data import Feed
 from ..embedding_adaptation import EmbeddingAdaptation
-from ..item_embeddings import behaviour_embeddings, feature_embeddings, fuse_embeddings, text_embeddings
+from ..item_embeddings import (
+    behaviour_embeddings,
+    feature_embeddings,
+    fuse_embeddings,
+    term_embeddings,
+    text_embeddings,
+)
 from ..semantic_ids import make_quantizer
 from ..semantic_ids.semantic_id_report import CODE_SAMPLES_FILE, ITEM_MAP_FILE, write_semantic_id_report
 from ..session_rows import catalogue_index_lists
@@ -92,11 +98,13 @@ def embed_items(feed: Feed, prepared: PreparedData, options: TokenizeArguments) 
     if options.content_weight and feed.embedding_column:
         content = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
         sources.append((content, np.ones(len(content), dtype=bool), options.content_weight))
-    if options.text_weight and options.text_encoder:
-        if feed.text_column is None:
-            raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
-        texts = feed.items[feed.text_column].tolist()
-        sources.append((*text_embeddings(texts, options.text_encoder), options.text_weight))
+    if options.text_encoder and feed.text_column is None:
+        raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
+    if options.text_weight and feed.text_column is not None:
+        texts, encoder = feed.items[feed.text_column].tolist(), options.text_encoder
+        embeddings, present = text_embeddings(texts, encoder) if encoder else term_embeddings(texts)
+        if present.any():  # titles that share no word say nothing
+            sources.append((embeddings, present, options.text_weight))
     if options.behaviour_weight:
         behaviour = behaviour_embeddings(fitted_histories(feed, prepared), len(feed.items), dim=options.behaviour_dim)
         sources.append((*behaviour, options.behaviour_weight))
@@ -106,6 +114,6 @@ def embed_items(feed: Feed, prepared: PreparedData, options: TokenizeArguments) 
     if not sources:
         raise ValueError(
             f"The items of {feed.name} have no embedding: give one of content_weight (with an embedding column), "
-            "text_encoder, behaviour_weight or feature_weight (with feature columns)."
+            "text_weight (with a text column), behaviour_weight or feature_weight (with feature columns)."
         )
     return fuse_embeddings(sources, normalisation=options.embedding_normalisation)
