@@ -82,6 +82,8 @@ class OneRecConfig(PreTrainedConfig):
             own, which the codes' loss does not touch; the head is the geometric mean of all their distributions.
         item_loss_weight: Weight of the item head's loss beside eq 4.
         item_share: g, the item head's share in what is generated: P(item) = g P_item + (1 - g) P_codes.
+        item_gate: In place of `item_share`, each user's g is the sigmoid of a linear map of the state of its history,
+            which [`fit_item_gate`] fits after training.
         item_negatives: Items drawn at random for each batch, in place of the whole catalogue, to estimate the softmax
             that the item head is trained with; 0: the whole catalogue.
         expert_bias_update_rate: Step by which a router's selection bias moves towards balanced load after every
@@ -123,6 +125,7 @@ class OneRecConfig(PreTrainedConfig):
     item_encoders: int = 0
     item_loss_weight: float = 1.0
     item_share: float = 0.5
+    item_gate: bool = False
     item_negatives: int = 0
     hidden_act: str = "silu"
     dropout: float = 0.1
@@ -189,6 +192,8 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(f"item_share must lie in [0, 1], got {self.item_share}.")
         if self.item_head not in ("none", "encoder"):
             raise ValueError(f"item_head must be 'none' or 'encoder', got {self.item_head!r}.")
+        if self.item_gate and self.item_head == "none":
+            raise ValueError("item_gate weighs the item head, which there is none of: set item_head.")
         if self.item_head == "encoder" and not (
             self.encoder_attention == "causal" and self.history_positions == "item" and self.num_items > 0
         ):

@@ -873,6 +873,8 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.item_gate:
+            self.item_gate = nn.Linear(config.hidden_size, 1)
         self.post_init()
         self.generation_config = session_generation_config(config)
 
@@ -921,6 +923,19 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
                 total = total + FullSoftmaxLoss.apply(states[kept], vectors(), targets)
         return total
 
+    @staticmethod
+    def latest_item_states(item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(batch, heads, hidden_size) of each history's latest behaviour; arguments as of [`item_log_probs`]."""
+        last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return item_states[torch.arange(len(item_states), device=item_states.device), :, last]
+
+    def item_shares(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | float:
+        """g, the item head's share: of each user (batch,) by the gate, or the configuration's for all of them;
+        arguments as of [`item_log_probs`]."""
+        if not self.config.item_gate:
+            return self.config.item_share
+        return self.item_gate(self.latest_item_states(item_states, mask)[:, 0]).squeeze(-1).float().sigmoid()
+
     def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The item head's distribution over the item that follows each history: the heads' geometric mean.
 
@@ -931,8 +946,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         Returns:
             (batch, N) log-probabilities, float32.
         """
-        last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
-        states = item_states[torch.arange(len(item_states), device=item_states.device), :, last]
+        states = self.latest_item_states(item_states, mask)
         # A mean of logits is a geometric mean of distributions: their normalisers are the same for all items.
         logits = sum(head @ vectors().T for head, vectors in zip(states.unbind(1), self._item_vectors(), strict=True))
         return (logits.float() / states.shape[1]).log_softmax(-1)

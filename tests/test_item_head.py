@@ -17,7 +17,7 @@ from onerec_hf import (
 from onerec_hf.item_head import FullSoftmaxLoss, OneRecItemVectors, sampled_softmax_loss
 from onerec_hf.pretraining import SessionCollator
 from onerec_hf.semantic_ids import ResidualQuantizer
-from onerec_hf.session_generation import session_log_probs
+from onerec_hf.session_generation import fit_item_gate, session_log_probs
 
 ITEMS = 12
 
@@ -186,6 +186,7 @@ def test_off_where_it_is_not_configured():
     "overrides, message",
     [
         ({"item_head": "decoder"}, "item_head must be"),
+        ({"item_head": "none", "item_gate": True}, "item_gate weighs the item head"),
         ({"num_items": 0}, "needs encoder_attention='causal'"),
         ({"encoder_attention": "bidirectional"}, "needs encoder_attention='causal'"),
         ({"encoder_positions": "relative"}, "encoder_positions must be"),
@@ -259,6 +260,40 @@ def test_sessions_have_the_mixtures_probability_and_draws_follow_it():
     torch.testing.assert_close(counts / 6000, expected, atol=0.03, rtol=0)
     streamed = list(stream_sessions(model, trie, **inputs, num_items=2, num_beams=ITEMS * ITEMS, **options))
     assert [item.item for item in streamed if item.user == 0] == found.items[0, 0].tolist()
+
+
+def test_the_gate_learns_of_whom_which_part_is_right(tmp_path):
+    """Users go on as the head says after items 0 to 5, and as the codes say after the others."""
+    model, trie, _ = mixture_case(item_gate=True, item_share=1.0)
+    histories = [[item] for item in range(ITEMS)] * 40
+    inputs = history_inputs(model, histories)
+    parts = [item_probabilities_of(model, trie, inputs, share) for share in (1.0, 0.0)]
+    by_head = torch.arange(len(histories)) % ITEMS < 6
+    probabilities = torch.where(by_head[:, None], *parts)
+    following = probabilities.multinomial(1, generator=torch.Generator().manual_seed(0)).squeeze(1)
+    fitted = fit_item_gate(model, trie, [(inputs, following)])
+    states = model.get_encoder()(**inputs).item_states
+    shares = model.item_shares(states)
+    assert shares[by_head].mean() > 0.7 > 0.3 > shares[~by_head].mean()
+    assert fitted["num_users"] == len(histories) and abs(fitted["item_share"] - shares.mean().item()) < 1e-5
+    assert fitted["nll_mixture"] < min(fitted["nll_items"], fitted["nll_codes"])
+    # What is generated has each user's own share, and so has a reloaded model.
+    model.save_pretrained(tmp_path)
+    loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path).eval()
+    few = history_inputs(model, [[0], [7]])
+    found = generate_sessions(loaded, trie, **few, num_items=1, num_beams=ITEMS, normalization="constrained")
+    expected = torch.stack([shares[row] * parts[0][row] + (1 - shares[row]) * parts[1][row] for row in (0, 7)])
+    torch.testing.assert_close(found.scores.exp(), expected.gather(1, found.items[..., 0]))
+    every = torch.arange(ITEMS).expand(2, -1)[..., None]
+    again = session_log_probs(loaded, trie, every, **few, normalization="constrained")
+    torch.testing.assert_close(again.exp(), expected)
+    with pytest.raises(ValueError, match="raise holdout_sessions"):
+        fit_item_gate(model, trie, [])
+
+
+def item_probabilities_of(model, trie, inputs, share):
+    every = torch.arange(ITEMS).expand(len(inputs["input_ids"]), -1)[..., None]
+    return session_log_probs(model, trie, every, **inputs, normalization="constrained", item_share=share).exp()
 
 
 def test_what_the_mixture_cannot_do_is_refused():

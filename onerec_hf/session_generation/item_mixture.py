@@ -5,8 +5,6 @@ P_item over them, which prefix sums over the trie's positions give for any node,
 probabilities. So the score of every prefix, and at last of every item, is exact.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -19,7 +17,7 @@ class ItemMixture:
     Args:
         constraint: what each user may be given; other items have no probability.
         item_log_probs: (batch, N) of the item head, N at most the catalogue's items; later ones have no probability.
-        item_share: g, in (0, 1].
+        item_share: g, in (0, 1], or of each user (batch,) in (0, 1).
         normalization: with `"constrained"` P_item is normalised over what the user may still be given.
 
     Raises:
@@ -34,14 +32,19 @@ class ItemMixture:
         return cls(constraint, histories.item_log_probs, histories.item_share, normalization)
 
     def __init__(
-        self, constraint: ItemConstraint, item_log_probs: torch.Tensor, item_share: float, normalization: str
+        self,
+        constraint: ItemConstraint,
+        item_log_probs: torch.Tensor,
+        item_share: torch.Tensor | float,
+        normalization: str,
     ):
-        if not 0 < item_share <= 1:
+        if not torch.is_tensor(item_share) and not 0 < item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {item_share}.")
         self.trie, self.constrained = constraint.trie, normalization == "constrained"
         if self.trie.max_items_per_leaf > 1:
             raise ValueError("Items share semantic IDs, which the item head tells apart: generate with item_share=0.")
-        self.log_shares = math.log(item_share), math.log1p(-item_share) if item_share < 1 else -math.inf
+        share = torch.as_tensor(item_share, dtype=item_log_probs.dtype, device=item_log_probs.device)
+        self.log_shares = share.log(), (-share).log1p()
         probs = nn.functional.pad(item_log_probs.exp(), (0, self.trie.num_items - item_log_probs.shape[1]))
         self.probs = constraint.mask_positions(probs[:, self.trie.order])
         if self.constrained:
@@ -72,7 +75,7 @@ class ItemMixture:
         if self.constrained and used.shape[-1]:
             left = (1 - taken.sum(-1)).clamp(min=torch.finfo(mass.dtype).tiny)
             mass = mass / left.view(per_beam)
-        of_items, of_codes = self.log_shares
+        of_items, of_codes = (share.view(-1, *(1,) * (nodes.dim() - 1)) for share in self.log_shares)
         return torch.logaddexp(of_items + mass.log(), of_codes + code_log_probs)
 
     @staticmethod

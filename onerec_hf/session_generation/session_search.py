@@ -29,7 +29,7 @@ class EncodedHistories(NamedTuple):
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor | None
     item_log_probs: torch.Tensor | None = None
-    item_share: float = 0.0
+    item_share: torch.Tensor | float = 0.0
 
 
 def encoded_histories(
@@ -38,7 +38,7 @@ def encoded_histories(
     """Encodes the histories, unless that is done already.
 
     Args:
-        item_share: g; the configuration's by default.
+        item_share: g; the model's by default.
 
     Raises:
         TypeError: For an input that the encoder does not have; it would go unnoticed there.
@@ -53,10 +53,13 @@ def encoded_histories(
     if encoder_outputs is None:
         encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
     histories = EncodedHistories(encoder_outputs.last_hidden_state, encoder.position_mask(attention_mask))
-    item_share = model.config.item_share if item_share is None else item_share
-    if model.config.item_head == "none" or not item_share:
+    if model.config.item_head == "none":
         return histories
-    item_log_probs = model.item_log_probs(encoder_outputs.item_states, histories.attention_mask)
+    states = encoder_outputs.item_states, histories.attention_mask
+    item_share = model.item_shares(*states) if item_share is None else item_share
+    if not torch.is_tensor(item_share) and not item_share:
+        return histories
+    item_log_probs = model.item_log_probs(*states)
     return histories._replace(item_log_probs=item_log_probs, item_share=item_share)
 
 

@@ -1,6 +1,6 @@
 """Stage `pretrain`: session-wise next-token prediction to the seed model M_0 (section 3.2, eq 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
+from ..evaluation.policy_inputs import evaluation_mode, generation_inputs
+from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import OneRecPretrainer
+from ..session_generation import fit_item_gate
 from ..session_rows import index_sessions, user_feature_values
 from ..shared_histories import share_histories
 from ..tokenization_onerec import OneRecTokenizer
@@ -23,8 +26,10 @@ from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
 from .tokenize_stage import load_item_embeddings
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
+MAX_HELD_OUT_USERS = 20  # for an item gate: one in so many users
 TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 
+GATE_BATCH = 128
 MODEL = "model"  # where a stage that makes a generator puts it
 
 TRAINING_DEFAULTS = {
@@ -49,10 +54,21 @@ def training_log(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def parted_sessions(sessions: Dataset, options: PretrainArguments) -> dict[str, Dataset]:
     """Sessions that are trained on (`train`, in their own order, in which a user's stand together) and those held out
-    of all training (`test`)."""
-    holdout = min(options.holdout_sessions, len(sessions) // 10)
-    shuffled = np.random.default_rng(options.seed).permutation(len(sessions))
-    return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
+    of all training (`test`).
+
+    For an item gate the latest sessions of some users are held out, of whom nothing is trained on: with an item head
+    every behaviour of a history is a target too, so that a user's other sessions would give the answer away.
+    """
+    random = np.random.default_rng(options.seed)
+    if not options.model.get("item_gate", False):
+        holdout = min(options.holdout_sessions, len(sessions) // 10)
+        shuffled = random.permutation(len(sessions))
+        return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
+    users = np.asarray(sessions.with_format("arrow")[:]["user_id"].to_pandas())
+    last = np.flatnonzero(np.r_[users[1:] != users[:-1], True])
+    drawn = random.permutation(last)[: min(options.holdout_sessions, len(last) // MAX_HELD_OUT_USERS)]
+    held_out = np.isin(users, users[drawn])
+    return {"train": sessions.select(np.flatnonzero(~held_out)), "test": sessions.select(drawn)}
 
 
 def recent_sessions(sessions: Dataset, days: float) -> Dataset:
@@ -104,10 +120,26 @@ def run_pretrain(
             trainer = train_generator(model, tokenizer, recent, options, last, **options.pretrain_recent)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
+        if config.item_gate:
+            results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
         save_trained_model(trainer, folder / MODEL)
         return results
 
     return run_stage(Stage(stage, args.output_dir, options, ["data", "tokenize"]), work)
+
+
+def fit_gate(model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, held_out: Dataset) -> dict[str, float]:
+    """Fits the item gate to the first items of held-out sessions; every process does the same."""
+    trie = ItemTrie.from_tokenizer(tokenizer).to(model.device)
+
+    def batches() -> Iterator[tuple[dict[str, torch.Tensor | None], torch.LongTensor]]:
+        for start in range(0, len(held_out), GATE_BATCH):
+            rows = held_out.select(range(start, min(start + GATE_BATCH, len(held_out)))).to_list()
+            following = torch.tensor([row["session"][0] for row in rows], device=model.device)
+            yield generation_inputs(model, tokenizer, rows), following
+
+    with evaluation_mode(model):
+        return fit_item_gate(model, trie, batches())
 
 
 def generator_config(
