@@ -1,7 +1,8 @@
 """Readers: from files to a Feed.
 
-KuaiRand (the official CSV download, or the Parquet folder of this project), Amazon-style sequences, a person's own
-tables and `datasets` repositories by a column mapping, and the simulated feed; and a saved Feed.
+KuaiRand (the official CSV download, or the Parquet folder of this project), Amazon-style sequences, other public sets
+(see public_sets.py), a person's own tables and `datasets` repositories by a column mapping, and the simulated feed;
+and a saved Feed.
 
 A column mapping is a YAML file:
 
@@ -56,6 +57,15 @@ from ..staged_files import staged_directory
 from .data_arguments import DataArguments
 from .data_files import data_folder, read_columns
 from .feed import Feed
+from .public_sets import (
+    read_amazon_reviews,
+    read_eb_nerd,
+    read_kuairec,
+    read_mind,
+    read_movielens,
+    read_otto,
+    read_yambda,
+)
 from .schema import KEY_COLUMNS, DataError, require_columns
 from .simulated_feed import SimulatedFeed
 
@@ -75,6 +85,13 @@ DURATION_COLUMN = "video_duration"
 SOURCE_PATTERNS = {
     "kuairand": ("log_standard_*.csv", "video_features_basic_*.csv", "user_features_*.csv", "*.parquet"),
     "amazon": ("interactions.parquet", "items.parquet"),
+    "amazon_reviews": ("*.csv", "*.csv.gz", "meta_*.jsonl", "meta_*.jsonl.gz"),
+    "movielens": ("ratings.*", "movies.*", "users.dat"),
+    "yambda": ("listens.parquet", "likes.parquet", "*_item_mapping.parquet"),
+    "mind": ("behaviors.tsv", "news.tsv", "*/behaviors.tsv", "*/news.tsv"),
+    "eb_nerd": ("articles.parquet", "*/behaviors.parquet", "*/history.parquet"),
+    "kuairec": ("*_matrix.csv", "item_categories.csv"),
+    "otto": ("*train.jsonl", "*train.jsonl.gz", "*test.jsonl", "*test.jsonl.gz"),
 }
 
 
@@ -86,15 +103,17 @@ def load_feed(args: DataArguments) -> Feed:
     """
     if args.dataset == "simulated":
         feed = SimulatedFeed.generate(args.simulated_users, args.simulated_items, args.data_seed).feed()
-    elif args.dataset == "kuairand":
-        feed = read_kuairand(args.data_dir)
-    elif args.dataset == "amazon":
-        feed = read_amazon(args.data_dir)
     elif args.dataset == "table":
         feed = read_table(args.data_dir, args.column_mapping)
-    else:
+    elif args.dataset == "hub":
         feed = read_hub_dataset(args.hub_dataset, args.column_mapping)
-    return feed if args.positive_feedback is None else feed.with_positive_feedback(args.positive_feedback)
+    else:
+        feed = FOLDER_READERS[args.dataset](args.data_dir)
+    if args.positive_feedback is not None:
+        feed = feed.with_positive_feedback(args.positive_feedback)
+    if args.repeated_positives != "keep":
+        feed = feed.without_repeats(in_a_row=args.repeated_positives == "first_in_a_row")
+    return feed
 
 
 def source_files(args: DataArguments) -> list[Path]:
@@ -182,6 +201,19 @@ def read_amazon(data_dir: str | Path) -> Feed:
         text_column="title",
         multi_categorical_columns=["attribute_ids"],
     )
+
+
+FOLDER_READERS = {
+    "kuairand": read_kuairand,
+    "amazon": read_amazon,
+    "amazon_reviews": read_amazon_reviews,
+    "movielens": read_movielens,
+    "yambda": read_yambda,
+    "mind": read_mind,
+    "eb_nerd": read_eb_nerd,
+    "kuairec": read_kuairec,
+    "otto": read_otto,
+}
 
 
 def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:

@@ -170,6 +170,8 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
         return values.astype("Int64") if missing.any() else values.astype(np.int64)
     if nullable and pd.api.types.is_float_dtype(known.dtype) and bool((known % 1 == 0).all()):
         return values.astype("Int64")  # integers with gaps, as most readers give them
+    if isinstance(known.dtype, pd.StringDtype):
+        return values.astype("string") if missing.any() else values.astype("str")
     text = np.array([isinstance(v, str) for v in values], dtype=bool)
     number = np.array([isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values], dtype=bool)
     kind = text if (text & ~missing).any() else number
