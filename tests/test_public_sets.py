@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,19 @@ def test_rows_times_positives_and_items(case, tmp_path):
 
 def test_every_folder_set_has_a_reader_and_says_what_it_reads():
     assert set(FOLDER_SETS) == FOLDER_READERS.keys() == SOURCE_PATTERNS.keys()
+
+
+def test_the_documented_blocks_are_options_of_the_recipes(tmp_path):
+    text = (Path(__file__).parents[1] / "recipes" / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Sets\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == ["dataset", *FOLDER_SETS]
+    blocks = section.split("```yaml\n")[1].split("```")[0].split("---\n")
+    for number, block in enumerate(blocks):
+        config = tmp_path / f"{number}.yaml"
+        config.write_text(block, encoding="utf-8")
+        args = parse_recipe_arguments(["--config", str(config), "--output_dir", str(tmp_path)])
+        assert args.group(DataArguments).dataset in block
+    assert len(blocks) == 8
 
 
 def read(dataset: str, folder: Path, **options):
