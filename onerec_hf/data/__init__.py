@@ -3,6 +3,15 @@
 from .data_arguments import DataArguments
 from .exposures import exposure_runs, feedback_signals, signal_names, user_exposures
 from .feed import Feed, FeedbackPredicate, SessionSimulator, positive_mask
+from .public_sets import (
+    read_amazon_reviews,
+    read_eb_nerd,
+    read_kuairec,
+    read_mind,
+    read_movielens,
+    read_otto,
+    read_yambda,
+)
 from .readers import (
     load_feed,
     load_saved_feed,

@@ -8,8 +8,14 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
+# Read from a folder by a reader of their own.
+FOLDER_SETS = (
+    *("kuairand", "amazon", "amazon_reviews", "movielens", "yambda"),
+    *("mind", "eb_nerd", "kuairec", "otto"),
+)
 CHOICES = {
-    "dataset": ("simulated", "kuairand", "amazon", "table", "hub"),
+    "dataset": ("simulated", *FOLDER_SETS, "table", "hub"),
+    "repeated_positives": ("keep", "first", "first_in_a_row"),
     "session_source": ("positive", "exposed"),
     "session_cut": ("consecutive", "gap", "user_day", "session_id"),
     "quality_join": ("any", "all"),
@@ -32,9 +38,11 @@ class DataArguments:
     """
 
     dataset: str = option(
-        "simulated", "Where the data comes from: simulated, kuairand, amazon, table (CSV or Parquet) or hub."
+        "simulated",
+        f"Where the data comes from: simulated, a public set ({', '.join(FOLDER_SETS)}), table (CSV or Parquet) or "
+        "hub.",
     )
-    data_dir: str | None = option(None, "Folder of the data files, for kuairand, amazon and table.")
+    data_dir: str | None = option(None, "Folder of the data files, for public sets and table.")
     column_mapping: str | None = option(None, "YAML file that maps your columns to the schema, for table and hub.")
     hub_dataset: str | None = option(None, "Hub dataset repository id, for hub.")
     simulated_users: int = option(2000, "Users of the simulated world.")
@@ -44,6 +52,11 @@ class DataArguments:
         None,
         "Feedback that makes a behaviour positive, any of: a column (more than 0) or a comparison such as "
         "watch_time>=60. Default: the data set's own.",
+    )
+    repeated_positives: str = option(
+        "keep",
+        "What stays of a user's positive behaviours with the same item: all (keep), the first, or the first of those "
+        "in a row (first_in_a_row). What is not positive stays.",
     )
     history_items: int = option(256, "n: latest positive behaviours that make a history (paper, 3.1: 256).")
     session_items: int = option(5, "m: items of a session (paper, 3.2: 5).")
@@ -109,8 +122,8 @@ class DataArguments:
             raise ValueError(
                 f"min_history_items={self.min_history_items} is more than history_items={self.history_items}."
             )
-        needed = {"kuairand": ["data_dir"], "amazon": ["data_dir"], "table": ["data_dir", "column_mapping"]}
-        needed["hub"] = ["hub_dataset", "column_mapping"]
+        needed = {name: ["data_dir"] for name in FOLDER_SETS}
+        needed |= {"table": ["data_dir", "column_mapping"], "hub": ["hub_dataset", "column_mapping"]}
         for name in needed.get(self.dataset, []):
             if getattr(self, name) is None:
                 raise ValueError(f"dataset={self.dataset!r} needs {name}: give --{name}.")

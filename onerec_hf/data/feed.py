@@ -190,6 +190,25 @@ class Feed:
         """A copy with other conditions of a positive behaviour. Raises DataError for an unknown column."""
         return dataclasses.replace(self, positive_feedback=list(positive_feedback))
 
+    def without_repeats(self, in_a_row: bool = False) -> Feed:
+        """A copy in which a user's later positive behaviours with the same item are left out.
+
+        Args:
+            in_a_row: only those that follow one another, with no positive behaviour with another item between them.
+        """
+        positive = np.flatnonzero(positive_mask(self.interactions, self.positive_feedback))
+        pairs = self.interactions[["user_id", "item_id"]].iloc[positive]
+        if in_a_row:
+            numbers = pairs.groupby(["user_id", "item_id"], sort=False).ngroup().to_numpy()
+            repeats = np.diff(numbers, prepend=-1) == 0
+        else:
+            repeats = pairs.duplicated().to_numpy()
+        kept = np.ones(len(self.interactions), dtype=bool)
+        kept[positive[repeats]] = False
+        interactions = self.interactions[kept].reset_index(drop=True)
+        interactions["position"] = interactions.groupby("user_id").cumcount()
+        return dataclasses.replace(self, interactions=interactions)
+
 
 def positive_mask(interactions: pd.DataFrame, positive_feedback: list[str]) -> np.ndarray:
     """Bool, one a row: any of the conditions holds; every row if there are no conditions."""

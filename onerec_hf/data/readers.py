@@ -1,7 +1,8 @@
 """Readers: from files to a Feed.
 
-KuaiRand (the official CSV download, or the Parquet folder of this project), Amazon-style sequences, a person's own
-tables and `datasets` repositories by a column mapping, and the simulated feed; and a saved Feed.
+KuaiRand (the official CSV download, or the Parquet folder of this project), Amazon-style sequences, other public sets
+(see public_sets.py), a person's own tables and `datasets` repositories by a column mapping, and the simulated feed;
+and a saved Feed.
 
 A column mapping is a YAML file:
 
@@ -54,7 +55,17 @@ import yaml
 
 from ..staged_files import staged_directory
 from .data_arguments import DataArguments
+from .data_files import data_folder, read_columns
 from .feed import Feed
+from .public_sets import (
+    read_amazon_reviews,
+    read_eb_nerd,
+    read_kuairec,
+    read_mind,
+    read_movielens,
+    read_otto,
+    read_yambda,
+)
 from .schema import KEY_COLUMNS, DataError, require_columns
 from .simulated_feed import SimulatedFeed
 
@@ -68,11 +79,19 @@ KUAIRAND_USER_COLUMNS = [
     *(f"onehot_feat{number}" for number in range(18)),
 ]
 KUAIRAND_TIMEZONE = "Asia/Shanghai"
-TIMESTAMP_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "iso": None}
+# Units to a second: a quotient is rounded once, so that a time on the very border of a period is on its right side.
+TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000, "iso": None}
 DURATION_COLUMN = "video_duration"
 SOURCE_PATTERNS = {
     "kuairand": ("log_standard_*.csv", "video_features_basic_*.csv", "user_features_*.csv", "*.parquet"),
     "amazon": ("interactions.parquet", "items.parquet"),
+    "amazon_reviews": ("*.csv", "*.csv.gz", "meta_*.jsonl", "meta_*.jsonl.gz"),
+    "movielens": ("ratings.*", "movies.*", "users.dat"),
+    "yambda": ("listens.parquet", "likes.parquet", "*_item_mapping.parquet"),
+    "mind": ("behaviors.tsv", "news.tsv", "*/behaviors.tsv", "*/news.tsv"),
+    "eb_nerd": ("articles.parquet", "*/behaviors.parquet", "*/history.parquet"),
+    "kuairec": ("*_matrix.csv", "item_categories.csv"),
+    "otto": ("*train.jsonl", "*train.jsonl.gz", "*test.jsonl", "*test.jsonl.gz"),
 }
 
 
@@ -84,15 +103,17 @@ def load_feed(args: DataArguments) -> Feed:
     """
     if args.dataset == "simulated":
         feed = SimulatedFeed.generate(args.simulated_users, args.simulated_items, args.data_seed).feed()
-    elif args.dataset == "kuairand":
-        feed = read_kuairand(args.data_dir)
-    elif args.dataset == "amazon":
-        feed = read_amazon(args.data_dir)
     elif args.dataset == "table":
         feed = read_table(args.data_dir, args.column_mapping)
-    else:
+    elif args.dataset == "hub":
         feed = read_hub_dataset(args.hub_dataset, args.column_mapping)
-    return feed if args.positive_feedback is None else feed.with_positive_feedback(args.positive_feedback)
+    else:
+        feed = FOLDER_READERS[args.dataset](args.data_dir)
+    if args.positive_feedback is not None:
+        feed = feed.with_positive_feedback(args.positive_feedback)
+    if args.repeated_positives != "keep":
+        feed = feed.without_repeats(in_a_row=args.repeated_positives == "first_in_a_row")
+    return feed
 
 
 def source_files(args: DataArguments) -> list[Path]:
@@ -103,7 +124,7 @@ def source_files(args: DataArguments) -> list[Path]:
         data = [path for section in sections for path in _mapped_files(section, args.data_dir, args.column_mapping)]
     else:
         patterns = SOURCE_PATTERNS.get(args.dataset, ())
-        data = [path for pattern in patterns for path in sorted(_folder(args.data_dir).glob(pattern))]
+        data = [path for pattern in patterns for path in sorted(data_folder(args.data_dir).glob(pattern))]
     return data + ([Path(args.column_mapping)] if args.dataset in ("table", "hub") else [])
 
 
@@ -119,7 +140,7 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     Raises:
         DataError: files or columns are missing.
     """
-    folder = _folder(data_dir)
+    folder = data_folder(data_dir)
     logs, catalogue = sorted(folder.glob("log_standard_*.csv")), sorted(folder.glob("video_features_basic_*.csv"))
     if logs and catalogue:
         item_column = "video_id"
@@ -132,11 +153,11 @@ def read_kuairand(data_dir: str | Path) -> Feed:
         )
     parts = []
     if item_column == "item_id" and (folder / "history.parquet").is_file():
-        history = _read(folder / "history.parquet", ["user_id", "position", "item_id", "long_view", "is_like"])
+        history = read_columns(folder / "history.parquet", ["user_id", "position", "item_id", "long_view", "is_like"])
         parts.append((history.rename(columns={"long_view": "view", "is_like": "like"}), "history.parquet"))
     columns = ["user_id", item_column, "time_ms", "play_time_ms", "duration_ms", *KUAIRAND_FEEDBACK.values()]
     for path in logs:
-        raw = _read(path, columns)
+        raw = read_columns(path, columns)
         frame = {"user_id": raw["user_id"], "item_id": raw[item_column], "timestamp": raw["time_ms"] / 1000}
         frame |= {"watch_time": raw["play_time_ms"] / 1000, "duration": raw["duration_ms"] / 1000}
         frame |= {name: raw[column] for name, column in KUAIRAND_FEEDBACK.items()}
@@ -144,11 +165,11 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     # Music is unique to nearly every video, so it says nothing of what videos share.
     categorical = ["author_id", "video_type", "upload_type", "music_type"]
     columns = [item_column, *categorical, "tag", DURATION_COLUMN]
-    items, items_source = _joined([(_read(path, columns), path.name) for path in catalogue])
+    items, items_source = _joined([(read_columns(path, columns), path.name) for path in catalogue])
     items = items.rename(columns={item_column: "item_id"})
     items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
     tables = sorted(folder.glob("user_features_*.csv" if item_column == "video_id" else "users.parquet"))
-    users = [(_read(path, ["user_id", *KUAIRAND_USER_COLUMNS]), path.name) for path in tables]
+    users = [(read_columns(path, ["user_id", *KUAIRAND_USER_COLUMNS]), path.name) for path in tables]
     return Feed.from_frames(
         "kuairand",
         parts,
@@ -169,9 +190,9 @@ def read_amazon(data_dir: str | Path) -> Feed:
     Raises:
         DataError: files or columns are missing.
     """
-    folder = _folder(data_dir)
-    interactions = _read(folder / "interactions.parquet", ["user_id", "item_id", "position", "timestamp"])
-    items = _read(folder / "items.parquet", ["item_id", "title", "attribute_ids"])
+    folder = data_folder(data_dir)
+    interactions = read_columns(folder / "interactions.parquet", ["user_id", "item_id", "position", "timestamp"])
+    items = read_columns(folder / "items.parquet", ["item_id", "title", "attribute_ids"])
     return Feed.from_frames(
         "amazon",
         [(interactions, "interactions.parquet")],
@@ -182,25 +203,38 @@ def read_amazon(data_dir: str | Path) -> Feed:
     )
 
 
+FOLDER_READERS = {
+    "kuairand": read_kuairand,
+    "amazon": read_amazon,
+    "amazon_reviews": read_amazon_reviews,
+    "movielens": read_movielens,
+    "yambda": read_yambda,
+    "mind": read_mind,
+    "eb_nerd": read_eb_nerd,
+    "kuairec": read_kuairec,
+    "otto": read_otto,
+}
+
+
 def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
     """A person's own CSV or Parquet files by a column mapping (see the module's docstring).
 
     Raises:
         DataError: a mapping that cannot be read, files or columns that are missing, values that cannot be used.
     """
-    folder = _folder(data_dir)
+    folder = data_folder(data_dir)
     mapping = _read_mapping(column_mapping, "file")
 
     def read(section: dict, columns: list[str]) -> list[tuple[pd.DataFrame, str]]:
         paths = _mapped_files(section, data_dir, column_mapping)
-        return [(_read(path, columns), str(path.relative_to(folder))) for path in paths]
+        return [(read_columns(path, columns), str(path.relative_to(folder))) for path in paths]
 
     return _map_feed(mapping, read, default_name=folder.name)
 
 
 def _mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Path) -> list[Path]:
     """Files of a mapping's section, in the order of its patterns. Raises DataError if no file matches one."""
-    folder, paths = _folder(data_dir), []
+    folder, paths = data_folder(data_dir), []
     for pattern in section["file"] if isinstance(section["file"], list) else [section["file"]]:
         found = sorted(folder.glob(str(pattern)))
         if not found:
@@ -361,32 +395,7 @@ def _seconds(values: pd.Series, unit: str, source: str) -> pd.Series:
             f"{source}: column '{values.name}' has dtype {values.dtype} where times are needed, first at row 0: "
             f"{values.iloc[0]!r}. Set timestamp_unit: iso for date-times as text, or give numbers."
         )
-    return values * TIMESTAMP_UNITS[unit]
-
-
-def _folder(data_dir: str | Path) -> Path:
-    folder = Path(data_dir)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder. Give data_dir the folder that holds the data files.")
-    return folder
-
-
-def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    """The named columns of a CSV (also compressed) or Parquet file."""
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file. Put it there, or give another data_dir.")
-    try:
-        if path.suffix == ".parquet":
-            require_columns(pd.DataFrame(columns=pq.read_schema(path).names), columns, path.name)
-            return pd.read_parquet(path, columns=columns)
-        if ".csv" not in path.suffixes:
-            raise DataError(f"{path}: only .csv and .parquet files are read. Convert it to one of these.")
-        require_columns(pd.read_csv(path, nrows=0), columns, path.name)
-        # Ids such as "NA" or "null" are ids. low_memory would infer a column's type again from each block.
-        missing = ["", "nan", "NaN"]
-        return pd.read_csv(path, usecols=columns, keep_default_na=False, na_values=missing, low_memory=False)
-    except (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}. Correct the file, or write it again.") from None
+    return values / TIMESTAMP_UNITS[unit]
 
 
 def save_feed(feed: Feed, directory: str | Path) -> None:

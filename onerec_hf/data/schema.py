@@ -123,7 +123,7 @@ def user_features(users: pd.DataFrame) -> Features:
     return Features(features | {"user_id": Value(id_type(users["user_id"]))})
 
 
-def _refuse(source: str, column: str, bad: np.ndarray, values: pd.Series, problem: str, remedy: str) -> None:
+def refuse(source: str, column: str, bad: np.ndarray, values: pd.Series, problem: str, remedy: str) -> None:
     """Raises DataError for the first of the `bad` rows, if there is any."""
     if not bad.any():
         return
@@ -150,7 +150,7 @@ def _unique_ids(frame: pd.DataFrame, column: str, source: str) -> pd.Series:
     """`canonical_ids` of a table's key. Raises DataError for an id that repeats, too."""
     ids = canonical_ids(frame[column], column, source)
     remedy = f"Keep one row per {column.removesuffix('_id')}."
-    _refuse(source, column, ids.duplicated().to_numpy(), ids, "repeats an id", remedy)
+    refuse(source, column, ids.duplicated().to_numpy(), ids, "repeats an id", remedy)
     return ids
 
 
@@ -162,7 +162,7 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
     """
     missing = values.isna().to_numpy()
     if not nullable:
-        _refuse(source, column, missing, values, "has no id", "Drop these rows or give them an id.")
+        refuse(source, column, missing, values, "has no id", "Drop these rows or give them an id.")
     if missing.all() and len(values):
         return pd.Series(pd.array([pd.NA] * len(values), dtype="Int64"), index=values.index)
     known = values[~missing] if missing.any() else values
@@ -170,11 +170,13 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
         return values.astype("Int64") if missing.any() else values.astype(np.int64)
     if nullable and pd.api.types.is_float_dtype(known.dtype) and bool((known % 1 == 0).all()):
         return values.astype("Int64")  # integers with gaps, as most readers give them
+    if isinstance(known.dtype, pd.StringDtype):
+        return values.astype("string") if missing.any() else values.astype("str")
     text = np.array([isinstance(v, str) for v in values], dtype=bool)
     number = np.array([isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in values], dtype=bool)
     kind = text if (text & ~missing).any() else number
     problem = f"has dtype {values.dtype} where ids, all integers or all strings, are needed"
-    _refuse(source, column, ~kind & ~missing, values, problem, "Convert the column to one of the two.")
+    refuse(source, column, ~kind & ~missing, values, problem, "Convert the column to one of the two.")
     if kind is text:
         return values.astype("string") if missing.any() else values.astype("str")
     return values.astype("Int64") if missing.any() else values.astype(np.int64)
@@ -191,10 +193,10 @@ def canonical_numbers(values: pd.Series, column: str, source: str, dtype: str = 
     else:
         bad = np.array([not isinstance(v, (int, float, np.number)) and not pd.isna(v) for v in values], dtype=bool)
         problem = f"has dtype {values.dtype} where numbers are needed"
-        _refuse(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
+        refuse(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
         numbers = pd.Series([np.nan if pd.isna(v) else v for v in values], index=values.index, dtype="float64")
     remedy = "Replace these by numbers or leave them empty."
-    _refuse(source, column, np.isinf(numbers.to_numpy()), values, "is infinite", remedy)
+    refuse(source, column, np.isinf(numbers.to_numpy()), values, "is infinite", remedy)
     return numbers.astype(dtype)
 
 
@@ -223,7 +225,7 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         columns[name] = canonical_numbers(frame[name], name, source, "float64") if name in frame else unknown
     unordered = (columns["timestamp"].isna() & columns["position"].isna()).to_numpy()
     remedy = "Give these rows a time or a position."
-    _refuse(source, "timestamp", unordered, columns["timestamp"], "and 'position' are both empty", remedy)
+    refuse(source, "timestamp", unordered, columns["timestamp"], "and 'position' are both empty", remedy)
     if "session_id" in frame:
         columns["session_id"] = canonical_ids(frame["session_id"], "session_id", source, nullable=True)
     for name in frame.columns:
@@ -233,10 +235,10 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         values = columns[name].to_numpy()
         if name in SECONDS_COLUMNS:
             remedy = "Drop these rows or leave the value empty; the unit is seconds."
-            _refuse(source, name, values < 0, frame[name], "is negative", remedy)
+            refuse(source, name, values < 0, frame[name], "is negative", remedy)
         if name in PROBABILITY_COLUMNS:
             remedy = "Use 0 for no and 1 for yes; give other feedback a name of its own."
-            _refuse(source, name, (values < 0) | (values > 1), frame[name], "is outside [0, 1]", remedy)
+            refuse(source, name, (values < 0) | (values > 1), frame[name], "is outside [0, 1]", remedy)
     return pd.DataFrame(columns)
 
 
@@ -251,7 +253,7 @@ def check_known_items(interactions: pd.DataFrame, items: pd.DataFrame, source: s
     unknown = ~interactions["item_id"].isin(items["item_id"]).to_numpy()
     remedy = f"Add the items to {items_source} or drop these interactions."
     problem = f"names items that are not in {items_source}"
-    _refuse(source, "item_id", unknown, interactions["item_id"], problem, remedy)
+    refuse(source, "item_id", unknown, interactions["item_id"], problem, remedy)
 
 
 def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -342,7 +344,7 @@ def canonical_users(frame: pd.DataFrame, source: str) -> pd.DataFrame:
 def canonical_text(values: pd.Series, column: str, source: str) -> pd.Series:
     """Text as str, null where missing or blank. Raises DataError where a value is not a string."""
     bad = np.array([not isinstance(v, str) and not pd.isna(v) for v in values], dtype=bool)
-    _refuse(source, column, bad, values, f"has dtype {values.dtype} where text is needed", "Convert to text.")
+    refuse(source, column, bad, values, f"has dtype {values.dtype} where text is needed", "Convert to text.")
     return pd.Series([v if isinstance(v, str) and v.strip() else None for v in values], dtype="str")
 
 
@@ -360,7 +362,7 @@ def canonical_embeddings(values: pd.Series, column: str, source: str) -> pd.Seri
     bad = np.array([row is None or row.ndim != 1 or len(row) != width for row in rows], dtype=bool)
     bad = bad if bad.any() else np.full(len(rows), not width)
     remedy = "Give every item an embedding of the same length, or leave the column out."
-    _refuse(source, column, bad, values, f"is not a list of {width} numbers", remedy)
+    refuse(source, column, bad, values, f"is not a list of {width} numbers", remedy)
     remedy = "Compute these embeddings again, or leave the column out."
-    _refuse(source, column, ~np.isfinite(np.stack(rows)).all(axis=1), values, "holds NaN or infinite values", remedy)
+    refuse(source, column, ~np.isfinite(np.stack(rows)).all(axis=1), values, "holds NaN or infinite values", remedy)
     return pd.Series(rows, dtype=object)
