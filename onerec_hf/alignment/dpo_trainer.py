@@ -95,7 +95,8 @@ class PreferenceCollator:
     model, hold each history once. `input_ids` `((1 + K) B, S)` are the decoder's sequences `<bos> a b c <bos> a b c`:
     all chosen sessions, all first rejected ones, all second ones; `completion_mask` is 1 on code tokens alone: like
     eq 4's loss, a session's log-probability leaves out `<bos>`, which generation never chooses. `rejected_mask`
-    `(B, K)` is False where a pair has fewer than K. With `ntp_rows` in the rows the batch also has what
+    `(B, K)` is False where a pair has fewer than K. With an item head `session_items` `((1 + K) B, m)` are the sessions'
+    catalogue indices, -1 where there is none. With `ntp_rows` in the rows the batch also has what
     `SessionCollator` makes of those rows of `ntp_dataset`, with the prefix `ntp_`.
 
     Args:
@@ -127,6 +128,11 @@ class PreferenceCollator:
             # Where a pair has fewer, its first stands in, masked.
             sessions += [row["rejected"][place if place < len(row["rejected"]) else 0] for row in rows]
         labels = self.tokenizer.encode_sessions(sessions, catalogue_indices=True)
+        items = {}
+        if self.config.item_head != "none":
+            longest = max(map(len, sessions))
+            padded = [[*session, *[-1] * (longest - len(session))] for session in sessions]
+            items["session_items"] = torch.tensor(padded)
         is_code = (labels != IGNORE_INDEX) & (labels != BOS_TOKEN_ID)
         input_ids = F.pad(labels, (1, 0), value=BOS_TOKEN_ID)
         input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, PAD_TOKEN_ID)
@@ -134,6 +140,7 @@ class PreferenceCollator:
             "encoder_input_ids": encoder.pop("input_ids"),
             "encoder_attention_mask": encoder.pop("attention_mask"),
             **encoder,
+            **items,
             "input_ids": input_ids,
             "attention_mask": (input_ids != PAD_TOKEN_ID).long(),
             "completion_mask": F.pad(is_code.long(), (1, 0)),
@@ -158,16 +165,29 @@ class PreferenceCollator:
 
 class _SessionModel:
     """Lets TRL's loss call an encoder-decoder, wrapped or not, as if it were a decoder of `input_ids`, whose rows are
-    all chosen sessions, then all rejected ones. The model reads the sessions of a history in consecutive rows."""
+    all chosen sessions, then all rejected ones. The model reads the sessions of a history in consecutive rows. With an
+    item head the `log_probs` of an item's codes sum to its log-probability under the mixture."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
 
-    def __call__(self, input_ids, attention_mask, encoder_input_ids, encoder_attention_mask, labels=None, **kwargs):
+    def __call__(
+        self,
+        input_ids,
+        attention_mask,
+        encoder_input_ids,
+        encoder_attention_mask,
+        labels=None,
+        session_items=None,
+        **kwargs,
+    ):
         rows = torch.arange(len(input_ids), device=input_ids.device)
         by_history = rows.view(-1, len(encoder_input_ids)).T.flatten()
         if labels is not None:
             kwargs["labels"] = labels[by_history]
+        generator = next(part for part in self.model.modules() if isinstance(part, OneRecForConditionalGeneration))
+        encoded = []  # TRL's output has no place for the item head's states
+        hook = generator.get_encoder().register_forward_hook(lambda *call: encoded.append(call[-1]))
         # The decoder is causal and its padding stands on the right, so it needs no mask of its own.
         outputs = self.model(
             input_ids=encoder_input_ids,
@@ -175,11 +195,43 @@ class _SessionModel:
             decoder_input_ids=input_ids[by_history],
             **kwargs,
         )
+        hook.remove()
         given = by_history.argsort()
         for name, value in outputs.items():
             if torch.is_tensor(value) and value.shape[:1] == rows.shape:
                 outputs[name] = value[given]
+        if session_items is not None and outputs.get("log_probs") is not None:
+            states, mask = encoded[0].item_states, generator.get_encoder().position_mask(encoder_attention_mask)
+            outputs["log_probs"] = _mixture_log_probs(generator, outputs["log_probs"], session_items, states, mask)
         return outputs
+
+
+def _mixture_log_probs(
+    model: OneRecForConditionalGeneration,
+    log_probs: torch.Tensor,
+    items: torch.LongTensor,
+    item_states: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities of codes (rows, tokens - 1) in which each item's last code makes up what its log-probability
+    under P(item) = g P_item + (1 - g) P_codes is more than that of its codes.
+
+    Args:
+        items: (rows, m) catalogue indices, -1 for none; row r has the history r modulo the batch.
+        item_states, mask: of the batch's histories, from the encoder.
+    """
+    levels = model.config.num_levels
+    history = torch.arange(len(items), device=items.device)[:, None] % len(item_states)
+    of_catalogue = F.pad(model.item_log_probs(item_states, mask), (0, 1), value=-torch.inf)
+    # Items that are newer than the head have no probability by it.
+    of_items = of_catalogue[history, items.clamp(0, of_catalogue.shape[1] - 1)]
+    of_codes = F.pad(log_probs, (0, 1)).view(*items.shape, levels + 1)
+    total = of_codes[..., :levels].sum(-1)
+    share = torch.as_tensor(model.item_shares(item_states, mask), dtype=total.dtype, device=total.device)
+    share = share.expand(len(item_states))[history]
+    mixed = torch.logaddexp(share.log() + of_items, (-share).log1p() + total)
+    more = torch.where(items >= 0, mixed - total, 0.0)
+    return (of_codes + F.pad(more[..., None], (levels - 1, 1))).flatten(1)[:, :-1]
 
 
 class OneRecDPOTrainer(DPOTrainer):

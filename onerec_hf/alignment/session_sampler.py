@@ -212,7 +212,7 @@ def _pairs_of(
         pairs.append(pair and row | pair)
         if pair is not None:
             places[: 1 + len(pair["rejected"])] = torch.tensor([pair["chosen"], *pair["rejected"]])
-    log_probs = session_log_probs(model, trie, compared, **encoded, normalization="vocabulary", item_share=0)
+    log_probs = session_log_probs(model, trie, compared, **encoded, normalization="vocabulary")
     for pair, (chosen, *rejected) in zip(pairs, log_probs.float().cpu().tolist(), strict=True):
         if pair is not None:
             pair |= {"chosen_log_prob": chosen, "rejected_log_probs": rejected[: len(pair["rejected"])]}
