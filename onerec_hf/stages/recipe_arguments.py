@@ -294,7 +294,7 @@ class AlignArguments(PreferenceArguments):
 class EvaluatedUsers(ConsumedItems):
     """Who is evaluated."""
 
-    evaluation_users: int | None = option(None, "Evaluated users, drawn by seed; all by default.")
+    evaluation_users: int | None = option(None, "Evaluated users, drawn by data_seed; all by default.")
 
 
 @dataclass
