@@ -17,8 +17,16 @@ RANKING = {
     "ndcg@<k>": "Mean over users of 1 / log2(1 + rank) of the next item; 0 beyond k.",
     "coverage": "Share of the catalogue in the top 10 of at least one user; depends on the number of users.",
 }
+USERS_PER_SECOND = {"users_per_second": "Users ranked for in a second, all of the catalogue for each."}
+BASELINE = {
+    **RANKING,
+    **USERS_PER_SECOND,
+    "fit_seconds": "Time of fitting it, and of the members of a fused one [s].",
+    "num_parameters": "Numbers that were fitted; of nearest neighbours the similarities that are kept.",
+}
 POLICY = {
     **RANKING,
+    **USERS_PER_SECOND,
     "duplicate_rate": "Share of generated sessions that hold an item twice.",
     "illegal_rate": "Share of generated items whose codes are no item's.",
     "intra_session_diversity": "Mean cosine distance of the items of a session, from 0 (the same) to 2 (opposite).",
@@ -139,7 +147,7 @@ METRICS: dict[str, Any] = {
         },
     },
     "onerec": POLICY,
-    "baselines": {"<baseline>": RANKING},
+    "baselines": {"<baseline>": BASELINE},
     "alignment": [ROUND],
     "reward_models": {"<judge>": {**REWARD_FIGURES, "num_runs": TRAINED_ON, "exposures": REWARD_FIGURES}},
     "timings": {"<stage>": "Time that the stage took [s]."},
