@@ -35,7 +35,8 @@ def test_sets_and_seeds_end_in_one_table_and_exact_rows(recall, monkeypatch, tmp
         monkeypatch.setattr(method, "fit", fit)
     config = ROOT / "recipes" / "quickstart" / "debug.yaml"
     flags = ["--seeds", "0", "1", "--output_dir", str(tmp_path / "runs"), "--json", str(tmp_path / "recall.json")]
-    command = ["recall.py", "--sets", f"{config} --judged_users 2", *flags, "--threads", "1"]
+    short = """--judged_users 2 --pretrain '{"max_steps": 3}' --pretrain_recent '{"max_steps": 1}'"""
+    command = ["recall.py", "--sets", f"{config} {short}", *flags, "--threads", "1"]
     monkeypatch.setattr(sys, "argv", command)
     recall.main()
     # The fused baseline has the others' fits, and EASE, which takes no seed, is fitted once.
