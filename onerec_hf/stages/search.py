@@ -230,7 +230,9 @@ class _Search:
     def _trial(self) -> None:
         """Draws, fits and ranks once; what it raises is kept with the trial."""
         optuna, study = import_optuna(), self.study
-        seed = self.args.seed + len(study.get_trials(deepcopy=False))  # a resumed study does not repeat its draws
+        # By the trial's number, so that a resumed study does not repeat its draws.
+        entropy = [self.args.seed, len(study.get_trials(deepcopy=False)), *self.method.encode()]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=seed)
         trial = study.ask()
         if trial.user_attrs.get(PRESENT):
