@@ -132,7 +132,7 @@ def test_spaces_name_what_is_wrong(arguments, space):
             read_space(space(content), list(content), args)
     with pytest.raises(ValueError, match="no method 'als' to search; there are popularity"):
         read_space(space({}), ["als"], args)
-    with pytest.raises(ValueError, match="trials and minutes of 1 or more"):
+    with pytest.raises(ValueError, match="needs a trial or more and some minutes, got 0"):
         Budget(0, 1)
     methods = ["item_knn", "ease", "sasrec", "fused", "onerec"]
     assert list(read_space(ROOT / "recipes" / "search_spaces.yaml", methods, args)) == methods

@@ -64,7 +64,7 @@ class Budget:
 
     def __post_init__(self):
         if self.trials < 1 or not self.minutes > 0:
-            raise ValueError(f"A search needs trials and minutes of 1 or more, got {self.trials} and {self.minutes}.")
+            raise ValueError(f"A search needs a trial or more and some minutes, got {self.trials} and {self.minutes}.")
 
 
 def run_search(args: RecipeArguments, space: Path, methods: Sequence[str], budget: Budget) -> Path:

@@ -144,9 +144,10 @@ def table(runs: Sequence[MethodRun]) -> str:
             rows = [run.row() for run in of_set if run.method == method]
             figures = [mean_and_deviation([row[figure] for row in rows]) for figure in FIGURES]
             gains = [shown_difference(difference(of_set, figure)) if method == ONEREC else "" for figure in COMPARED]
-            facts = [number(statistics.fmean(row[fact] for row in rows)) for fact in FACTS]
+            minutes, parameters, speed = (statistics.fmean(row[fact] for row in rows) for fact in FACTS)
+            facts = [number(minutes), number(round(parameters)), number(speed)]
             lines.append([name, NAMES.get(method, method), *figures, *gains, *facts])
-    gains = [f"{FIGURES[figure]} less the best baseline's" for figure in COMPARED]
+    gains = [f"{FIGURES[figure]} less the best" for figure in COMPARED]
     return Table(["set", "method", *FIGURES.values(), *gains, "minutes", "parameters", "users/s"], lines).text()
 
 
