@@ -10,6 +10,7 @@ import torch
 
 from onerec_hf.stages import parse_recipe_arguments, run_data
 from onerec_hf.stages.baselines_stage import fitted_baselines, fitting_options
+from onerec_hf.stages.data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
 from onerec_hf.stages.recipe_arguments import GROUPS, EvaluateArguments, PolicyArguments, RecommendArguments
 from onerec_hf.stages.stage_runner import OutsideInput, Stage, run_stage
 
@@ -126,6 +127,31 @@ def test_a_log_that_grew_a_shard_and_an_edited_mapping_redo_the_data(tmp_path, a
     assert about["positive_feedback"] == ["like"]
     (data_dir / "log" / "b.csv").unlink()
     assert users() == 5
+
+
+def test_what_is_not_fitted_stands_in_the_histories_before_the_evaluated_period(tmp_path, arguments):
+    data_dir, mapping = tmp_path / "data", tmp_path / "mapping.yaml"
+    write_log(data_dir / "log" / "a.csv", range(4))
+    mapping.write_text(MAPPING)
+    data = ["--dataset", "table", "--data_dir", str(data_dir), "--column_mapping", str(mapping)]
+    periods = ["--validation_start", "1970-01-01T00:08:00", "--test_start", "1970-01-01T00:10:00"]  # items 5, 6
+    args = arguments(*data, *periods, "--fit_validation", "false")
+    run_data(args)
+    prepared = prepared_data(args, "test")
+    fitted, before, cases = (
+        {row["user_id"]: row for row in table.to_list()}
+        for table in (
+            prepared.read(USER_HISTORIES),
+            prepared.histories_before_evaluation(),
+            prepared.read(EVALUATION_CASES),
+        )
+    )
+    assert fitted.keys() == before.keys() == cases.keys() == {0, 1, 2, 3}
+    for user in range(4):
+        assert fitted[user]["history_item_ids"] == [0, 1, 2, 3, 4]
+        assert cases[user]["history_item_ids"] == [0, 1, 2, 3, 4, 5] and cases[user]["next_item_id"] == 6
+        shared = before[user].keys() & cases[user].keys()
+        assert "exposed_item_ids" in shared and all(before[user][name] == cases[user][name] for name in shared)
 
 
 def test_what_is_recommended_with_does_not_redo_an_evaluation(arguments):
