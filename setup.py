@@ -26,7 +26,11 @@ INSTALL_REQUIRES = [
 ]
 EXTRAS_REQUIRE = {
     "lora": ["peft>=0.18"],
-    "test": ["hypothesis>=6.100", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.17", "torchao>=0.15"],
+    "search": ["optuna>=5.0"],
+    "test": [
+        *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3"),
+        *("ruff>=0.17", "torchao>=0.15"),
+    ],
 }
 
 # The templates live in model_cards/ at the repository's root; an installed wheel carries them inside the package.

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from onerec_hf.evaluation import EASE, ItemKNN, Popularity, SASRec, ranking_metrics
+from onerec_hf.evaluation import EASE, Fused, ItemKNN, Popularity, SASRec, ranking_metrics
 from onerec_hf.evaluation.baselines import interaction_matrix
 from onerec_hf.evaluation.sasrec import FullSoftmaxLoss
 
@@ -153,3 +153,57 @@ class TestSASRec:
         model = SASRec(hidden_size=16, epochs=1).fit(walks(users=5), 40)
         with pytest.raises(ValueError, match="history 1 is empty"):
             model.score([np.array([1]), np.array([], dtype=int)])
+
+
+class TestFused:
+    def fitted(self, **options):
+        histories = [*random_histories(), np.arange(12), np.array([], dtype=int)]
+        members = {"ease": EASE(regularization=5.0), "popularity": Popularity()}
+        return Fused(members, **options).fit(histories, 12), histories
+
+    def test_standardised_scores_equal_brute_force(self):
+        model, histories = self.fitted(weights={"popularity": 0.3})
+        by_member = {name: model.members[name].score(histories).double().numpy() for name in model.members}
+        for row, scores in enumerate(model.score(histories).tolist()):
+            others = [item for item in range(12) if item not in histories[row]] or list(range(12))
+            expected = np.zeros(12)
+            for name, weight in (("ease", 1.0), ("popularity", 0.3)):
+                values = by_member[name][row]
+                spread = values[others].std()
+                expected += weight * (values - values[others].mean()) / spread if spread else 0
+            np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+    def test_softmax_mixes_probabilities(self):
+        weights, temperatures = {"ease": 2.0, "popularity": 0.5}, {"ease": 0.1, "popularity": 3.0}
+        model, histories = self.fitted(weights=weights, combination="softmax", temperatures=temperatures)
+        by_member = {name: model.members[name].score(histories).double().numpy() for name in model.members}
+        for row, scores in enumerate(model.score(histories).tolist()):
+            others = [item for item in range(12) if item not in histories[row]] or list(range(12))
+            expected = np.zeros(12)
+            for name, weight in weights.items():
+                odds = np.exp(by_member[name][row] / temperatures[name])
+                expected += weight * odds / odds[others].sum()
+            np.testing.assert_allclose(np.exp(scores), expected, rtol=1e-4)
+
+    def test_takes_what_is_fitted_and_leaves_out_what_weighs_nothing(self):
+        model, histories = self.fitted(weights={"ease": 0.0})
+        assert Fused(model.members).fit([np.array([0])], 12).members["ease"] is model.members["ease"]
+        assert model.rank(histories[:9], 12).tolist() == model.members["popularity"].rank(histories[:9], 12).tolist()
+        assert model.num_parameters == 12 * 11 + 12
+        with pytest.raises(ValueError, match="ease was fitted on 12 items, not on 13"):
+            Fused(model.members).fit(histories, 13)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weights": {"sasrec": 1.0}}, "weights has 'sasrec', which is no member; there are ease"),
+            ({"weights": {"ease": -1.0}}, "weights has ease: -1.0"),
+            ({"weights": {"ease": 0.0}}, "all weights are 0"),
+            ({"temperatures": {"ease": 0.0}}, "temperatures has ease: 0.0"),
+            ({"combination": "ranks"}, "combination must be one of standardised, softmax"),
+            ({"members": {}}, "members is empty"),
+        ],
+    )
+    def test_says_what_is_wrong(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Fused(**{"members": {"ease": EASE()}, **options})

@@ -198,13 +198,47 @@ def test_leave_one_out_warns_and_holds_out_the_last_positive():
     rows = [(1, i, i, 1, int(i != 4), 0) for i in range(1, 6)] + [(2, 1, 0, 2, 1, 0), (2, 2, 1, 2, 1, 0)]
     feed = make_feed(rows)
     with pytest.warns(UserWarning, match="leaks the future"):
-        split = split_feed(feed, DataArguments(split_method="leave_one_out"))
+        split = split_feed(feed, DataArguments(split_method="leave_one_out", fit_validation=True))
     assert split.fit["item_id"].tolist() == [1, 2, 3, 4, 1, 2] and split.evaluation["item_id"].tolist() == [5]
+    assert split.history.equals(split.fit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = DataArguments(split_method="leave_one_out", evaluation_split="validation")
         split = split_feed(feed, args)
     assert split.fit["item_id"].tolist() == [1, 2, 1, 2] and split.evaluation["item_id"].tolist() == [3]
+
+
+@pytest.mark.parametrize("method", ["leave_one_out", "time"])
+@pytest.mark.filterwarnings("ignore:leave-one-out")
+def test_an_unfitted_validation_item_stands_in_the_evaluated_histories_alone(method):
+    """Two users in turn; of each the last item is the test's, the one before it the validation's."""
+    items = {1: [1, 2, 3, 4, 5], 2: [6, 7, 8, 9, 1]}
+    feed = make_feed([(user, item, hour, None, 1, 0) for user in items for hour, item in enumerate(items[user])])
+    periods = {"validation_start": "1970-01-01T03:00+00:00", "test_start": "1970-01-01T04:00+00:00"}
+    shared = {"split_method": method, "session_items": 1, "history_items": 5, **periods}
+    literature = {} if method == "leave_one_out" else {"fit_validation": False}
+
+    def cut(**changes):
+        args = DataArguments(**shared, **changes)
+        split = split_feed(feed, args)
+        sessions = pretraining_sessions(split.fit, feed, args)
+        fitted = user_histories(split.fit, feed, args)
+        cases = evaluation_cases(split, feed, args)
+        assert fitted["user_id"][:] == cases["user_id"][:] == [1, 2]
+        return (
+            split.description["fitted_until"],
+            [item for session in sessions["session_item_ids"][:] for item in session],
+            fitted["history_item_ids"][:],
+            [[*cases["history_item_ids"][row], cases["next_item_id"][row]] for row in range(2)],
+        )
+
+    until_validation = [[1, 2, 3], [6, 7, 8]], [[1, 2, 3, 4], [6, 7, 8, 9]]
+    assert cut(**literature) == ("validation", [2, 3, 7, 8], until_validation[0], [items[1], items[2]])
+    assert cut(fit_validation=True) == ("test", [2, 3, 4, 7, 8, 9], until_validation[1], [items[1], items[2]])
+    for fit_validation in (None, False, True):  # of no matter where validation is evaluated
+        searched = cut(evaluation_split="validation", fit_validation=fit_validation)
+        assert searched == ("validation", [2, 3, 7, 8], *until_validation)
+    assert DataArguments().fitted_until == "test"
 
 
 def test_user_histories_and_thresholds():

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from onerec_hf.stages import parse_recipe_arguments, run_data
+from onerec_hf.stages.baselines_stage import fitted_baselines, fitting_options
+from onerec_hf.stages.data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
 from onerec_hf.stages.recipe_arguments import GROUPS, EvaluateArguments, PolicyArguments, RecommendArguments
 from onerec_hf.stages.stage_runner import OutsideInput, Stage, run_stage
 
@@ -127,6 +129,31 @@ def test_a_log_that_grew_a_shard_and_an_edited_mapping_redo_the_data(tmp_path, a
     assert users() == 5
 
 
+def test_what_is_not_fitted_stands_in_the_histories_before_the_evaluated_period(tmp_path, arguments):
+    data_dir, mapping = tmp_path / "data", tmp_path / "mapping.yaml"
+    write_log(data_dir / "log" / "a.csv", range(4))
+    mapping.write_text(MAPPING)
+    data = ["--dataset", "table", "--data_dir", str(data_dir), "--column_mapping", str(mapping)]
+    periods = ["--validation_start", "1970-01-01T00:08:00", "--test_start", "1970-01-01T00:10:00"]  # items 5, 6
+    args = arguments(*data, *periods, "--fit_validation", "false")
+    run_data(args)
+    prepared = prepared_data(args, "test")
+    fitted, before, cases = (
+        {row["user_id"]: row for row in table.to_list()}
+        for table in (
+            prepared.read(USER_HISTORIES),
+            prepared.histories_before_evaluation(),
+            prepared.read(EVALUATION_CASES),
+        )
+    )
+    assert fitted.keys() == before.keys() == cases.keys() == {0, 1, 2, 3}
+    for user in range(4):
+        assert fitted[user]["history_item_ids"] == [0, 1, 2, 3, 4]
+        assert cases[user]["history_item_ids"] == [0, 1, 2, 3, 4, 5] and cases[user]["next_item_id"] == 6
+        shared = before[user].keys() & cases[user].keys()
+        assert "exposed_item_ids" in shared and all(before[user][name] == cases[user][name] for name in shared)
+
+
 def test_what_is_recommended_with_does_not_redo_an_evaluation(arguments):
     plain, chosen = arguments(), arguments("--recommend_reward_model", "judge", "--recommend_search", "diverse_beam")
     assert plain.group(RecommendArguments) != chosen.group(RecommendArguments)
@@ -165,6 +192,34 @@ def test_a_field_that_another_option_decides_is_refused(arguments, option, value
     [name] = values if option != "baselines" else values["sasrec"]
     with pytest.raises(ValueError, match=f"has '{name}', which .*{decided_by} decides: leave it out of {option}"):
         arguments(f"--{option}", json.dumps(values))
+
+
+def test_the_fused_baseline_goes_with_its_members(arguments):
+    def given(**baselines):
+        return arguments("--baselines", json.dumps(baselines))
+
+    everything = ["popularity", "item_knn", "ease", "sasrec", "fused"]
+    assert fitted_baselines(given()) == everything
+    assert fitted_baselines(given(popularity=False, ease=False)) == ["item_knn", "sasrec"]
+    assert fitted_baselines(given(fused=False)) == everything[:-1]
+    own = given(ease=False, sasrec={"epochs": 2}, fused={})
+    assert fitted_baselines(own) == ["popularity", "item_knn", "sasrec", "fused"]
+    members = {"ease": {}, "sasrec": {"epochs": 2, "seed": 0}}
+    assert fitting_options(own, "fused") == {"members": members}
+    assert fitting_options(own, "sasrec") == members["sasrec"]  # one fit serves both
+    named = given(ease={"regularization": 9.0}, fused={"members": ["ease", "item_knn"], "weights": {"ease": 2.0}})
+    assert fitting_options(named, "fused")["members"] == {"ease": {"regularization": 9.0}, "item_knn": {}}
+    mapped = given(fused={"members": {"ease": {"half_life": None}}})
+    assert fitting_options(mapped, "fused")["members"] == {"ease": {"half_life": None}}
+    for fused, message in [
+        ({"members": ["als"]}, "baselines.fused.members has 'als'; there are popularity, item_knn, ease, sasrec."),
+        ({"members": "ease"}, "baselines.fused.members must be a list"),
+        ({"members": {"ease": {"epochs": 1}}}, "baselines.fused.members.ease has 'epochs', which EASE"),
+        ({"weights": {"item_knn": 1.0}}, "baselines.fused: weights has 'item_knn', which is no member"),
+        ({"weight": 1.0}, "baselines.fused has 'weight', which Fused does not take. Did you mean 'weights'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            given(fused=fused)
 
 
 def test_the_old_name_of_the_embeddings_adaptation_is_read(arguments, caplog):

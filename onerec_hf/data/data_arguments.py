@@ -99,7 +99,12 @@ class DataArguments:
     )
     test_start: str | None = option(None, "ISO date-time. Default: the 0.9 quantile of the times.")
     evaluation_split: str = option(
-        "test", "Period that is evaluated, test or validation; everything before it is fitted."
+        "test", "Period that is evaluated, test or validation; everything before it is fitted, but see fit_validation."
+    )
+    fit_validation: bool | None = option(
+        None,
+        "Whether the validation period is fitted where test is evaluated. If not, the evaluated users' histories hold "
+        "it all the same. Default: with time as a service would, with leave_one_out not, as the literature has it.",
     )
 
     def __post_init__(self):
@@ -139,3 +144,9 @@ class DataArguments:
                     raise ValueError(text) from None
         if self.positive_feedback is not None:
             self.positive_feedback = [str(condition) for condition in self.positive_feedback]
+
+    @property
+    def fitted_until(self) -> str:
+        """The period, validation or test, before which everything is fitted."""
+        fits_validation = self.split_method == "time" if self.fit_validation is None else self.fit_validation
+        return self.evaluation_split if fits_validation else "validation"

@@ -29,9 +29,18 @@ LEAVE_ONE_OUT_MIN_POSITIVES = 3
 
 @dataclass
 class FeedSplit:
-    """Interactions that may be fitted, those of the evaluated period, and how they were parted (for the record)."""
+    """The parts of a feed.
+
+    Args:
+        fit: interactions that may be fitted.
+        history: all before the evaluated period, which an evaluated user's history may hold: those of `fit`, and the
+            validation period's where it is not fitted and test is evaluated.
+        evaluation: those of the evaluated period.
+        description: how they were parted, for the record.
+    """
 
     fit: pd.DataFrame
+    history: pd.DataFrame
     evaluation: pd.DataFrame
     description: dict
 
@@ -41,23 +50,27 @@ def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
 
     By time: everything before the evaluated period is fitted; behaviours without a time count as before those that
     follow them. Leave-one-out: each user's last (test) or last but one (validation) positive behaviour is evaluated,
-    all rows before it are fitted, and users with fewer than 3 positive behaviours are only fitted.
+    all rows before it are fitted, and users with fewer than 3 positive behaviours are only fitted. Where
+    `args.fitted_until` is validation and test is evaluated, only what is before the validation period, or before a
+    user's last but one positive behaviour, is fitted.
 
     Raises:
         DataError: no times in the data, periods in the wrong order, an empty part.
     """
     split = _leave_one_out if args.split_method == "leave_one_out" else _split_by_time
-    fit, evaluation, description = split(feed, args)
-    description = {"method": args.split_method, "evaluation_split": args.evaluation_split} | description
+    fit, history, evaluation, description = split(feed, args)
+    periods = {"evaluation_split": args.evaluation_split, "fitted_until": args.fitted_until}
+    description = {"method": args.split_method, **periods, **description}
     for name, part in (("fit", fit), ("evaluation", evaluation)):
         description |= {f"{name}_interactions": len(part), f"{name}_users": int(part["user_id"].nunique())}
-    for part, name in ((fit, "before the evaluated period"), (evaluation, "in the evaluated period")):
+    for part, name in ((fit, "to fit"), (evaluation, "in the evaluated period")):
         if not len(part):
             raise DataError(
                 f"{feed.name}: no interactions {name} ({description}). Move validation_start and test_start into the "
                 "time that the data covers."
             )
-    return FeedSplit(fit.reset_index(drop=True), evaluation.reset_index(drop=True), description)
+    parts = (fit, history, evaluation)
+    return FeedSplit(*(part.reset_index(drop=True) for part in parts), description)
 
 
 def _split_by_time(feed: Feed, args: DataArguments):
@@ -76,12 +89,13 @@ def _split_by_time(feed: Feed, args: DataArguments):
     start, end = starts[args.evaluation_split], np.inf
     if args.evaluation_split == "validation":
         end = starts["test"]
-        if start >= end:
-            raise DataError(
-                f"{feed.name}: the validation period starts at {_iso(start, feed)}, not before the test period, "
-                f"{_iso(end, feed)}. Give validation_start and test_start in that order."
-            )
-    fit, evaluation = feed.interactions[time < start], feed.interactions[(time >= start) & (time < end)]
+    if args.fitted_until == "validation" and starts["validation"] >= starts["test"]:
+        raise DataError(
+            f"{feed.name}: the validation period starts at {_iso(starts['validation'], feed)}, not before the test "
+            f"period, {_iso(starts['test'], feed)}. Give validation_start and test_start in that order."
+        )
+    fit, history = (feed.interactions[time < before] for before in (starts[args.fitted_until], start))
+    evaluation = feed.interactions[(time >= start) & (time < end)]
     latest = fit["timestamp"].max()
     description = {
         "evaluation_start": _iso(start, feed),
@@ -90,7 +104,7 @@ def _split_by_time(feed: Feed, args: DataArguments):
         "data_start": _iso(known.min(), feed),
         "data_end": _iso(known.max(), feed),
     }
-    return fit, evaluation, description
+    return fit, history, evaluation, description
 
 
 def _timestamp(text: str, timezone: str) -> float:
@@ -115,10 +129,12 @@ def _leave_one_out(feed: Feed, args: DataArguments):
     positive = positive_mask(interactions, feed.positive_feedback)
     later = pd.Series(positive[::-1].astype(np.int64)).groupby(users[::-1]).cumsum().to_numpy()[::-1]
     later = later - positive  # positive behaviours of the user after this row
-    held_out = 0 if args.evaluation_split == "test" else 1
+    held_out = {"test": 0, "validation": 1}
     left_out = np.bincount(users, positive)[users] >= LEAVE_ONE_OUT_MIN_POSITIVES
-    evaluated = left_out & positive & (later == held_out)
-    return interactions[~left_out | (later > held_out)], interactions[evaluated], {"leaks_future": True}
+    evaluated = left_out & positive & (later == held_out[args.evaluation_split])
+    periods = args.fitted_until, args.evaluation_split
+    fit, history = (interactions[~left_out | (later > held_out[period])] for period in periods)
+    return fit, history, interactions[evaluated], {"leaks_future": True}
 
 
 def user_codes(interactions: pd.DataFrame) -> np.ndarray:
@@ -298,7 +314,7 @@ def _quality(fit: pd.DataFrame, members: np.ndarray, args: DataArguments) -> np.
 
 
 def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Dataset:
-    """One case a user: given all positive behaviours before the evaluated period, the first one in it.
+    """One case a user: given all positive behaviours before the evaluated period, fitted or not, the first one in it.
 
     Returns:
         Dataset of user_id, history_item_ids (in order, not truncated), next_item_id and the features of histories
@@ -307,7 +323,7 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
     Raises:
         DataError: there is no such user.
     """
-    histories = _Histories(split.fit, feed, args)
+    histories = _Histories(split.history, feed, args)
     later = split.evaluation[positive_mask(split.evaluation, feed.positive_feedback)].drop_duplicates("user_id")
     # Users without a history are found at -1, where the empty slice stands.
     found = pd.Index(histories.users).get_indexer(later["user_id"])

@@ -10,6 +10,7 @@ from .alignment_checks import AlignmentChecks
 from .baselines import EASE, Baseline, ItemKNN, Popularity
 from .bootstrap import bootstrap_interval, coverage_change, percentile_interval, relative_change, resampled_means
 from .counterfactual import LoggedFeedback, PolicyOnLog, exposure_shares
+from .fused import Fused
 from .logged_exposures import LoggedExposures
 from .policy_evaluator import CUTOFFS, EvaluationOptions, PolicyEvaluator
 from .policy_results import PolicyResults, last_kept, popular_item_share, popular_items

@@ -31,6 +31,11 @@ class Baseline(ABC):
             ValueError: no interactions, or an index outside the catalogue.
         """
 
+    @property
+    @abstractmethod
+    def num_parameters(self) -> int:
+        """Numbers that `fit` has found and `score` reads."""
+
     @abstractmethod
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Scores of the whole catalogue, higher is better: (B, N)."""
@@ -70,6 +75,10 @@ class Popularity(Baseline):
         self.num_items = num_items
         self.counts = torch.from_numpy(interaction_matrix(histories, num_items).sum(axis=0)).float()
         return self
+
+    @property
+    def num_parameters(self) -> int:
+        return len(self.counts)
 
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         return self.counts.expand(len(histories), -1)
@@ -112,6 +121,10 @@ class ItemKNN(Baseline):
         self.similarity = sparse.vstack(blocks, format="csr")
         return self
 
+    @property
+    def num_parameters(self) -> int:
+        return self.similarity.nnz
+
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         weights = interaction_matrix(histories, self.num_items, self.half_life)
         return torch.from_numpy((weights @ self.similarity).toarray())
@@ -151,6 +164,10 @@ class EASE(Baseline):
         lower /= -diagonal
         self.weights = torch.from_numpy(np.ascontiguousarray(lower, dtype=np.float32))
         return self
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_items * (self.num_items - 1)  # without the diagonal, which is 0
 
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(interaction_matrix(histories, self.num_items, self.half_life) @ self.weights.numpy())

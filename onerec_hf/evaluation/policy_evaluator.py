@@ -6,6 +6,7 @@ A policy's figures pass through, from the cases to the table: [`PolicyEvaluator.
 metrics.json), and of `reporting` `write_report` or `print_table` and `Table`.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -115,11 +116,14 @@ class PolicyEvaluator:
             name: for the progress bars.
         """
         with evaluation_mode(model):
+            started = time.monotonic()
             ranked, _ = self.rank(model, name=name)
+            seconds = time.monotonic() - started
             sessions, codes, divergence = self.generate(model, seed_model, name)
         results = self.results(ranked, sessions)
         if seed_model is not None:
             results.by_user["kl_to_seed"] = divergence
+        results.facts["users_per_second"] = len(ranked) / seconds
         results.facts["illegal_rate"] = illegal_rate(codes[(sessions >= 0).all(-1)], self.tokenizer.codes)
         return results
 

@@ -286,6 +286,10 @@ class SASRec(Baseline):
         ranked = self.rank([history[:-1] for history in validation], 10, exclude_consumed=False)
         return ranking_metrics(ranked, targets, self.num_items, cutoffs=(10,))["ndcg@10"]
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     @torch.inference_mode()
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         """Scores of the whole catalogue from the latest `max_length` items: (B, N).

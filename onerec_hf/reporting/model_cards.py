@@ -192,10 +192,11 @@ def count_parameters(model_dir: str | Path) -> int:
 
 
 def ranking_table(metrics: Mapping[str, Any]) -> str:
-    """Markdown table of OneRec and the baselines over the metrics that all of them have."""
+    """Markdown table of OneRec and the baselines over the metrics that all of them have, but speeds, which are this
+    machine's."""
     methods = {**metrics["baselines"], "onerec": metrics["onerec"]}
     shared = [name for name in metrics["onerec"] if all(name in values for values in methods.values())]
-    columns = [name for name in shared if not name.endswith("_interval")]
+    columns = [name for name in shared if not name.endswith(("_interval", "_per_second"))]
     rows = [[method, *(values[name] for name in columns)] for method, values in methods.items()]
     return Table(["method", *columns], rows).markdown()
 

@@ -32,7 +32,13 @@ from .alignment_report import (
 from .tables import Measured, Table, fact_rows, number, signed_percent
 
 PARTS = {"dataset": {}, "tokenizer": {}, "onerec": {}, "baselines": {}, "alignment": [], "reward_models": {}}
-METHOD_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE", "sasrec": "SASRec"}
+METHOD_NAMES = {
+    "popularity": "Popularity",
+    "item_knn": "Item-KNN",
+    "ease": "EASE",
+    "sasrec": "SASRec",
+    "fused": "Fused",
+}
 RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
 SESSION_COLUMNS = ("intra_session_diversity", "illegal_rate", "duplicate_rate")
 REWARD_METRICS = {

@@ -11,6 +11,7 @@ from .pretrain_stage import run_pretrain
 from .recipe_arguments import RecipeArguments, parse_recipe_arguments
 from .recommend_stage import run_recommend
 from .reward_stage import run_reward
+from .search import run_search
 from .tokenize_stage import run_tokenize
 
 

@@ -22,7 +22,8 @@ from ..reporting import comparison_figure, comparison_table
 from ..reporting.report import METHOD_NAMES
 from ..staged_files import staged_file
 from .align_stage import align_stage, run_align
-from .evaluate_stage import BASELINE_STAGE, ROUND, SEED_STAGE, baseline_stage, run_baselines, seed_stage
+from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
+from .evaluate_stage import ROUND, SEED_STAGE, seed_stage
 from .evaluated_run import EvaluatedRun
 from .preferences_stage import run_sample_preferences
 from .pretrain_stage import MODEL, run_pretrain
@@ -283,7 +284,7 @@ def _table_1(comparison: _Comparison, cells: Sequence[str]) -> list[dict[str, An
     names = {
         name: shown
         for name, shown in TABLE_1_NAMES.items()
-        if (not cells or name in cells) and args.baselines.get(name) is not False
+        if (not cells or name in cells) and (name not in BASELINES or name in fitted_baselines(args))
     }
     unknown = set(cells) - set(names)
     if unknown:

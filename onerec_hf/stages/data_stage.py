@@ -1,7 +1,7 @@
 """Stage `data`: from raw logs to the feed in the canonical schema, its split, sessions and evaluation cases.
 
 Runs as the first step of `tokenize`. Everything that later stages fit comes from the files that it writes for the
-period before the evaluated one.
+fitted period; the evaluated users' histories reach to the evaluated one.
 """
 
 from dataclasses import dataclass
@@ -51,25 +51,35 @@ class PreparedData:
 
     def read(self, name: str) -> Dataset:
         """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what
-        the reward model reads of each user as of the end of the fitted period, where they were exposed to anything."""
+        the reward model reads of each user as of the end of their histories, where they were exposed to anything."""
         table = pq.read_table(self.folder / name)
-        if name in (USER_HISTORIES, EVALUATION_CASES):
-            exposures = self._user_exposures
-            places = exposures["user_id"].to_pandas()
-            found = pd.Index(places).get_indexer(table["user_id"].to_pandas())
-            joined = exposures.take(pa.array(found, mask=found < 0))
-            for column in joined.column_names:
-                if column != "user_id":
-                    table = table.append_column(column, joined[column])
+        if name == USER_HISTORIES:
+            table = with_user_exposures(table, self._fitted_exposures)
+        elif name == EVALUATION_CASES:
+            table = with_user_exposures(table, self._exposures_before_evaluation)
         return Dataset(table)
+
+    def histories_before_evaluation(self) -> Dataset:
+        """The users' histories, as `read(USER_HISTORIES)`, with what is not fitted before the evaluated period."""
+        if self.args.fitted_until == self.args.evaluation_split:
+            return self.read(USER_HISTORIES)
+        table = user_histories(self.split.history, self.feed, self.args).with_format("arrow")[:]
+        return Dataset(with_user_exposures(table, self._exposures_before_evaluation))
 
     @cached_property
     def split(self) -> FeedSplit:
         return split_feed(self.feed, self.args)
 
     @cached_property
-    def _user_exposures(self) -> pa.Table:
+    def _fitted_exposures(self) -> pa.Table:
         exposures = user_exposures(self.split.fit, self.feed, self.args.history_items)
+        return exposures.with_format("arrow")[:].combine_chunks()
+
+    @cached_property
+    def _exposures_before_evaluation(self) -> pa.Table:
+        if self.args.fitted_until == self.args.evaluation_split:
+            return self._fitted_exposures
+        exposures = user_exposures(self.split.history, self.feed, self.args.history_items)
         return exposures.with_format("arrow")[:].combine_chunks()
 
     def later_runs(self) -> Dataset:
@@ -80,8 +90,18 @@ class PreparedData:
         split, feed = self.split, self.feed
         if self.args.split_method == "leave_one_out":
             return exposure_runs(split.fit, feed, self.args).select([])
-        joined = pd.concat([split.fit, split.evaluation]).sort_values(["user_id", "position"], ignore_index=True)
+        joined = pd.concat([split.history, split.evaluation]).sort_values(["user_id", "position"], ignore_index=True)
         return exposure_runs(joined, feed, self.args, since=split.evaluation["timestamp"].min())
+
+
+def with_user_exposures(table: pa.Table, exposures: pa.Table) -> pa.Table:
+    """A table of users with the columns of [`user_exposures`], null for a user who was exposed to nothing."""
+    found = pd.Index(exposures["user_id"].to_pandas()).get_indexer(table["user_id"].to_pandas())
+    joined = exposures.take(pa.array(found, mask=found < 0))
+    for column in joined.column_names:
+        if column != "user_id":
+            table = table.append_column(column, joined[column])
+    return table
 
 
 def run_data(args: RecipeArguments) -> Path:

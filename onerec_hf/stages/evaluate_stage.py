@@ -16,26 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors.numpy import save_file
 
 from .. import __version__
-from ..data import positive_mask
-from ..evaluation import CUTOFFS, PolicyOnLog, PolicyResults, SASRec, last_kept, ranking_metrics
+from ..evaluation import PolicyOnLog, PolicyResults, last_kept
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reporting import onerec_card, print_table, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
 from ..reporting.report import write_report
 from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import generate_sessions
 from ..staged_files import staged_file
+from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
 from .evaluated_run import EvaluatedRun
 from .pretrain_stage import MODEL
-from .recipe_arguments import BASELINES, BaselineArguments, EvaluateArguments, RecipeArguments
+from .recipe_arguments import EvaluateArguments, RecipeArguments
 from .reward_stage import REWARD_MODEL
 from .stage_runner import Stage, completed_stage, read_json, run_stage, write_json
 from .tokenize_stage import semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
-BASELINE_STAGE, SEED_STAGE = "baselines", "evaluate_seed"
+SEED_STAGE = "evaluate_seed"
 NUM_EXAMPLES = 6
 ROUND_ALONE = ("round", "kept", "judges", "change", "on_log")  # of an entry of "alignment", not of "onerec"
 ROUND, ROUND_ON_LOG = "round_{}.safetensors", "round_{}_on_log.safetensors"
@@ -75,53 +74,6 @@ def run_evaluate(args: RecipeArguments) -> Path:
 def final_model(args: RecipeArguments) -> Path:
     """The checkpoint that the run ends in."""
     return args.output_dir / ("align" if args.align_rounds else "pretrain") / MODEL
-
-
-def baseline_stage(args: RecipeArguments, name: str = BASELINE_STAGE) -> Stage:
-    return Stage(name, args.output_dir, args.group(BaselineArguments), ["data", "tokenize"])
-
-
-def run_baselines(stage: Stage, run: EvaluatedRun) -> Path:
-    """Stage `baselines`: fits and evaluates each of them; writes `<name>.json`, the metrics, and `<name>.safetensors`,
-    the rankings with their scores."""
-
-    def work(folder: Path) -> None:
-        missing = [name for name in fitted_baselines(run.args) if not (folder / f"{name}.json").exists()]
-        for name in missing if PartialState().is_main_process else ():
-            ranked, scores = rank_baseline(name, run)
-            save_file({"ranked": ranked, "scores": scores}, folder / f"{name}.safetensors")
-            targets, num_items = run.evaluator.targets, len(run.tokenizer.item_ids)
-            metrics = ranking_metrics(ranked, targets, num_items, CUTOFFS, interval_resamples=1000)
-            write_json(folder / f"{name}.json", metrics)
-
-    return run_stage(stage, work)
-
-
-def fitted_baselines(args: RecipeArguments) -> list[str]:
-    return [name for name in BASELINES if args.baselines.get(name) is not False]
-
-
-def rank_baseline(name: str, run: EvaluatedRun) -> tuple[np.ndarray, np.ndarray]:
-    """A baseline's ranking of the evaluated users, long enough for its judged sessions, and its scores."""
-    fields, options = run.args.baselines.get(name) or {}, run.evaluator.options
-    fitted = [np.asarray(history) for history in run.fitted_histories["history"][:]]
-    num_items = len(run.tokenizer.item_ids)
-    if name == "sasrec":
-        model = SASRec(seed=run.args.seed, **fields).fit(fitted, num_items, recent_behaviours(run))
-    else:
-        model = BASELINES[name](**fields).fit(fitted, num_items)
-    return model.rank_with_scores(run.evaluator.histories, options.ranked_items, options.exclude_consumed)
-
-
-def recent_behaviours(run: EvaluatedRun) -> np.ndarray | None:
-    """How many of each fitted history's latest behaviours lie in the latest `recent_days`; None without these."""
-    if run.args.recent_days is None:
-        return None
-    fit = run.prepared.split.fit
-    positive = fit[positive_mask(fit, run.prepared.feed.positive_feedback)]
-    since = positive["timestamp"].max() - run.args.recent_days * 86400
-    counts = positive.loc[positive["timestamp"] >= since, "user_id"].value_counts()
-    return counts.reindex(run.fitted_histories["user_id"][:], fill_value=0).to_numpy()
 
 
 def seed_stage(args: RecipeArguments, judged: bool) -> Stage:

@@ -47,7 +47,7 @@ class EvaluatedRun:
 
     @cached_property
     def fitted_histories(self) -> Dataset:
-        """All users' histories before the evaluated period, by catalogue index."""
+        """All users' histories in the fitted period, by catalogue index."""
         return index_sessions(self.prepared.read(USER_HISTORIES), self.tokenizer)
 
     @cached_property
@@ -62,7 +62,8 @@ class EvaluatedRun:
     def evaluator(self) -> PolicyEvaluator:
         cases, count = self.prepared.read(EVALUATION_CASES), self.args.evaluation_users
         if count is not None and count < len(cases):
-            cases = cases.shuffle(seed=self.args.seed).select(range(count))
+            # The same users whatever the run's seed, so that runs of several seeds compare by user.
+            cases = cases.shuffle(seed=self.args.data_seed).select(range(count))
         consumed = np.concatenate([np.zeros(0, np.int64), *map(np.asarray, self.fitted_histories["history"][:])])
         return PolicyEvaluator(
             self.tokenizer,
@@ -82,9 +83,10 @@ class EvaluatedRun:
         args = self.args
         if not self.judged or not args.counterfactual_users or args.split_method != "time":
             return None
-        fit, users = self.prepared.split.fit, self.fitted_histories
+        history = self.prepared.split.history
+        users = index_sessions(self.prepared.histories_before_evaluation(), self.tokenizer)
         enough = np.asarray(users["length"][:]) >= args.min_history_items
-        before = fit[fit["timestamp"] >= fit["timestamp"].max() - PROPENSITY_DAYS * 86400]
+        before = history[history["timestamp"] >= history["timestamp"].max() - PROPENSITY_DAYS * 86400]
         return LoggedExposures(
             users.select(np.flatnonzero(enough)),
             self.prepared.split.evaluation,

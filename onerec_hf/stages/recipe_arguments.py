@@ -24,14 +24,15 @@ from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
 from ..data.data_arguments import option
 from ..embedding_adaptation import EmbeddingAdaptation
-from ..evaluation import EASE, ItemKNN, Popularity, SASRec
+from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
 from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS
 
 logger = logging.getLogger(__name__)
 
 Nested = dict[str, Any] | str | None  # a mapping as YAML has it, or as JSON on the command line
-BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasrec": SASRec}
+FUSED, FUSED_MEMBERS = "fused", ("ease", "sasrec")
+BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasrec": SASRec, FUSED: Fused}
 
 # Fields of nested options that another option, or the data, decides: they are refused, with who decides them.
 BY_RUN = {"output_dir": "output_dir", "seed": "seed"}
@@ -76,6 +77,37 @@ def check_fields(values: dict[str, Any], name: str, owner: type, decided: dict[s
             likely = get_close_matches(str(key), known - set(decided), n=1)
             meant = f" Did you mean {likely[0]!r}?" if likely else ""
             raise ValueError(f"{name} has {key!r}, which {owner.__name__} does not take.{meant}")
+
+
+def fused_members(baselines: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The members of the fused baseline by name, with the options that each is fitted with.
+
+    Raises:
+        ValueError: for members that are neither a list of other baselines' names nor a mapping of them to options.
+    """
+    named, place = (baselines.get(FUSED) or {}).get("members", FUSED_MEMBERS), "baselines.fused.members"
+    if not isinstance(named, (list, tuple, dict)):
+        raise ValueError(f"{place} must be a list of baselines, or a mapping of them to options, got {named!r}.")
+    others = [name for name in BASELINES if name != FUSED]
+    for name in named:
+        if name not in others:
+            raise ValueError(f"{place} has {name!r}; there are {', '.join(others)}.")
+    if isinstance(named, dict):
+        members = {name: as_mapping(options, f"{place}.{name}") for name, options in named.items()}
+    else:
+        members = {name: dict(baselines.get(name) or {}) for name in named}
+    for name, options in members.items():
+        check_fields(options, f"{place}.{name}", BASELINES[name], {"seed": "seed"})
+    return members
+
+
+def check_fused(baselines: dict[str, Any]) -> None:
+    """Raises ValueError for options of the fused baseline that it will not take."""
+    members = dict.fromkeys(fused_members(baselines))
+    try:
+        Fused(**{**(baselines.get(FUSED) or {}), "members": members})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"baselines.fused: {error}.") from error
 
 
 def lora_config(values: dict[str, Any]):
@@ -296,7 +328,7 @@ class AlignArguments(PreferenceArguments):
 class EvaluatedUsers(ConsumedItems):
     """Who is evaluated."""
 
-    evaluation_users: int | None = option(None, "Evaluated users, drawn by seed; all by default.")
+    evaluation_users: int | None = option(None, "Evaluated users, drawn by data_seed; all by default.")
 
 
 @dataclass
@@ -341,7 +373,9 @@ class BaselineArguments(JudgedSessions, RecentSessions, EvaluatedUsers):
     """The baselines that OneRec is compared with."""
 
     baselines: Nested = option(
-        None, "Options by baseline (popularity, item_knn, ease, sasrec); a baseline set to false is left out."
+        None,
+        "Options by baseline (popularity, item_knn, ease, sasrec, fused); a baseline set to false is left out. fused "
+        "goes without saying only where none of its members (ease and sasrec) is left out; `fused: {}` fits its own.",
     )
 
     def __post_init__(self):
@@ -353,6 +387,7 @@ class BaselineArguments(JudgedSessions, RecentSessions, EvaluatedUsers):
         for name, options in self.baselines.items():
             place = f"baselines.{name}"
             check_fields(as_mapping(options or None, place), place, BASELINES[name], {"seed": "seed"})
+        check_fused(self.baselines)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from onerec_hf.evaluation import REWARD, relative_change
 from onerec_hf.reporting import Table
 from onerec_hf.reporting.tables import relative_with_interval
 from onerec_hf.session_generation import Recommender
-from onerec_hf.stages.evaluate_stage import rank_baseline
+from onerec_hf.stages.baselines_stage import rank_baseline
 from onerec_hf.stages.evaluated_run import EvaluatedRun
 from onerec_hf.stages.pretrain_stage import MODEL
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
