@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from alignment_cases import (
+    NUM_ITEMS,
     dpo_arguments,
     make_trainer,
     preference_pairs,
@@ -15,7 +16,10 @@ from alignment_cases import (
 from peft import LoraConfig
 
 from onerec_hf.alignment import OneRecDPOTrainer, PreferenceCollator
+from onerec_hf.evaluation.policy_inputs import generation_inputs
+from onerec_hf.item_trie import ItemTrie
 from onerec_hf.pretraining import SessionCollator, share_histories
+from onerec_hf.session_generation import session_log_probs
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 
@@ -231,6 +235,27 @@ class TestTrainer:
             logs[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert logs["checkpointing"] == pytest.approx(logs["plain"], abs=1e-5)
         assert logs["bf16"] == pytest.approx(logs["plain"], rel=0.03) and logs["bf16"] != logs["plain"]
+
+    @pytest.mark.parametrize("overrides", [{"item_share": 0.3}, {"item_gate": True}])
+    def test_with_an_item_head_a_session_has_the_mixtures_probability(self, tokenizer, tmp_path, overrides):
+        head = {"history_positions": "item", "encoder_attention": "causal", "item_head": "encoder"}
+        model = tiny_generator(**head, num_items=NUM_ITEMS - 1, **overrides)  # an item without a vector
+        trainer = make_trainer(tokenizer, tmp_path, model, ntp_per_pair=0, loss_type="sdpo")
+        pairs = trainer.train_dataset.to_list()
+        batch = trainer.data_collator(pairs)
+        of_chosen, of_rejected = trainer.compute_ref_log_probs(trainer.ref_model, batch)
+        sessions = [[pair["chosen"], *pair["rejected"], [-1, -1]][:3] for pair in pairs]
+        inputs = generation_inputs(trainer.ref_model, tokenizer, pairs, exclude_consumed=False)
+        trie, sessions = ItemTrie.from_tokenizer(tokenizer), torch.tensor(sessions)
+        expected = session_log_probs(trainer.ref_model, trie, sessions, **inputs, normalization="vocabulary")
+        assert NUM_ITEMS - 1 in sessions
+        torch.testing.assert_close(of_chosen, expected[:, 0])
+        kept = batch["rejected_mask"]
+        torch.testing.assert_close(of_rejected[kept], expected[:, 1:][kept])
+        # Both parts are trained.
+        model.eval()
+        trainer.compute_loss(model, batch).backward()
+        assert model.get_encoder().item_vectors.learned.weight.grad.any() and model.lm_head.weight.grad.any()
 
     def test_what_is_missing_is_named(self, tokenizer, tmp_path):
         with pytest.raises(

@@ -95,8 +95,8 @@ class PreferenceCollator:
     model, hold each history once. `input_ids` `((1 + K) B, S)` are the decoder's sequences `<bos> a b c <bos> a b c`:
     all chosen sessions, all first rejected ones, all second ones; `completion_mask` is 1 on code tokens alone: like
     eq 4's loss, a session's log-probability leaves out `<bos>`, which generation never chooses. `rejected_mask`
-    `(B, K)` is False where a pair has fewer than K. With an item head `session_items` `((1 + K) B, m)` are the sessions'
-    catalogue indices, -1 where there is none. With `ntp_rows` in the rows the batch also has what
+    `(B, K)` is False where a pair has fewer than K. With an item head `session_items` `((1 + K) B, m)` are the same
+    sessions by catalogue index, -1 where there is no item. With `ntp_rows` in the rows the batch also has what
     `SessionCollator` makes of those rows of `ntp_dataset`, with the prefix `ntp_`.
 
     Args:

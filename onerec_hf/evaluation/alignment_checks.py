@@ -127,9 +127,7 @@ class AlignmentChecks:
             for rows in _batches(pairs):
                 sessions = torch.tensor([[row["chosen"], row["rejected"][0]] for row in rows])
                 encoded = encode_history_rows(rows, self.tokenizer, model.config).to(model.device)
-                found = session_log_probs(
-                    model, self.trie, sessions, **encoded, normalization="vocabulary"
-                )
+                found = session_log_probs(model, self.trie, sessions, **encoded, normalization="vocabulary")
                 log_probs.append(found.float().cpu().numpy())
         return np.concatenate(log_probs)
 
