@@ -28,7 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec import OneRecConfig
-from .item_head import FullSoftmaxLoss, OneRecItemVectors, sampled_softmax_loss
+from .item_head import FullSoftmaxLoss, JoinedItemVectors, OneRecItemVectors, sampled_softmax_loss
 
 
 class OneRecRMSNorm(nn.Module):
@@ -873,6 +873,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._joined_item_vectors = JoinedItemVectors()
         self.post_init()
         self.generation_config = session_generation_config(config)
 
@@ -899,6 +900,15 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         encoder = self.model.encoder
         return [encoder.item_vectors, *(further.item_vectors for further in encoder.item_encoders)]
 
+    def train(self, mode: bool = True) -> "OneRecForConditionalGeneration":
+        if mode:
+            self._joined_item_vectors.forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "OneRecForConditionalGeneration":
+        self._joined_item_vectors.forget()  # to another device or precision
+        return super()._apply(*args, **kwargs)
+
     def add_items(self, content: torch.Tensor) -> None:
         """Gives items that [`OneRecTokenizer.add_items`] appends a vector of the item head each, in the same order.
 
@@ -921,21 +931,36 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
                 total = total + FullSoftmaxLoss.apply(states[kept], vectors(), targets)
         return total
 
-    def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The item head's distribution over the item that follows each history: the heads' geometric mean.
+    def item_vectors(self) -> torch.Tensor:
+        """The heads' vectors of all items side by side, (N, heads * hidden_size), made once while no weight changes:
+        see [`JoinedItemVectors`]."""
+        return self._joined_item_vectors(self._item_vectors())
+
+    def item_queries(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What gives, multiplied with [`item_vectors`], the mean of the heads' logits of what follows each history.
 
         Args:
             item_states: (batch, heads, items, hidden_size) from the encoder.
             mask: (batch, items) from [`OneRecEncoder.position_mask`].
 
         Returns:
-            (batch, N) log-probabilities, float32.
+            (batch, heads * hidden_size).
         """
         last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
         states = item_states[torch.arange(len(item_states), device=item_states.device), :, last]
-        # A mean of logits is a geometric mean of distributions: their normalisers are the same for all items.
-        logits = sum(head @ vectors().T for head, vectors in zip(states.unbind(1), self._item_vectors(), strict=True))
-        return (logits.float() / states.shape[1]).log_softmax(-1)
+        return states.flatten(1) / states.shape[1]
+
+    def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The item head's distribution over the item that follows each history: the heads' geometric mean, whose
+        logits are the mean of theirs, as their normalisers are the same for all items.
+
+        Args:
+            item_states, mask: As in [`item_queries`].
+
+        Returns:
+            (batch, N) log-probabilities, float32.
+        """
+        return (self.item_queries(item_states, mask) @ self.item_vectors().T).float().log_softmax(-1)
 
     @can_return_tuple
     def forward(

@@ -1,5 +1,7 @@
 """The item head: a softmax over the catalogue at every position of a causal encoder."""
 
+import copy
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -170,6 +172,71 @@ def test_new_items_have_the_vector_of_their_content(tmp_path):
     torch.testing.assert_close(loaded.item_log_probs(states), model.item_log_probs(states))
     learned = model.get_encoder().item_encoders[0].item_vectors.learned.weight
     torch.testing.assert_close(learned[ITEMS:], learned[:ITEMS].mean(0).expand(2, -1))
+
+
+def joined_by_hand(model):
+    encoder = model.get_encoder()
+    return torch.cat(
+        [head() for head in (encoder.item_vectors, *(own.item_vectors for own in encoder.item_encoders))], 1
+    )
+
+
+@torch.no_grad()
+def test_joined_vectors_are_made_once_and_never_out_of_date(tmp_path):
+    model = item_model(item_encoders=1)
+    vectors, own = model.get_encoder().item_vectors, model.get_encoder().item_encoders[0].item_vectors
+
+    def forget():
+        model.train()
+        model.eval()
+
+    def replace_a_weight():
+        own.learned.weight = torch.nn.Parameter(torch.randn(ITEMS, 16))
+
+    def write_data():
+        vectors.learned.weight.data = torch.randn(ITEMS, 16)
+
+    changes = [
+        lambda: vectors.learned.weight.mul_(2),
+        lambda: vectors.content_proj.weight.add_(1),
+        lambda: vectors.set_content(torch.randn(ITEMS, 3)),
+        lambda: own.learned.weight.copy_(torch.randn(ITEMS, 16)),
+        lambda: model.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()}),
+        replace_a_weight,
+        write_data,
+        lambda: model.add_items(torch.randn(2, 3)),
+        lambda: model.double(),
+        lambda: model.float(),
+        forget,
+    ]
+    for change in changes:
+        before = model.item_vectors()
+        assert model.item_vectors() is before
+        change()
+        after = model.item_vectors()
+        assert after is not before
+        torch.testing.assert_close(after, joined_by_hand(model))
+    copied = copy.deepcopy(model)
+    vectors.learned.weight.zero_()
+    torch.testing.assert_close(copied.item_vectors(), after)
+    torch.testing.assert_close(model.item_vectors(), joined_by_hand(model))
+    copied.save_pretrained(tmp_path)
+    loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.item_vectors(), after)
+
+
+def test_joined_vectors_have_gradients_and_are_not_kept_while_training():
+    model = item_model(item_encoders=1)
+    model.item_vectors().sum().backward()
+    assert model.get_encoder().item_vectors.content_proj.weight.grad.any()
+    with torch.no_grad():
+        assert model.item_vectors() is model.item_vectors()
+        model.train()
+        model.get_encoder().item_vectors.learned.weight.data.zero_()  # a write that no version counts
+        model.eval()
+        torch.testing.assert_close(model.item_vectors(), joined_by_hand(model))
+        model.train()
+        assert model.item_vectors() is not model.item_vectors()
 
 
 def test_off_where_it_is_not_configured():
