@@ -328,6 +328,49 @@ def test_sessions_have_the_mixtures_probability_and_draws_follow_it():
     assert [item.item for item in streamed if item.user == 0] == found.items[0, 0].tolist()
 
 
+def test_users_whose_tables_do_not_fit_together_are_searched_one_after_the_other(monkeypatch):
+    model, trie, inputs = mixture_case()
+    model.config.item_share = 0.6
+    constraint = {
+        "excluded": torch.tensor([[0, 5, 11], [3, -1, -1], [-1, -1, -1]]),
+        "allowed": torch.arange(ITEMS) != torch.tensor([[1], [2], [4]]),
+    }
+    options = {**inputs, **constraint, "num_items": 2, "num_beams": 5}
+    for changed in ({}, {"allowed": constraint["allowed"][0]}, {"item_share": torch.tensor([0.2, 0.5, 0.9])}):
+        together = generate_sessions(model, trie, **options | changed)
+        streamed = list(stream_sessions(model, trie, **options | changed))
+        given = {**inputs, **constraint, **changed}
+        log_probs = session_log_probs(model, trie, together.items, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr("onerec_hf.session_generation.item_mixture._TABLE_NUMBERS", 1)
+            patch.setattr("onerec_hf.session_generation.item_mixture._CHUNK_NUMBERS", 5)
+            apart = generate_sessions(model, trie, **options | changed)
+            assert torch.equal(apart.items, together.items) and torch.equal(apart.token_ids, together.token_ids)
+            torch.testing.assert_close(apart.scores, together.scores)
+            torch.testing.assert_close(session_log_probs(model, trie, together.items, **given), log_probs)
+            again = list(stream_sessions(model, trie, **options | changed))
+            assert sorted(again) == sorted(streamed)
+
+
+def test_every_user_may_have_a_share_of_their_own():
+    model, trie, inputs = mixture_case()
+    shares = [0.2, 0.5, 0.95]
+    options = {"num_items": 1, "num_beams": ITEMS}
+    found = generate_sessions(model, trie, **inputs, **options, item_share=torch.tensor(shares))
+    for user, share in enumerate(shares):
+        expected = generate_sessions(model, trie, **inputs, **options, item_share=share)
+        assert torch.equal(found.items[user], expected.items[user])
+        torch.testing.assert_close(found.scores[user], expected.scores[user])
+
+
+def test_half_precision_mixes_too():
+    model, trie, inputs = mixture_case(item_encoders=1)
+    full = generate_sessions(model, trie, **inputs, num_items=1, num_beams=ITEMS)
+    half = generate_sessions(model.to(torch.bfloat16), trie, **inputs, num_items=1, num_beams=ITEMS)
+    assert half.scores.dtype == torch.float32
+    torch.testing.assert_close(half.scores, full.scores, atol=0.3, rtol=0.05)
+
+
 def test_what_the_mixture_cannot_do_is_refused():
     model, trie, inputs = mixture_case()
     with pytest.raises(ValueError, match=r"item_share must lie in \[0, 1\], got 2"):

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from ..item_trie import ItemConstraint
 from .beam_cache import BeamPaths, beam_cache
 from .code_scores import CodeScores
-from .item_mixture import ItemMixture
+from .item_mixture import ItemMixture, users_at_a_time
 from .searches import SEARCHES, Candidates, SearchOptions
 
 
@@ -23,28 +23,43 @@ class Beams(NamedTuple):
 
 
 class EncodedHistories(NamedTuple):
-    """The encoder's output and the mask over its positions; the item head's log-probabilities (batch, N) and its share
-    g in the mixture, where it takes part."""
+    """The encoder's output and the mask over its positions; where the item head takes part, its queries (batch, size),
+    the items' vectors (N, size) and its share g in the mixture, which may be a tensor (batch,)."""
 
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor | None
-    item_log_probs: torch.Tensor | None = None
-    item_share: float = 0.0
+    item_queries: torch.Tensor | None = None
+    item_vectors: torch.Tensor | None = None
+    item_share: float | torch.Tensor = 0.0
+
+    def of_users(self, users: slice) -> "EncodedHistories":
+        """Those of some users."""
+        by_user = {"hidden_states", "attention_mask", "item_queries"}
+        by_user |= {"item_share"} if torch.is_tensor(self.item_share) else set()
+        given = {name: getattr(self, name) for name in by_user}
+        return self._replace(**{name: value[users] for name, value in given.items() if value is not None})
 
 
 def encoded_histories(
-    model, input_ids=None, attention_mask=None, encoder_outputs=None, item_share: float | None = None, **encoder_inputs
+    model,
+    input_ids=None,
+    attention_mask=None,
+    encoder_outputs=None,
+    item_share: float | torch.Tensor | None = None,
+    **encoder_inputs,
 ) -> EncodedHistories:
     """Encodes the histories, unless that is done already.
 
     Args:
-        item_share: g; the configuration's by default.
+        item_share: g, or a tensor (batch,) of it by user; the configuration's by default.
 
     Raises:
         TypeError: For an input that the encoder does not have; it would go unnoticed there.
         ValueError: For a share of an item head that there is not.
     """
-    if model.config.item_head == "none" and item_share:
+    item_share = model.config.item_share if item_share is None and model.config.item_head != "none" else item_share
+    mixed = torch.is_tensor(item_share) or bool(item_share)
+    if model.config.item_head == "none" and mixed:
         raise ValueError(f"item_share is {item_share}, but the model has no item head.")
     encoder = model.get_encoder()
     unknown = encoder_inputs.keys() - inspect.signature(encoder.forward).parameters.keys()
@@ -53,11 +68,24 @@ def encoded_histories(
     if encoder_outputs is None:
         encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
     histories = EncodedHistories(encoder_outputs.last_hidden_state, encoder.position_mask(attention_mask))
-    item_share = model.config.item_share if item_share is None else item_share
-    if model.config.item_head == "none" or not item_share:
+    if not mixed:
         return histories
-    item_log_probs = model.item_log_probs(encoder_outputs.item_states, histories.attention_mask)
-    return histories._replace(item_log_probs=item_log_probs, item_share=item_share)
+    queries = model.item_queries(encoder_outputs.item_states, histories.attention_mask)
+    return histories._replace(item_queries=queries, item_vectors=model.item_vectors(), item_share=item_share)
+
+
+def user_chunks(
+    histories: EncodedHistories, constraint: ItemConstraint
+) -> Iterator[tuple[EncodedHistories, ItemConstraint]]:
+    """Users who are searched for together: all of them, or with an item head as many as its tables have room for."""
+    count = len(histories.hidden_states)
+    size = count if histories.item_queries is None else min(users_at_a_time(constraint.trie), count)
+    if size == count:
+        yield histories, constraint
+        return
+    for start in range(0, count, size):
+        users = slice(start, start + size)
+        yield histories.of_users(users), constraint.of_users(users)
 
 
 class SessionSearch:
