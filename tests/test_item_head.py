@@ -328,6 +328,116 @@ def test_sessions_have_the_mixtures_probability_and_draws_follow_it():
     assert [item.item for item in streamed if item.user == 0] == found.items[0, 0].tolist()
 
 
+def shared_case(**overrides):
+    """As [`mixture_case`], the items by their last digit in base 5: five leaves of two or three items."""
+    model, _, inputs = mixture_case(**overrides)
+    leaf = torch.arange(ITEMS) % 5
+    return model, ItemTrie(torch.stack([leaf // 2, leaf, torch.zeros_like(leaf)], 1), [8, 8, 8]), inputs, leaf
+
+
+def shared_probabilities(model, trie, inputs, leaf, share, normalization, free, history=()):
+    """P(item | items before) (3, ITEMS) by brute force, for items that may be given (3, ITEMS): the head's softmax
+    and, of the leaves' probability by codes alone, an equal part."""
+    free = free.clone()
+    free[:, list(history)] = False
+    before = torch.tensor([*history], dtype=torch.long).expand(3, ITEMS, -1)
+    sessions = torch.cat([before, torch.arange(ITEMS).expand(3, -1)[..., None]], -1)
+    plain = {**inputs, "allowed": free, "normalization": normalization, "item_share": 0}
+    if history:
+        plain["allowed"] = free | (torch.arange(ITEMS) == torch.tensor(history)[:, None]).any(0)
+        so_far = session_log_probs(model, trie, before[:, :1], **plain)
+    of_codes = session_log_probs(model, trie, sessions, **plain) - (so_far if history else 0)
+    sharing = torch.zeros(3, 5).index_add_(1, leaf, free.float())[:, leaf]
+    of_codes = of_codes.exp() / sharing.clamp(min=1) * free
+    encoder = model.get_encoder()
+    states = encoder(**inputs).item_states
+    of_items = model.item_log_probs(states, encoder.position_mask(inputs["attention_mask"])).exp() * free
+    if normalization == "constrained":
+        of_items = of_items / of_items.sum(1, keepdim=True)
+    return share * of_items + (1 - share) * of_codes
+
+
+def constraints_of_items():
+    """Excluded and allowed items, and what they leave (3, ITEMS)."""
+    excluded = torch.tensor([[0, 5, 11], [3, -1, -1], [-1, -1, -1]])
+    allowed = torch.arange(ITEMS) != torch.tensor([[1], [2], [4]])
+    free = allowed.clone()
+    free[0, [0, 5, 11]] = free[1, 3] = False
+    return {"excluded": excluded, "allowed": allowed}, free
+
+
+@pytest.mark.parametrize("normalization", ["level", "constrained"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_items_that_share_an_id_are_ranked_by_their_own_probability(share, normalization):
+    model, trie, inputs, leaf = shared_case()
+    constraint, free = constraints_of_items()
+    expected = shared_probabilities(model, trie, inputs, leaf, share, normalization, free)
+    options = {**inputs, **constraint, "item_share": share, "normalization": normalization}
+    found = generate_sessions(model, trie, num_items=1, num_beams=ITEMS, **options)
+    for row, (items, scores) in enumerate(zip(found.items[..., 0], found.scores, strict=True)):
+        given = items >= 0
+        assert sorted(items[given].tolist()) == free[row].nonzero()[:, 0].tolist()
+        torch.testing.assert_close(scores[given].exp(), expected[row][items[given]])
+        assert (scores[given].diff() <= 1e-6).all()
+    every = torch.arange(ITEMS).expand(3, -1)[..., None]
+    torch.testing.assert_close(session_log_probs(model, trie, every, **options).exp(), expected)
+    if normalization == "constrained":
+        torch.testing.assert_close(expected.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("normalization", ["level", "constrained"])
+def test_sessions_tell_items_apart_that_share_an_id(normalization):
+    model, trie, inputs, leaf = shared_case(item_share=0.6)
+    constraint, free = constraints_of_items()
+    options = {**inputs, **constraint, "normalization": normalization}
+    found = generate_sessions(model, trie, num_items=2, num_beams=ITEMS * ITEMS, **options)
+    first = shared_probabilities(model, trie, inputs, leaf, 0.6, normalization, free)
+    second = torch.stack(
+        [shared_probabilities(model, trie, inputs, leaf, 0.6, normalization, free, [item]) for item in range(ITEMS)], 1
+    )
+    expected = first[..., None] * second
+    if normalization == "constrained":
+        torch.testing.assert_close(found.scores.exp().sum(1), torch.ones(3))
+    for user, (sessions, scores) in enumerate(zip(found.items, found.scores, strict=True)):
+        sessions, scores = sessions[scores.isfinite()], scores[scores.isfinite()]
+        count = int(free[user].sum())
+        assert len({tuple(session) for session in sessions.tolist()}) == len(sessions) == count * (count - 1)
+        torch.testing.assert_close(scores.exp(), expected[user][sessions[:, 0], sessions[:, 1]])
+    torch.testing.assert_close(
+        session_log_probs(model, trie, found.items, **options)[found.scores.isfinite()],
+        found.scores[found.scores.isfinite()],
+    )
+    best = list(stream_sessions(model, trie, num_items=2, num_beams=ITEMS * ITEMS, **options))
+    assert [item.item for item in best if item.user == 1] == found.items[1, 0].tolist()
+
+
+def test_draws_and_groups_tell_items_apart_that_share_an_id():
+    model, trie, inputs, leaf = shared_case(item_share=0.6)
+    constraint, free = constraints_of_items()
+    options = {**inputs, **constraint, "normalization": "constrained"}
+    expected = shared_probabilities(model, trie, inputs, leaf, 0.6, "constrained", free)
+    draw = {"num_items": 1, "generator": torch.Generator().manual_seed(0)}
+    drawn = generate_sessions(model, trie, **options, **draw, num_beams=6000, search="sample")
+    counts = torch.stack([torch.bincount(items[:, 0], minlength=ITEMS) for items in drawn.items])
+    torch.testing.assert_close(counts / 6000, expected, atol=0.03, rtol=0)
+    for search in ("stochastic_beam", "diverse_beam"):
+        found = generate_sessions(model, trie, **options, num_items=2, num_beams=8, search=search)
+        assert found.scores.isfinite().all() and (found.items[..., 0] != found.items[..., 1]).all()
+        assert free.gather(1, found.items.flatten(1)).all()
+        torch.testing.assert_close(session_log_probs(model, trie, found.items, **options), found.scores)
+
+
+def test_a_user_with_too_few_items_of_one_id_has_a_short_session():
+    model, trie, inputs, leaf = shared_case(item_share=0.6)
+    allowed = torch.ones(3, ITEMS, dtype=torch.bool)
+    allowed[0] = torch.arange(ITEMS) == 7
+    allowed[1] = leaf == 2
+    found = generate_sessions(model, trie, **inputs, allowed=allowed, num_items=2, num_beams=20)
+    assert found.items[0][found.scores[0].isfinite()].tolist() == [[7, -1]]
+    pairs = {tuple(session) for session in found.items[1][found.scores[1].isfinite()].tolist()}
+    assert pairs == {(2, 7), (7, 2)}
+
+
 def test_users_whose_tables_do_not_fit_together_are_searched_one_after_the_other(monkeypatch):
     model, trie, inputs = mixture_case()
     model.config.item_share = 0.6
@@ -375,9 +485,6 @@ def test_what_the_mixture_cannot_do_is_refused():
     model, trie, inputs = mixture_case()
     with pytest.raises(ValueError, match=r"item_share must lie in \[0, 1\], got 2"):
         generate_sessions(model, trie, **inputs, item_share=2)
-    shared = ItemTrie(torch.zeros(ITEMS, 3, dtype=torch.long), [8, 8, 8])
-    with pytest.raises(ValueError, match="Items share semantic IDs"):
-        generate_sessions(model, shared, **inputs)
     plain = OneRecForConditionalGeneration(OneRecConfig.from_preset("debug")).eval()
     with pytest.raises(ValueError, match="the model has no item head"):
         generate_sessions(plain, trie, input_ids=inputs["input_ids"], item_share=0.5)

@@ -81,7 +81,8 @@ def generate_sessions(
 
     The beams of a user share one copy of the encoder's keys and values, and only codes that an available item follows
     are scored. Where items share a semantic ID, a ranked list holds every item of an ID with the ID's score, and a
-    session takes the first of them that is allowed and not in it yet.
+    session takes the first of them that is allowed and not in it yet. With an item head such items are told apart:
+    each has its own P_item, and of its codes' probability the same part as all of them that may still be given.
 
     Args:
         model: The [`OneRecForConditionalGeneration`] in evaluation mode, or dropout takes part.
@@ -121,7 +122,7 @@ def _found_sessions(search: SessionSearch, num_return: int) -> tuple[torch.Tenso
     """The fields of [`SessionBeams`]."""
     trie = search.trie
     *_, found = search
-    if found.positions.shape[-1] == 1 and trie.max_items_per_leaf > 1:
+    if search.mixture is None and found.positions.shape[-1] == 1 and trie.max_items_per_leaf > 1:
         found = _expand_leaves(found, search.constraint, num_return)
     padding = (0, max(num_return - found.scores.shape[1], 0))
     scores = nn.functional.pad(found.scores, padding, value=-torch.inf)[:, :num_return]

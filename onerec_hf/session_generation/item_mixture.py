@@ -2,7 +2,8 @@
 
 The probability of a prefix of codes under the mixture is that of all items below its node: a share g of the sum of
 P_item over them, and 1 - g of the product of the codes' probabilities. So the score of every prefix, and at last of
-every item, is exact.
+every item, is exact. Items that share a semantic ID share its codes' probability equally among those of them that may
+still be given.
 """
 
 import math
@@ -34,7 +35,7 @@ class ItemMixture:
         normalization: with `"constrained"` P_item is normalised over what the user may still be given.
 
     Raises:
-        ValueError: for a share out of range, or a catalogue in which items share a semantic ID.
+        ValueError: for a share out of range.
     """
 
     @classmethod
@@ -54,9 +55,7 @@ class ItemMixture:
     ):
         if not torch.is_tensor(item_share) and not 0 < item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {item_share}.")
-        self.trie, self.constrained = constraint.trie, normalization == "constrained"
-        if self.trie.max_items_per_leaf > 1:
-            raise ValueError("Items share semantic IDs, which the item head tells apart: generate with item_share=0.")
+        self.constraint, self.trie, self.constrained = constraint, constraint.trie, normalization == "constrained"
         self.log_shares = _log_shares(item_share, queries)
         items, total = _exponentials(queries, vectors, self.trie.num_items)
         constraint.mask_items(items)
@@ -77,12 +76,14 @@ class ItemMixture:
         """Log-probabilities of the items below nodes (batch, beams, ...) of `level` under the mixture.
 
         Args:
-            code_log_probs: (batch, beams, ...) of the nodes' codes.
+            code_log_probs: (batch, beams, ...) of the nodes' codes; of items, as [`items_of_leaves`] has them.
+            nodes: at the last level positions of items.
             used: (batch, beams, items) positions of a session's items so far, which are not given again.
         """
         mass = self._mass(nodes, level)
         if used.shape[-1]:
-            start, end = self.trie.item_range(nodes, level)
+            last = level == self.trie.num_levels - 1
+            start, end = (nodes, nodes + 1) if last else self.trie.item_range(nodes, level)
             taken = self._mass(used, self.trie.num_levels - 1)
             per_beam = *used.shape[:2], *(1,) * (nodes.dim() - 2)
             for place in range(used.shape[-1]):
@@ -94,6 +95,25 @@ class ItemMixture:
                 mass = mass / left.view(per_beam)
         of_items, of_codes = (share.view(-1, *(1,) * (nodes.dim() - 1)) for share in self.log_shares)
         return torch.logaddexp(of_items + mass.log(), of_codes + code_log_probs)
+
+    def items_of_leaves(
+        self, code_log_probs: torch.Tensor, leaves: torch.LongTensor, used: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.Tensor]:
+        """The items of leaves (batch, beams, fan-out), side by side.
+
+        Args:
+            code_log_probs: (batch, beams, fan-out) of the leaves' codes.
+            used: As in [`log_probs`].
+
+        Returns:
+            (batch, beams, fan-out * the most items of a leaf) positions; whether each may be given; and
+            log-probabilities of their codes, of which each has its part.
+        """
+        per_leaf = used[:, :, None].expand(*leaves.shape, -1).flatten(1, 2)
+        positions, free = self.constraint.items_of_leaves(leaves.flatten(1), per_leaf)
+        count = free.sum(-1).clamp(min=1).view(leaves.shape)
+        of_codes = (code_log_probs - count.log())[..., None].expand(*leaves.shape, positions.shape[-1])
+        return positions.view(of_codes.shape).flatten(2), free.view(of_codes.shape).flatten(2), of_codes.flatten(2)
 
     def _mass(self, nodes: torch.LongTensor, level: int) -> torch.Tensor:
         """P_item of all that lies below nodes (batch, ...) of `level`; of the last one, of items at positions."""

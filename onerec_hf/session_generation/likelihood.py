@@ -100,7 +100,11 @@ def _log_probs(
             taken = (children == node[..., None]) & exists
             step = step.masked_fill(~taken, -torch.inf).amax(-1)
             of_codes += step
-        of_item = of_codes if mixture is None else mixture.log_probs(of_codes, node, levels - 1, used)
+        of_item, position = of_codes, positions[..., item]
+        if mixture is not None:
+            below, free, parts = mixture.items_of_leaves(of_codes[..., None], node[..., None], used)
+            of_codes = parts.masked_fill(~free | (below != position[..., None]), -torch.inf).amax(-1)
+            of_item = mixture.log_probs(of_codes, position, levels - 1, used)
         log_probs += of_item.masked_fill(~there[..., item], 0.0)
     return log_probs
 

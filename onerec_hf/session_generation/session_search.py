@@ -160,6 +160,13 @@ class SessionSearch:
             log_probs = log_probs.masked_fill(available & exhausted, 0.0)
             return Candidates(self.scores[..., None] + log_probs, logits, available, codes, children)
         of_codes = self.code_log_probs[..., None] + log_probs
+        if level == self.config.num_levels - 1 and self.trie.max_items_per_leaf > 1:
+            # A leaf's items are candidates of their own; where each has one alone, leaves are positions.
+            codes, available = (
+                each.repeat_interleave(self.trie.max_items_per_leaf, -1) for each in (codes, available)
+            )
+            children, free, of_codes = self.mixture.items_of_leaves(of_codes, children, self.used)
+            available = available & torch.where(exhausted, torch.arange(free.shape[-1], device=free.device) == 0, free)
         # A beam without an item to go on to stays dead, although there are items below its node.
         alive = available & self.scores.isfinite()[..., None]
         of_items = self.mixture.log_probs(of_codes, children, level, self.used).masked_fill(~alive, -torch.inf)
@@ -185,9 +192,13 @@ class SessionSearch:
         return candidates.nodes.flatten(1).gather(1, chosen)
 
     def _taken_positions(self, leaf: torch.LongTensor, exhausted: torch.BoolTensor) -> torch.LongTensor:
-        """The item that each beam takes of its leaf: the first that it may, and none where there is none."""
-        position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
-        if self.trie.max_items_per_leaf > 1 and self.num_items > 1:
+        """The item that each beam takes of its leaf: the first that it may, and none where there is none. A mixture's
+        beams have chosen their items already."""
+        if self.mixture is not None:
+            position = leaf
+        else:
+            position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
+        if self.mixture is None and self.trie.max_items_per_leaf > 1 and self.num_items > 1:
             below, free = self.constraint.items_of_leaves(leaf, self.used)
             position = below.gather(-1, free.int().argmax(-1, keepdim=True)).squeeze(-1)
         return position.masked_fill(exhausted | self.scores.isneginf(), self.trie.num_positions)
