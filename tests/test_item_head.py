@@ -13,6 +13,7 @@ from onerec_hf import (
     OneRecForConditionalGeneration,
     OneRecTokenizer,
     generate_sessions,
+    generate_with_trie,
     recommend,
     stream_sessions,
 )
@@ -471,6 +472,16 @@ def test_every_user_may_have_a_share_of_their_own():
         expected = generate_sessions(model, trie, **inputs, **options, item_share=share)
         assert torch.equal(found.items[user], expected.items[user])
         torch.testing.assert_close(found.scores[user], expected.scores[user])
+
+
+def test_generate_mixes_with_the_share_that_it_is_given():
+    model, trie, inputs = mixture_case()
+    options = {"num_beams": 6, "return_dict_in_generate": True, "custom_generate": generate_with_trie, "trie": trie}
+    for share in (None, 0.0, 0.9, torch.tensor([0.2, 0.5, 0.9])):
+        expected = generate_sessions(model, trie, **inputs, num_beams=6, item_share=share)
+        found = model.generate(**inputs, **options, num_return_sequences=6, item_share=share)
+        assert torch.equal(found.sequences.view(3, 6, 2, 4)[..., 1:], expected.token_ids)
+        torch.testing.assert_close(found.sequences_scores.view(3, 6), expected.scores)
 
 
 def test_half_precision_mixes_too():
