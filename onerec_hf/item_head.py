@@ -64,31 +64,39 @@ def _of_unit_variance(content: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(content, dim=1) * content.shape[1] ** 0.5
 
 
-class JoinedItemVectors:
+class JoinedItemVectors(nn.Module):
     """The vectors of several heads side by side, joined once for as long as their weights stay the same.
 
-    Weights are told apart by their place in memory and by the version that every change in place counts up. Only a
-    write to `weight.data` has no version: whoever makes one outside of training calls [`forget`]. Nothing is kept
-    with gradients, in training mode, or of weights that are quantized, adapted or offloaded.
+    Weights are told apart by their place in memory and by the version that every change in place counts up. Nothing is
+    kept with gradients, in training mode, or of weights that are quantized, adapted or offloaded. Only what is written
+    to `weight.data` in place counts up no version: after that, outside of training, [`forget`].
     """
 
     def __init__(self):
+        super().__init__()
         self._kept: tuple[list[torch.Tensor], list[int], torch.Tensor] | None = None
 
-    def __reduce__(self):
-        return type(self), ()  # a copy of a model has weights of its own
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}  # a copy of a model has weights of its own
 
     def forget(self) -> None:
         """Gives the memory free."""
         self._kept = None
 
-    def __call__(self, heads: list[OneRecItemVectors]) -> torch.Tensor:
+    def train(self, mode: bool = True) -> "JoinedItemVectors":
+        if mode:
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "JoinedItemVectors":
+        self.forget()  # the weights go to another device or precision
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, heads: list[OneRecItemVectors]) -> torch.Tensor:
         """(N, heads * hidden_size)."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not all(map(_stands_for_itself, heads)):
             return torch.cat([head() for head in heads], dim=1)
         weights = [weight for head in heads for weight in (*head.parameters(), *head.buffers())]
-        if not all(_stands_for_itself(head) for head in heads):
-            return _join(heads)
         kept, versions = self._kept, [weight._version for weight in weights]
         if kept is not None and kept[1] == versions and all(map(_same_memory, kept[0], weights)):
             return kept[2]
@@ -101,15 +109,13 @@ class JoinedItemVectors:
 
 def _stands_for_itself(head: nn.Module) -> bool:
     """Whether a head's vectors follow from its weights alone, and these can be compared."""
+    if type(head) is not OneRecItemVectors or head.training:
+        return False
     parts = [head.learned, *([] if head.content is None else [head.content_proj])]
-    plain = type(head) is OneRecItemVectors and all(type(part) in (nn.Embedding, nn.Linear) for part in parts)
-    return (
-        plain
-        and not head.training
-        and all(
-            type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta and not weight.is_inference()
-            for weight in (*head.parameters(), *head.buffers())
-        )
+    weights = (*head.parameters(), *head.buffers())
+    return all(type(part) in (nn.Embedding, nn.Linear) for part in parts) and all(
+        type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta and not weight.is_inference()
+        for weight in weights
     )
 
 

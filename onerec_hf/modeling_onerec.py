@@ -873,7 +873,8 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = OneRecModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._joined_item_vectors = JoinedItemVectors()
+        if config.item_head == "encoder":
+            self.joined_item_vectors = JoinedItemVectors()
         self.post_init()
         self.generation_config = session_generation_config(config)
 
@@ -900,15 +901,6 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         encoder = self.model.encoder
         return [encoder.item_vectors, *(further.item_vectors for further in encoder.item_encoders)]
 
-    def train(self, mode: bool = True) -> "OneRecForConditionalGeneration":
-        if mode:
-            self._joined_item_vectors.forget()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs) -> "OneRecForConditionalGeneration":
-        self._joined_item_vectors.forget()  # to another device or precision
-        return super()._apply(*args, **kwargs)
-
     def add_items(self, content: torch.Tensor) -> None:
         """Gives items that [`OneRecTokenizer.add_items`] appends a vector of the item head each, in the same order.
 
@@ -934,7 +926,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
     def item_vectors(self) -> torch.Tensor:
         """The heads' vectors of all items side by side, (N, heads * hidden_size), made once while no weight changes:
         see [`JoinedItemVectors`]."""
-        return self._joined_item_vectors(self._item_vectors())
+        return self.joined_item_vectors(self._item_vectors())
 
     def item_queries(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """What gives, multiplied with [`item_vectors`], the mean of the heads' logits of what follows each history.

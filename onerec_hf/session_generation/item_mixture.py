@@ -13,7 +13,7 @@ from torch import nn
 
 from ..item_trie import ItemConstraint, ItemTrie
 
-# Bounds of memory, in numbers of 4 bytes: of a search's tables, and of what is multiplied at a time.
+# In numbers of 4 bytes: the bound of a search's tables, and what a CPU multiplies at a time.
 _TABLE_NUMBERS = 2**27
 _CHUNK_NUMBERS = 2**18
 
@@ -146,12 +146,12 @@ def _exponentials(queries: torch.Tensor, vectors: torch.Tensor, num_items: int) 
     """exp(logit - the user's largest) (num_items + 1, batch), 0 for items without a vector and in the last row, and
     the sums (batch,).
 
-    Chunk by chunk: what is at hand stays in the processor's cache, and a chunk's memory serves the next one.
+    On a CPU chunk by chunk, each of which stays in the cache.
     """
     count, batch = len(vectors), len(queries)
     values = torch.empty(num_items + 1, batch, device=queries.device)
     values[count:] = 0
-    size = max(_CHUNK_NUMBERS // max(batch, 1), 1)
+    size = max(_CHUNK_NUMBERS // max(batch, 1), 1) if queries.device.type == "cpu" else count
     chunks = [slice(start, start + size) for start in range(0, count, size)]
     largest = values.new_full((batch,), -torch.inf)
     for rows in chunks:
