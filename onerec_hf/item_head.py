@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 _LOSS_CHUNK = 512
+_JOINED_CHUNK = 16_384  # rows
 
 
 class OneRecItemVectors(nn.Module):
@@ -26,13 +27,17 @@ class OneRecItemVectors(nn.Module):
         """Vectors (..., hidden_size) of catalogue indices, 0 at -1; all of them, (N, hidden_size), where none are
         given."""
         if items is None:
-            content = 0.0 if self.content is None else self.content_proj(self.content)
-            return self.learned.weight + content
+            return self.rows(slice(None))
         known = items.clamp(min=0)
         vectors = self.learned(known)
         if self.content is not None:
             vectors = vectors + self.content_proj(self.content[known])
         return vectors * (items >= 0)[..., None]
+
+    def rows(self, rows: slice) -> torch.Tensor:
+        """Vectors (rows, hidden_size) of a range of the catalogue."""
+        vectors = self.learned.weight[rows]
+        return vectors if self.content is None else vectors + self.content_proj(self.content[rows])
 
     @torch.no_grad()
     def set_content(self, content: torch.Tensor) -> None:
@@ -57,6 +62,75 @@ class OneRecItemVectors(nn.Module):
 
 def _of_unit_variance(content: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(content, dim=1) * content.shape[1] ** 0.5
+
+
+class JoinedItemVectors(nn.Module):
+    """The vectors of several heads side by side, joined once for as long as their weights stay the same.
+
+    Weights are told apart by their place in memory and by the version that every change in place counts up. Nothing is
+    kept with gradients, in training mode, or of weights that are quantized, adapted or offloaded. Only what is written
+    to `weight.data` in place counts up no version: after that, outside of training, [`forget`].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._kept: tuple[list[torch.Tensor], list[int], torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": None}  # a copy of a model has weights of its own
+
+    def forget(self) -> None:
+        """Gives the memory free."""
+        self._kept = None
+
+    def train(self, mode: bool = True) -> "JoinedItemVectors":
+        if mode:
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "JoinedItemVectors":
+        self.forget()  # the weights go to another device or precision
+        return super()._apply(*args, **kwargs)
+
+    def forward(self, heads: list[OneRecItemVectors]) -> torch.Tensor:
+        """(N, heads * hidden_size)."""
+        if torch.is_grad_enabled() or not all(map(_stands_for_itself, heads)):
+            return torch.cat([head() for head in heads], dim=1)
+        weights = [weight for head in heads for weight in (*head.parameters(), *head.buffers())]
+        kept, versions = self._kept, [weight._version for weight in weights]
+        if kept is not None and kept[1] == versions and all(map(_same_memory, kept[0], weights)):
+            return kept[2]
+        self.forget()  # before the new ones need their memory
+        joined = _join(heads)
+        # What is compared with holds on to its memory, in which no other weight can come to lie.
+        self._kept = [weight.detach() for weight in weights], versions, joined
+        return joined
+
+
+def _stands_for_itself(head: nn.Module) -> bool:
+    """Whether a head's vectors follow from its weights alone, and these can be compared."""
+    if type(head) is not OneRecItemVectors or head.training:
+        return False
+    parts = [head.learned, *([] if head.content is None else [head.content_proj])]
+    weights = (*head.parameters(), *head.buffers())
+    return all(type(part) in (nn.Embedding, nn.Linear) for part in parts) and all(
+        type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta and not weight.is_inference()
+        for weight in weights
+    )
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.dtype == other.dtype
+
+
+def _join(heads: list[OneRecItemVectors]) -> torch.Tensor:
+    """Side by side, chunk by chunk, so that nothing beside the result is as large as it."""
+    learned = [head.learned.weight for head in heads]
+    joined = learned[0].new_empty(len(learned[0]), sum(weight.shape[1] for weight in learned))
+    for start in range(0, len(joined), _JOINED_CHUNK):
+        rows = slice(start, start + _JOINED_CHUNK)
+        torch.cat([head.rows(rows) for head in heads], dim=1, out=joined[rows])
+    return joined
 
 
 class FullSoftmaxLoss(torch.autograd.Function):

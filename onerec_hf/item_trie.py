@@ -1,6 +1,7 @@
 """The trie of real items: which code may follow which prefix, as sorted arrays that live on the model's device, and
 which items a batch of users may be given."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -150,6 +151,7 @@ class ItemConstraint:
     ):
         self.trie = trie
         device = trie.order.device
+        self.allowed = None  # (1 or batch, num_items)
         self.allowed_before = None  # (1 or batch, positions + 1): allowed items before each position
         if allowed is not None:
             allowed = allowed.to(device)
@@ -158,7 +160,8 @@ class ItemConstraint:
                     f"allowed must be boolean of shape [{trie.num_items}] or [{batch_size}, {trie.num_items}] (users, "
                     f"items), got {allowed.dtype} of shape {list(allowed.shape)}."
                 )
-            marks = allowed.view(-1, trie.num_items)[:, trie.order]
+            self.allowed = allowed.view(-1, trie.num_items)
+            marks = self.allowed[:, trie.order]
             self.allowed_before = nn.functional.pad(marks.cumsum(1, dtype=torch.int32), (1, 0))
         self.excluded = None  # (batch, S) sorted positions, each at most once, padded at the end
         if excluded is not None and excluded.shape[1:].numel():
@@ -198,14 +201,26 @@ class ItemConstraint:
                 f"in [0, {trie.num_items}), nor the padding -1."
             )
 
-    def mask_positions(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (batch, positions) with 0 in the places of what a user may not be given."""
-        if self.allowed_before is not None:
-            values = values * (self.allowed_before[:, 1:] - self.allowed_before[:, :-1])
+    def of_users(self, users: slice) -> "ItemConstraint":
+        """The same for some users of the batch."""
+        part = copy.copy(self)
+        part.num_available = self.num_available[users]
         if self.excluded is not None:
-            # What is padding falls into a column of its own.
-            values = nn.functional.pad(values, (0, 1)).scatter(1, self.excluded, 0.0)[:, :-1]
-        return values
+            part.excluded = self.excluded[users]
+        if self.allowed is not None and len(self.allowed) > 1:
+            part.allowed, part.allowed_before = self.allowed[users], self.allowed_before[users]
+        return part
+
+    def mask_items(self, values: torch.Tensor) -> None:
+        """Sets to 0, in values (num_items + 1, batch), what a user may not be given and the last row."""
+        if self.allowed is not None:
+            values[:-1] *= self.allowed.T
+        values[-1] = 0
+        if self.excluded is not None:
+            # What is padding falls into the last row.
+            padding = self.excluded == self.trie.num_positions
+            items = self.trie.order[self.excluded.masked_fill(padding, 0)].long()
+            values.scatter_(0, items.masked_fill(padding, self.trie.num_items).T, 0.0)
 
     def _allowed_between(self, start: torch.LongTensor, end: torch.LongTensor) -> torch.LongTensor:
         """Items in [start, end) that the bitmap allows, of shape (batch, ...)."""

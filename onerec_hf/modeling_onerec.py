@@ -28,7 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec import OneRecConfig
-from .item_head import FullSoftmaxLoss, OneRecItemVectors, sampled_softmax_loss
+from .item_head import FullSoftmaxLoss, JoinedItemVectors, OneRecItemVectors, sampled_softmax_loss
 
 
 class OneRecRMSNorm(nn.Module):
@@ -875,6 +875,8 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.item_gate:
             self.item_gate = nn.Linear(config.hidden_size, 1)
+        if config.item_head == "encoder":
+            self.joined_item_vectors = JoinedItemVectors()
         self.post_init()
         self.generation_config = session_generation_config(config)
 
@@ -925,31 +927,41 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def latest_item_states(item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(batch, heads, hidden_size) of each history's latest behaviour; arguments as of [`item_log_probs`]."""
+        """(batch, heads, hidden_size) of each history's latest behaviour.
+
+        Args:
+            item_states: (batch, heads, items, hidden_size) from the encoder.
+            mask: (batch, items) from [`OneRecEncoder.position_mask`].
+        """
         last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
         return item_states[torch.arange(len(item_states), device=item_states.device), :, last]
 
     def item_shares(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | float:
         """g, the item head's share: of each user (batch,) by the gate, or the configuration's for all of them;
-        arguments as of [`item_log_probs`]."""
+        arguments as of [`latest_item_states`]."""
         if not self.config.item_gate:
             return self.config.item_share
         return self.item_gate(self.latest_item_states(item_states, mask)[:, 0]).squeeze(-1).float().sigmoid()
 
-    def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The item head's distribution over the item that follows each history: the heads' geometric mean.
+    def item_vectors(self) -> torch.Tensor:
+        """The heads' vectors of all items side by side, (N, heads * hidden_size), made once while no weight changes:
+        see [`JoinedItemVectors`]."""
+        return self.joined_item_vectors(self._item_vectors())
 
-        Args:
-            item_states: (batch, heads, items, hidden_size) from the encoder.
-            mask: (batch, items) from [`OneRecEncoder.position_mask`].
+    def item_queries(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What gives, multiplied with [`item_vectors`], the mean of the heads' logits of what follows each history,
+        (batch, heads * hidden_size); arguments as of [`latest_item_states`]."""
+        states = self.latest_item_states(item_states, mask)
+        return states.flatten(1) / states.shape[1]
+
+    def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The item head's distribution over the item that follows each history: the heads' geometric mean, whose
+        logits are the mean of theirs, as their normalisers are the same for all items.
 
         Returns:
-            (batch, N) log-probabilities, float32.
+            (batch, N) log-probabilities, float32; arguments as of [`latest_item_states`].
         """
-        states = self.latest_item_states(item_states, mask)
-        # A mean of logits is a geometric mean of distributions: their normalisers are the same for all items.
-        logits = sum(head @ vectors().T for head, vectors in zip(states.unbind(1), self._item_vectors(), strict=True))
-        return (logits.float() / states.shape[1]).log_softmax(-1)
+        return (self.item_queries(item_states, mask) @ self.item_vectors().T).float().log_softmax(-1)
 
     @can_return_tuple
     def forward(

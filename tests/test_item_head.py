@@ -1,5 +1,7 @@
 """The item head: a softmax over the catalogue at every position of a causal encoder."""
 
+import copy
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -11,6 +13,7 @@ from onerec_hf import (
     OneRecForConditionalGeneration,
     OneRecTokenizer,
     generate_sessions,
+    generate_with_trie,
     recommend,
     stream_sessions,
 )
@@ -172,6 +175,71 @@ def test_new_items_have_the_vector_of_their_content(tmp_path):
     torch.testing.assert_close(learned[ITEMS:], learned[:ITEMS].mean(0).expand(2, -1))
 
 
+def joined_by_hand(model):
+    encoder = model.get_encoder()
+    return torch.cat(
+        [head() for head in (encoder.item_vectors, *(own.item_vectors for own in encoder.item_encoders))], 1
+    )
+
+
+@torch.no_grad()
+def test_joined_vectors_are_made_once_and_never_out_of_date(tmp_path):
+    model = item_model(item_encoders=1)
+    vectors, own = model.get_encoder().item_vectors, model.get_encoder().item_encoders[0].item_vectors
+
+    def forget():
+        model.train()
+        model.eval()
+
+    def replace_a_weight():
+        own.learned.weight = torch.nn.Parameter(torch.randn(ITEMS, 16))
+
+    def write_data():
+        vectors.learned.weight.data = torch.randn(ITEMS, 16)
+
+    changes = [
+        lambda: vectors.learned.weight.mul_(2),
+        lambda: vectors.content_proj.weight.add_(1),
+        lambda: vectors.set_content(torch.randn(ITEMS, 3)),
+        lambda: own.learned.weight.copy_(torch.randn(ITEMS, 16)),
+        lambda: model.load_state_dict({name: 2 * weight for name, weight in model.state_dict().items()}),
+        replace_a_weight,
+        write_data,
+        lambda: model.add_items(torch.randn(2, 3)),
+        lambda: model.double(),
+        lambda: model.float(),
+        forget,
+    ]
+    for change in changes:
+        before = model.item_vectors()
+        assert model.item_vectors() is before
+        change()
+        after = model.item_vectors()
+        assert after is not before
+        torch.testing.assert_close(after, joined_by_hand(model))
+    copied = copy.deepcopy(model)
+    vectors.learned.weight.zero_()
+    torch.testing.assert_close(copied.item_vectors(), after)
+    torch.testing.assert_close(model.item_vectors(), joined_by_hand(model))
+    copied.save_pretrained(tmp_path)
+    loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.item_vectors(), after)
+
+
+def test_joined_vectors_have_gradients_and_are_not_kept_while_training():
+    model = item_model(item_encoders=1)
+    model.item_vectors().sum().backward()
+    assert model.get_encoder().item_vectors.content_proj.weight.grad.any()
+    with torch.no_grad():
+        assert model.item_vectors() is model.item_vectors()
+        model.train()
+        model.get_encoder().item_vectors.learned.weight.data.zero_()  # a write that no version counts
+        model.eval()
+        torch.testing.assert_close(model.item_vectors(), joined_by_hand(model))
+        model.train()
+        assert model.item_vectors() is not model.item_vectors()
+
+
 def test_off_where_it_is_not_configured():
     model = item_model(item_head="none", encoder_positions="absolute", num_items=0, item_content_size=0)
     assert not [name for name in model.state_dict() if "item_" in name.replace("item_proj", "") or "distance" in name]
@@ -296,13 +364,173 @@ def item_probabilities_of(model, trie, inputs, share):
     return session_log_probs(model, trie, every, **inputs, normalization="constrained", item_share=share).exp()
 
 
+def shared_case(**overrides):
+    """As [`mixture_case`], the items by their last digit in base 5: five leaves of two or three items."""
+    model, _, inputs = mixture_case(**overrides)
+    leaf = torch.arange(ITEMS) % 5
+    return model, ItemTrie(torch.stack([leaf // 2, leaf, torch.zeros_like(leaf)], 1), [8, 8, 8]), inputs, leaf
+
+
+def shared_probabilities(model, trie, inputs, leaf, share, normalization, free, history=()):
+    """P(item | items before) (3, ITEMS) by brute force, for items that may be given (3, ITEMS): the head's softmax
+    and, of the leaves' probability by codes alone, an equal part."""
+    free = free.clone()
+    free[:, list(history)] = False
+    before = torch.tensor([*history], dtype=torch.long).expand(3, ITEMS, -1)
+    sessions = torch.cat([before, torch.arange(ITEMS).expand(3, -1)[..., None]], -1)
+    plain = {**inputs, "allowed": free, "normalization": normalization, "item_share": 0}
+    if history:
+        plain["allowed"] = free | (torch.arange(ITEMS) == torch.tensor(history)[:, None]).any(0)
+        so_far = session_log_probs(model, trie, before[:, :1], **plain)
+    of_codes = session_log_probs(model, trie, sessions, **plain) - (so_far if history else 0)
+    sharing = torch.zeros(3, 5).index_add_(1, leaf, free.float())[:, leaf]
+    of_codes = of_codes.exp() / sharing.clamp(min=1) * free
+    encoder = model.get_encoder()
+    states = encoder(**inputs).item_states
+    of_items = model.item_log_probs(states, encoder.position_mask(inputs["attention_mask"])).exp() * free
+    if normalization == "constrained":
+        of_items = of_items / of_items.sum(1, keepdim=True)
+    return share * of_items + (1 - share) * of_codes
+
+
+def constraints_of_items():
+    """Excluded and allowed items, and what they leave (3, ITEMS)."""
+    excluded = torch.tensor([[0, 5, 11], [3, -1, -1], [-1, -1, -1]])
+    allowed = torch.arange(ITEMS) != torch.tensor([[1], [2], [4]])
+    free = allowed.clone()
+    free[0, [0, 5, 11]] = free[1, 3] = False
+    return {"excluded": excluded, "allowed": allowed}, free
+
+
+@pytest.mark.parametrize("normalization", ["level", "constrained"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_items_that_share_an_id_are_ranked_by_their_own_probability(share, normalization):
+    model, trie, inputs, leaf = shared_case()
+    constraint, free = constraints_of_items()
+    expected = shared_probabilities(model, trie, inputs, leaf, share, normalization, free)
+    options = {**inputs, **constraint, "item_share": share, "normalization": normalization}
+    found = generate_sessions(model, trie, num_items=1, num_beams=ITEMS, **options)
+    for row, (items, scores) in enumerate(zip(found.items[..., 0], found.scores, strict=True)):
+        given = items >= 0
+        assert sorted(items[given].tolist()) == free[row].nonzero()[:, 0].tolist()
+        torch.testing.assert_close(scores[given].exp(), expected[row][items[given]])
+        assert (scores[given].diff() <= 1e-6).all()
+    every = torch.arange(ITEMS).expand(3, -1)[..., None]
+    torch.testing.assert_close(session_log_probs(model, trie, every, **options).exp(), expected)
+    if normalization == "constrained":
+        torch.testing.assert_close(expected.sum(1), torch.ones(3))
+
+
+@pytest.mark.parametrize("normalization", ["level", "constrained"])
+def test_sessions_tell_items_apart_that_share_an_id(normalization):
+    model, trie, inputs, leaf = shared_case(item_share=0.6)
+    constraint, free = constraints_of_items()
+    options = {**inputs, **constraint, "normalization": normalization}
+    found = generate_sessions(model, trie, num_items=2, num_beams=ITEMS * ITEMS, **options)
+    first = shared_probabilities(model, trie, inputs, leaf, 0.6, normalization, free)
+    second = torch.stack(
+        [shared_probabilities(model, trie, inputs, leaf, 0.6, normalization, free, [item]) for item in range(ITEMS)], 1
+    )
+    expected = first[..., None] * second
+    if normalization == "constrained":
+        torch.testing.assert_close(found.scores.exp().sum(1), torch.ones(3))
+    for user, (sessions, scores) in enumerate(zip(found.items, found.scores, strict=True)):
+        sessions, scores = sessions[scores.isfinite()], scores[scores.isfinite()]
+        count = int(free[user].sum())
+        assert len({tuple(session) for session in sessions.tolist()}) == len(sessions) == count * (count - 1)
+        torch.testing.assert_close(scores.exp(), expected[user][sessions[:, 0], sessions[:, 1]])
+    torch.testing.assert_close(
+        session_log_probs(model, trie, found.items, **options)[found.scores.isfinite()],
+        found.scores[found.scores.isfinite()],
+    )
+    best = list(stream_sessions(model, trie, num_items=2, num_beams=ITEMS * ITEMS, **options))
+    assert [item.item for item in best if item.user == 1] == found.items[1, 0].tolist()
+
+
+def test_draws_and_groups_tell_items_apart_that_share_an_id():
+    model, trie, inputs, leaf = shared_case(item_share=0.6)
+    constraint, free = constraints_of_items()
+    options = {**inputs, **constraint, "normalization": "constrained"}
+    expected = shared_probabilities(model, trie, inputs, leaf, 0.6, "constrained", free)
+    draw = {"num_items": 1, "generator": torch.Generator().manual_seed(0)}
+    drawn = generate_sessions(model, trie, **options, **draw, num_beams=6000, search="sample")
+    counts = torch.stack([torch.bincount(items[:, 0], minlength=ITEMS) for items in drawn.items])
+    torch.testing.assert_close(counts / 6000, expected, atol=0.03, rtol=0)
+    for search in ("stochastic_beam", "diverse_beam"):
+        found = generate_sessions(model, trie, **options, num_items=2, num_beams=8, search=search)
+        assert found.scores.isfinite().all() and (found.items[..., 0] != found.items[..., 1]).all()
+        assert free.gather(1, found.items.flatten(1)).all()
+        torch.testing.assert_close(session_log_probs(model, trie, found.items, **options), found.scores)
+
+
+def test_a_user_with_too_few_items_of_one_id_has_a_short_session():
+    model, trie, inputs, leaf = shared_case(item_share=0.6)
+    allowed = torch.ones(3, ITEMS, dtype=torch.bool)
+    allowed[0] = torch.arange(ITEMS) == 7
+    allowed[1] = leaf == 2
+    found = generate_sessions(model, trie, **inputs, allowed=allowed, num_items=2, num_beams=20)
+    assert found.items[0][found.scores[0].isfinite()].tolist() == [[7, -1]]
+    pairs = {tuple(session) for session in found.items[1][found.scores[1].isfinite()].tolist()}
+    assert pairs == {(2, 7), (7, 2)}
+
+
+def test_users_whose_tables_do_not_fit_together_are_searched_one_after_the_other(monkeypatch):
+    model, trie, inputs = mixture_case()
+    model.config.item_share = 0.6
+    constraint = {
+        "excluded": torch.tensor([[0, 5, 11], [3, -1, -1], [-1, -1, -1]]),
+        "allowed": torch.arange(ITEMS) != torch.tensor([[1], [2], [4]]),
+    }
+    options = {**inputs, **constraint, "num_items": 2, "num_beams": 5}
+    for changed in ({}, {"allowed": constraint["allowed"][0]}, {"item_share": torch.tensor([0.2, 0.5, 0.9])}):
+        together = generate_sessions(model, trie, **options | changed)
+        streamed = list(stream_sessions(model, trie, **options | changed))
+        given = {**inputs, **constraint, **changed}
+        log_probs = session_log_probs(model, trie, together.items, **given)
+        with monkeypatch.context() as patch:
+            patch.setattr("onerec_hf.session_generation.item_mixture._TABLE_NUMBERS", 1)
+            patch.setattr("onerec_hf.session_generation.item_mixture._CHUNK_NUMBERS", 5)
+            apart = generate_sessions(model, trie, **options | changed)
+            assert torch.equal(apart.items, together.items) and torch.equal(apart.token_ids, together.token_ids)
+            torch.testing.assert_close(apart.scores, together.scores)
+            torch.testing.assert_close(session_log_probs(model, trie, together.items, **given), log_probs)
+            again = list(stream_sessions(model, trie, **options | changed))
+            assert sorted(again) == sorted(streamed)
+
+
+def test_every_user_may_have_a_share_of_their_own():
+    model, trie, inputs = mixture_case()
+    shares = [0.2, 0.5, 0.95]
+    options = {"num_items": 1, "num_beams": ITEMS}
+    found = generate_sessions(model, trie, **inputs, **options, item_share=torch.tensor(shares))
+    for user, share in enumerate(shares):
+        expected = generate_sessions(model, trie, **inputs, **options, item_share=share)
+        assert torch.equal(found.items[user], expected.items[user])
+        torch.testing.assert_close(found.scores[user], expected.scores[user])
+
+
+def test_generate_mixes_with_the_share_that_it_is_given():
+    model, trie, inputs = mixture_case()
+    options = {"num_beams": 6, "return_dict_in_generate": True, "custom_generate": generate_with_trie, "trie": trie}
+    for share in (None, 0.0, 0.9, torch.tensor([0.2, 0.5, 0.9])):
+        expected = generate_sessions(model, trie, **inputs, num_beams=6, item_share=share)
+        found = model.generate(**inputs, **options, num_return_sequences=6, item_share=share)
+        assert torch.equal(found.sequences.view(3, 6, 2, 4)[..., 1:], expected.token_ids)
+        torch.testing.assert_close(found.sequences_scores.view(3, 6), expected.scores)
+
+
+def test_half_precision_mixes_too():
+    model, trie, inputs = mixture_case(item_encoders=1)
+    full = generate_sessions(model, trie, **inputs, num_items=1, num_beams=ITEMS)
+    half = generate_sessions(model.to(torch.bfloat16), trie, **inputs, num_items=1, num_beams=ITEMS)
+    assert half.scores.dtype == torch.float32
+    torch.testing.assert_close(half.scores, full.scores, atol=0.3, rtol=0.05)
+
+
 def test_what_the_mixture_cannot_do_is_refused():
     model, trie, inputs = mixture_case()
     with pytest.raises(ValueError, match=r"item_share must lie in \[0, 1\], got 2"):
         generate_sessions(model, trie, **inputs, item_share=2)
-    shared = ItemTrie(torch.zeros(ITEMS, 3, dtype=torch.long), [8, 8, 8])
-    with pytest.raises(ValueError, match="Items share semantic IDs"):
-        generate_sessions(model, shared, **inputs)
     plain = OneRecForConditionalGeneration(OneRecConfig.from_preset("debug")).eval()
     with pytest.raises(ValueError, match="the model has no item head"):
         generate_sessions(plain, trie, input_ids=inputs["input_ids"], item_share=0.5)

@@ -37,6 +37,7 @@ def generate_with_trie(
     normalization: str = "level",
     search: str | None = None,
     generator: torch.Generator | None = None,
+    item_share: float | torch.Tensor | None = None,
     stochastic_beams: bool = False,
     **model_kwargs,
 ) -> GenerateBeamEncoderDecoderOutput | torch.LongTensor:
@@ -86,6 +87,7 @@ def generate_with_trie(
         excluded=excluded,
         allowed=allowed,
         normalization=normalization,
+        item_share=item_share,
         encoder_outputs=type(encoder_outputs)(
             **{name: value[::copies] for name, value in encoder_outputs.items() if torch.is_tensor(value)}
         ),

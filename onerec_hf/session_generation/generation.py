@@ -9,7 +9,7 @@ from torch import nn
 
 from ..item_trie import ItemConstraint, ItemTrie
 from .searches import SearchOptions
-from .session_search import Beams, SessionSearch, encoded_histories
+from .session_search import Beams, SessionSearch, encoded_histories, user_chunks
 
 
 @dataclass
@@ -39,10 +39,11 @@ class DecidedItem(NamedTuple):
 
 
 @torch.no_grad()
-def _session_search(
+def _session_searches(
     model, trie: ItemTrie, num_items, num_beams, excluded=None, allowed=None, normalization="level", **options
-) -> SessionSearch:
-    """Checks a request of [`generate_sessions`], whose arguments these are, and encodes the histories."""
+) -> Iterator[SessionSearch]:
+    """Checks a request of [`generate_sessions`], whose arguments these are, and encodes the histories; a search for
+    each of their [`user_chunks`]."""
     config = model.config
     num_items = config.session_items if num_items is None else num_items
     if not 1 <= num_items <= config.session_items:
@@ -59,7 +60,8 @@ def _session_search(
     search = SearchOptions(num_beams, **{name: options.pop(name) for name in of_search})
     histories = encoded_histories(model, **options)
     constraint = ItemConstraint(trie, len(histories.hidden_states), excluded, allowed)
-    return SessionSearch(model, histories, constraint, search, normalization, num_items)
+    for chunk in user_chunks(histories, constraint):
+        yield SessionSearch(model, *chunk, search, normalization, num_items)
 
 
 @torch.no_grad()
@@ -79,7 +81,8 @@ def generate_sessions(
 
     The beams of a user share one copy of the encoder's keys and values, and only codes that an available item follows
     are scored. Where items share a semantic ID, a ranked list holds every item of an ID with the ID's score, and a
-    session takes the first of them that is allowed and not in it yet.
+    session takes the first of them that is allowed and not in it yet. With an item head such items are told apart:
+    each has its own P_item, and of its codes' probability the same part as all of them that may still be given.
 
     Args:
         model: The [`OneRecForConditionalGeneration`] in evaluation mode, or dropout takes part.
@@ -95,7 +98,8 @@ def generate_sessions(
             level; `"constrained"`: the codes that an available item follows (`generate` with
             `renormalize_logits=True`); `"vocabulary"`: every token (plain `generate`). However sessions are searched
             for, `scores` have it without temperature, filters and penalty. With an item head `item_share`, g in
-            P(item) = g P_item + (1 - g) P_codes, the configuration's by default; 0 leaves the head out.
+            P(item) = g P_item + (1 - g) P_codes, or a tensor (batch,) of it by user, strictly between 0 and 1; the
+            configuration's by default; 0 leaves the head out.
 
     Returns:
         [`SessionBeams`] of exactly `num_return` sessions.
@@ -109,9 +113,16 @@ def generate_sessions(
     if not 1 <= num_return <= num_beams:
         raise ValueError(f"num_return ({num_return}) must lie in [1, num_beams = {num_beams}].")
     options |= {"input_ids": input_ids, "attention_mask": attention_mask}
-    search = _session_search(model, trie, num_items, num_beams, excluded, allowed, **options)
+    searches = _session_searches(model, trie, num_items, num_beams, excluded, allowed, **options)
+    found = [_found_sessions(search, num_return) for search in searches]
+    return SessionBeams(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def _found_sessions(search: SessionSearch, num_return: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of [`SessionBeams`]."""
+    trie = search.trie
     *_, found = search
-    if found.positions.shape[-1] == 1 and trie.max_items_per_leaf > 1:
+    if search.mixture is None and found.positions.shape[-1] == 1 and trie.max_items_per_leaf > 1:
         found = _expand_leaves(found, search.constraint, num_return)
     padding = (0, max(num_return - found.scores.shape[1], 0))
     scores = nn.functional.pad(found.scores, padding, value=-torch.inf)[:, :num_return]
@@ -120,7 +131,7 @@ def generate_sessions(
     items = trie.order[positions.clamp(max=trie.num_positions - 1)].long()
     items = items.masked_fill((positions == trie.num_positions) | scores.isneginf()[..., None], -1)
     scores = scores.masked_fill(items[..., 0] < 0, -torch.inf)
-    return SessionBeams(items, scores, token_ids.masked_fill(items[..., None] < 0, model.config.pad_token_id))
+    return items, scores, token_ids.masked_fill(items[..., None] < 0, search.config.pad_token_id)
 
 
 def _expand_leaves(found: Beams, constraint: ItemConstraint, num_return: int) -> Beams:
@@ -152,8 +163,9 @@ def stream_sessions(
 ) -> Iterator[DecidedItem]:
     """Every user's first session of [`generate_sessions`], each item as soon as nothing can change it any more.
 
-    A sampled item is final at once. A beam's is when all surviving beams agree on it, at the latest at the end. The
-    arguments are those of [`generate_sessions`]; a sampled session takes a single beam.
+    A sampled item is final at once. A beam's is when all surviving beams agree on it, at the latest at the end. Users
+    whose mixture does not fit into memory together are searched one part after the other. The arguments are those of
+    [`generate_sessions`]; a sampled session takes a single beam.
 
     Yields:
         [`DecidedItem`], those of each user in the order of the session.
@@ -161,15 +173,18 @@ def stream_sessions(
     if options.get("search") == "sample":
         num_beams = 1
     options |= {"input_ids": input_ids, "attention_mask": attention_mask}
-    order = trie.order.cpu()
-    decided: dict[int, int] = {}
-    found = None
-    for found in _session_search(model, trie, num_items, num_beams, **options):
-        yield from _newly_decided(found, order, decided, finished=False)
-    yield from _newly_decided(found, order, decided, finished=True)
+    order, first_user = trie.order.cpu(), 0
+    for search in _session_searches(model, trie, num_items, num_beams, **options):
+        decided: dict[int, int] = {}
+        for found in search:
+            yield from _newly_decided(found, order, decided, first_user)
+        yield from _newly_decided(found, order, decided, first_user, finished=True)
+        first_user += len(found.scores)
 
 
-def _newly_decided(found: Beams, order: torch.Tensor, decided: dict[int, int], finished: bool):
+def _newly_decided(
+    found: Beams, order: torch.Tensor, decided: dict[int, int], first_user: int, finished: bool = False
+):
     positions, dead = found.positions, found.scores.isneginf()
     agreed = ((positions == positions[:, :1]) | dead[..., None]).all(1)
     count = agreed.int().cumprod(1).sum(1) if not finished else torch.full_like(dead[:, 0].int(), positions.shape[2])
@@ -178,5 +193,5 @@ def _newly_decided(found: Beams, order: torch.Tensor, decided: dict[int, int], f
     for user, items in enumerate(best):
         for place in range(decided.get(user, 0), count[user]):
             if items[place] < len(order):
-                yield DecidedItem(user, place, int(order[items[place]]))
+                yield DecidedItem(first_user + user, place, int(order[items[place]]))
         decided[user] = max(decided.get(user, 0), count[user])

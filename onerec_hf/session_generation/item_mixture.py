@@ -1,14 +1,27 @@
 """The item head's part of the search: P(item) = g P_item + (1 - g) P_codes.
 
 The probability of a prefix of codes under the mixture is that of all items below its node: a share g of the sum of
-P_item over them, which prefix sums over the trie's positions give for any node, and 1 - g of the product of the codes'
-probabilities. So the score of every prefix, and at last of every item, is exact.
+P_item over them, and 1 - g of the product of the codes' probabilities. So the score of every prefix, and at last of
+every item, is exact. Items that share a semantic ID share its codes' probability equally among those of them that may
+still be given.
 """
+
+import math
 
 import torch
 from torch import nn
 
-from ..item_trie import ItemConstraint
+from ..item_trie import ItemConstraint, ItemTrie
+
+# In numbers of 4 bytes: the bound of a search's tables, and what a CPU multiplies at a time.
+_TABLE_NUMBERS = 2**27
+_CHUNK_NUMBERS = 2**18
+
+
+def users_at_a_time(trie: ItemTrie) -> int:
+    """How many users' tables of an [`ItemMixture`] fit within the bound of memory, at least one's."""
+    inner_nodes = sum(len(trie.get_buffer(f"codes_{level}")) for level in range(trie.num_levels - 1))
+    return max(_TABLE_NUMBERS // (trie.num_items + inner_nodes), 1)
 
 
 class ItemMixture:
@@ -16,41 +29,46 @@ class ItemMixture:
 
     Args:
         constraint: what each user may be given; other items have no probability.
-        item_log_probs: (batch, N) of the item head, N at most the catalogue's items; later ones have no probability.
-        item_share: g, in (0, 1], or of each user (batch,) in (0, 1).
+        queries, vectors: (batch, size) and (N, size), whose products are the item head's logits, N at most the
+            catalogue's items; later ones have no probability.
+        item_share: g, in (0, 1], or by user as a tensor (batch,) in (0, 1), which is not checked.
         normalization: with `"constrained"` P_item is normalised over what the user may still be given.
 
     Raises:
-        ValueError: for a share out of range, or a catalogue in which items share a semantic ID.
+        ValueError: for a share out of range.
     """
 
     @classmethod
     def of(cls, histories, constraint: ItemConstraint, normalization: str) -> "ItemMixture | None":
         """The mixture for [`EncodedHistories`], None where the item head takes no part."""
-        if histories.item_log_probs is None:
+        if histories.item_queries is None:
             return None
-        return cls(constraint, histories.item_log_probs, histories.item_share, normalization)
+        return cls(constraint, histories.item_queries, histories.item_vectors, histories.item_share, normalization)
 
     def __init__(
         self,
         constraint: ItemConstraint,
-        item_log_probs: torch.Tensor,
-        item_share: torch.Tensor | float,
+        queries: torch.Tensor,
+        vectors: torch.Tensor,
+        item_share: float | torch.Tensor,
         normalization: str,
     ):
         if not torch.is_tensor(item_share) and not 0 < item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {item_share}.")
-        self.trie, self.constrained = constraint.trie, normalization == "constrained"
-        if self.trie.max_items_per_leaf > 1:
-            raise ValueError("Items share semantic IDs, which the item head tells apart: generate with item_share=0.")
-        share = torch.as_tensor(item_share, dtype=item_log_probs.dtype, device=item_log_probs.device)
-        self.log_shares = share.log(), (-share).log1p()
-        probs = nn.functional.pad(item_log_probs.exp(), (0, self.trie.num_items - item_log_probs.shape[1]))
-        self.probs = constraint.mask_positions(probs[:, self.trie.order])
+        self.constraint, self.trie, self.constrained = constraint, constraint.trie, normalization == "constrained"
+        self.log_shares = _log_shares(item_share, queries)
+        items, total = _exponentials(queries, vectors, self.trie.num_items)
+        constraint.mask_items(items)
+        # By level the sums (nodes, batch), at last the items' own (catalogue, batch), all but for the normaliser.
+        # Users stand side by side, so that the items below a node are added up for all of them at once; level by
+        # level, since sums of few and positive numbers lose nothing in single precision.
+        self.tables = [items]
+        for level in reversed(range(self.trie.num_levels - 1)):
+            self.tables.insert(0, self._sums_below(self.tables[0], level))
         if self.constrained:
-            self.probs = self.probs / self.probs.sum(1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
-        # In double precision: a node of rare items is a small difference of sums near 1.
-        self.before = nn.functional.pad(self.probs.double().cumsum(1), (1, 0))
+            total = (self.tables[0] if len(self.tables) > 1 else items[self.trie.order]).sum(0)
+        self.scale = total.clamp(min=torch.finfo(total.dtype).tiny).reciprocal()
+        self.row_of = nn.functional.pad(self.trie.order, (0, 1), value=self.trie.num_items)
 
     def log_probs(
         self, code_log_probs: torch.Tensor, nodes: torch.LongTensor, level: int, used: torch.LongTensor
@@ -58,27 +76,100 @@ class ItemMixture:
         """Log-probabilities of the items below nodes (batch, beams, ...) of `level` under the mixture.
 
         Args:
-            code_log_probs: (batch, beams, ...) of the nodes' codes.
+            code_log_probs: (batch, beams, ...) of the nodes' codes; of items, as [`items_of_leaves`] has them.
+            nodes: at the last level positions of items.
             used: (batch, beams, items) positions of a session's items so far, which are not given again.
         """
-        start, end = self.trie.item_range(nodes, level)
-        if level == self.trie.num_levels - 1:
-            mass = self._at(self.probs, start)
-        else:
-            mass = (self._at(self.before, end) - self._at(self.before, start)).to(self.probs.dtype)
-        taken = self._at(self.probs, used.clamp(max=self.trie.num_positions - 1)) * (used < self.trie.num_positions)
-        per_beam = *used.shape[:2], *(1,) * (nodes.dim() - 2)
-        for place in range(used.shape[-1]):
-            position = used[..., place].view(per_beam)
-            mass = mass - taken[..., place].view(per_beam) * ((position >= start) & (position < end))
-        mass = mass.clamp(min=0)
-        if self.constrained and used.shape[-1]:
-            left = (1 - taken.sum(-1)).clamp(min=torch.finfo(mass.dtype).tiny)
-            mass = mass / left.view(per_beam)
+        mass = self._mass(nodes, level)
+        if used.shape[-1]:
+            last = level == self.trie.num_levels - 1
+            start, end = (nodes, nodes + 1) if last else self.trie.item_range(nodes, level)
+            taken = self._mass(used, self.trie.num_levels - 1)
+            per_beam = *used.shape[:2], *(1,) * (nodes.dim() - 2)
+            for place in range(used.shape[-1]):
+                position = used[..., place].view(per_beam)
+                mass = mass - taken[..., place].view(per_beam) * ((position >= start) & (position < end))
+            mass = mass.clamp(min=0)
+            if self.constrained:
+                left = (1 - taken.sum(-1)).clamp(min=torch.finfo(mass.dtype).tiny)
+                mass = mass / left.view(per_beam)
         of_items, of_codes = (share.view(-1, *(1,) * (nodes.dim() - 1)) for share in self.log_shares)
         return torch.logaddexp(of_items + mass.log(), of_codes + code_log_probs)
 
-    @staticmethod
-    def _at(values: torch.Tensor, places: torch.LongTensor) -> torch.Tensor:
-        """Values (batch, P) at places (batch, ...)."""
-        return values.gather(1, places.flatten(1)).view(places.shape)
+    def items_of_leaves(
+        self, code_log_probs: torch.Tensor, leaves: torch.LongTensor, used: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.Tensor]:
+        """The items of leaves (batch, beams, fan-out), side by side.
+
+        Args:
+            code_log_probs: (batch, beams, fan-out) of the leaves' codes.
+            used: As in [`log_probs`].
+
+        Returns:
+            (batch, beams, fan-out * the most items of a leaf) positions; whether each may be given; and
+            log-probabilities of their codes, of which each has its part.
+        """
+        per_leaf = used[:, :, None].expand(*leaves.shape, -1).flatten(1, 2)
+        positions, free = self.constraint.items_of_leaves(leaves.flatten(1), per_leaf)
+        count = free.sum(-1).clamp(min=1).view(leaves.shape)
+        of_codes = (code_log_probs - count.log())[..., None].expand(*leaves.shape, positions.shape[-1])
+        return positions.view(of_codes.shape).flatten(2), free.view(of_codes.shape).flatten(2), of_codes.flatten(2)
+
+    def _mass(self, nodes: torch.LongTensor, level: int) -> torch.Tensor:
+        """P_item of all that lies below nodes (batch, ...) of `level`; of the last one, of items at positions."""
+        rows = nodes if level < self.trie.num_levels - 1 else self.row_of[nodes].long()
+        found = self.tables[level].gather(0, rows.flatten(1).T) * self.scale
+        return found.T.reshape(nodes.shape)
+
+    def _sums_below(self, table: torch.Tensor, level: int) -> torch.Tensor:
+        """(nodes of `level`, batch) from the table of what lies below: the next level's nodes, or items."""
+        if level == self.trie.num_levels - 2:
+            rows, bounds = self.trie.order, self.trie.get_buffer(f"first_item_{level}")
+        else:
+            bounds = self.trie.get_buffer(f"first_child_{level + 1}")
+            rows = torch.arange(len(table), dtype=bounds.dtype, device=bounds.device)
+        return nn.functional.embedding_bag(rows, table, bounds, mode="sum", include_last_offset=True)
+
+
+def _log_shares(item_share: float | torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log g and log(1 - g) by user (batch,)."""
+    if torch.is_tensor(item_share):
+        share = item_share.to(queries.device, torch.float32)
+        return share.log(), (-share).log1p()
+    of_codes = math.log1p(-item_share) if item_share < 1 else -math.inf
+    return tuple(
+        queries.new_full((len(queries),), log, dtype=torch.float32) for log in (math.log(item_share), of_codes)
+    )
+
+
+def _exponentials(queries: torch.Tensor, vectors: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(logit - the user's largest) (num_items + 1, batch), 0 for items without a vector and in the last row, and
+    the sums (batch,).
+
+    On a CPU chunk by chunk, each of which stays in the cache.
+    """
+    count, batch = len(vectors), len(queries)
+    values = torch.empty(num_items + 1, batch, device=queries.device)
+    values[count:] = 0
+    size = max(_CHUNK_NUMBERS // max(batch, 1), 1) if queries.device.type == "cpu" else count
+    chunks = [slice(start, start + size) for start in range(0, count, size)]
+    largest = values.new_full((batch,), -torch.inf)
+    for rows in chunks:
+        logits = values[:count][rows]
+        if vectors.dtype == values.dtype:
+            torch.mm(vectors[rows], queries.T, out=logits)
+        else:
+            logits.copy_(vectors[rows] @ queries.T)
+        largest = torch.maximum(largest, _largest_of_columns(logits))
+    total = torch.zeros_like(largest)
+    for rows in chunks:
+        total += values[:count][rows].sub_(largest).exp_().sum(0)
+    return values, total
+
+
+def _largest_of_columns(values: torch.Tensor) -> torch.Tensor:
+    """By halves: the maximum of two tensors is taken many numbers at a time, that along columns one by one."""
+    while len(values) > 1:
+        half = (len(values) + 1) // 2
+        values = torch.maximum(values[:half], values[-half:])
+    return values[0]

@@ -6,7 +6,7 @@ from torch import nn
 from ..item_trie import ItemConstraint, ItemTrie
 from .code_scores import CodeScores
 from .item_mixture import ItemMixture
-from .session_search import encoded_histories
+from .session_search import EncodedHistories, encoded_histories, user_chunks
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def session_log_probs(
         ValueError: For a normalization that there is not, or sessions that do not fit the model or the catalogue.
         TypeError: For an input that the encoder does not have.
     """
-    config, levels = model.config, model.config.num_levels
+    config = model.config
     code_scores = CodeScores(model, normalization)
     sessions = sessions.to(model.device)
     batch, candidates, num_items = sessions.shape
@@ -53,9 +53,29 @@ def session_log_probs(
     positions = trie.position[sessions.clamp(0, trie.num_items - 1)].long()
     if sessions.numel() and (sessions.max() >= trie.num_items or (there & (positions < 0)).any()):
         raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
-    histories = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
+    encoded = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
+    found, start = [], 0
+    for histories, constraint in user_chunks(encoded, ItemConstraint(trie, batch, excluded, allowed)):
+        rows = slice(start, start + len(histories.hidden_states))
+        start = rows.stop
+        found.append(
+            _log_probs(model, positions[rows].masked_fill(~there[rows], -1), histories, constraint, code_scores)
+        )
+    return torch.cat(found)
+
+
+def _log_probs(
+    model,
+    positions: torch.LongTensor,
+    histories: EncodedHistories,
+    constraint: ItemConstraint,
+    code_scores: CodeScores,
+) -> torch.FloatTensor:
+    """(batch, C) log-probabilities of sessions of trie positions (batch, C, m), -1 where there is no item."""
+    config, levels, trie = model.config, model.config.num_levels, constraint.trie
+    batch, candidates, num_items = positions.shape
     # From here on a missing item stands at the first position, and what it adds is left out at the end.
-    positions = positions.masked_fill(~there, 0)
+    there, positions = positions >= 0, positions.clamp(min=0)
     nodes = torch.stack([trie.node_of(positions, level) for level in range(levels)], dim=-1)
     codes = torch.stack([trie.codes(nodes[..., level], level) for level in range(levels)], dim=-1)
     tokens = codes + torch.tensor(list(config.level_offsets), device=model.device)
@@ -66,8 +86,7 @@ def session_log_probs(
         encoder_attention_mask=histories.attention_mask,
         use_cache=False,
     ).last_hidden_state.view(batch, candidates, -1, config.hidden_size)
-    constraint = ItemConstraint(trie, batch, excluded, allowed)
-    mixture = ItemMixture.of(histories, constraint, normalization)
+    mixture = ItemMixture.of(histories, constraint, code_scores.normalization)
     log_probs = torch.zeros(batch, candidates, device=model.device)
     for item in range(num_items):
         used = positions[..., :item].masked_fill(~there[..., :item], trie.num_positions)
@@ -81,7 +100,11 @@ def session_log_probs(
             taken = (children == node[..., None]) & exists
             step = step.masked_fill(~taken, -torch.inf).amax(-1)
             of_codes += step
-        of_item = of_codes if mixture is None else mixture.log_probs(of_codes, node, levels - 1, used)
+        of_item, position = of_codes, positions[..., item]
+        if mixture is not None:
+            below, free, parts = mixture.items_of_leaves(of_codes[..., None], node[..., None], used)
+            of_codes = parts.masked_fill(~free | (below != position[..., None]), -torch.inf).amax(-1)
+            of_item = mixture.log_probs(of_codes, position, levels - 1, used)
         log_probs += of_item.masked_fill(~there[..., item], 0.0)
     return log_probs
 

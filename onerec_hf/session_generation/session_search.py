@@ -10,7 +10,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from ..item_trie import ItemConstraint
 from .beam_cache import BeamPaths, beam_cache
 from .code_scores import CodeScores
-from .item_mixture import ItemMixture
+from .item_mixture import ItemMixture, users_at_a_time
 from .searches import SEARCHES, Candidates, SearchOptions
 
 
@@ -23,28 +23,41 @@ class Beams(NamedTuple):
 
 
 class EncodedHistories(NamedTuple):
-    """The encoder's output and the mask over its positions; the item head's log-probabilities (batch, N) and its share
-    g in the mixture, where it takes part."""
+    """The encoder's output and the mask over its positions; where the item head takes part, its queries (batch, size),
+    the items' vectors (N, size) and its share g in the mixture, which may be a tensor (batch,)."""
 
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor | None
-    item_log_probs: torch.Tensor | None = None
-    item_share: torch.Tensor | float = 0.0
+    item_queries: torch.Tensor | None = None
+    item_vectors: torch.Tensor | None = None
+    item_share: float | torch.Tensor = 0.0
+
+    def of_users(self, users: slice) -> "EncodedHistories":
+        """Those of some users."""
+        by_user = {"hidden_states", "attention_mask", "item_queries"}
+        by_user |= {"item_share"} if torch.is_tensor(self.item_share) else set()
+        given = {name: getattr(self, name) for name in by_user}
+        return self._replace(**{name: value[users] for name, value in given.items() if value is not None})
 
 
 def encoded_histories(
-    model, input_ids=None, attention_mask=None, encoder_outputs=None, item_share: float | None = None, **encoder_inputs
+    model,
+    input_ids=None,
+    attention_mask=None,
+    encoder_outputs=None,
+    item_share: float | torch.Tensor | None = None,
+    **encoder_inputs,
 ) -> EncodedHistories:
     """Encodes the histories, unless that is done already.
 
     Args:
-        item_share: g; the model's by default.
+        item_share: g, or a tensor (batch,) of it by user; the model's by default.
 
     Raises:
         TypeError: For an input that the encoder does not have; it would go unnoticed there.
         ValueError: For a share of an item head that there is not.
     """
-    if model.config.item_head == "none" and item_share:
+    if model.config.item_head == "none" and (torch.is_tensor(item_share) or item_share):
         raise ValueError(f"item_share is {item_share}, but the model has no item head.")
     encoder = model.get_encoder()
     unknown = encoder_inputs.keys() - inspect.signature(encoder.forward).parameters.keys()
@@ -59,8 +72,22 @@ def encoded_histories(
     item_share = model.item_shares(*states) if item_share is None else item_share
     if not torch.is_tensor(item_share) and not item_share:
         return histories
-    item_log_probs = model.item_log_probs(*states)
-    return histories._replace(item_log_probs=item_log_probs, item_share=item_share)
+    queries = model.item_queries(*states)
+    return histories._replace(item_queries=queries, item_vectors=model.item_vectors(), item_share=item_share)
+
+
+def user_chunks(
+    histories: EncodedHistories, constraint: ItemConstraint
+) -> Iterator[tuple[EncodedHistories, ItemConstraint]]:
+    """Users who are searched for together: all of them, or with an item head as many as its tables have room for."""
+    count = len(histories.hidden_states)
+    size = count if histories.item_queries is None else min(users_at_a_time(constraint.trie), count)
+    if size == count:
+        yield histories, constraint
+        return
+    for start in range(0, count, size):
+        users = slice(start, start + size)
+        yield histories.of_users(users), constraint.of_users(users)
 
 
 class SessionSearch:
@@ -135,6 +162,13 @@ class SessionSearch:
             log_probs = log_probs.masked_fill(available & exhausted, 0.0)
             return Candidates(self.scores[..., None] + log_probs, logits, available, codes, children)
         of_codes = self.code_log_probs[..., None] + log_probs
+        if level == self.config.num_levels - 1 and self.trie.max_items_per_leaf > 1:
+            # A leaf's items are candidates of their own; where each has one alone, leaves are positions.
+            codes, available = (
+                each.repeat_interleave(self.trie.max_items_per_leaf, -1) for each in (codes, available)
+            )
+            children, free, of_codes = self.mixture.items_of_leaves(of_codes, children, self.used)
+            available = available & torch.where(exhausted, torch.arange(free.shape[-1], device=free.device) == 0, free)
         # A beam without an item to go on to stays dead, although there are items below its node.
         alive = available & self.scores.isfinite()[..., None]
         of_items = self.mixture.log_probs(of_codes, children, level, self.used).masked_fill(~alive, -torch.inf)
@@ -160,9 +194,13 @@ class SessionSearch:
         return candidates.nodes.flatten(1).gather(1, chosen)
 
     def _taken_positions(self, leaf: torch.LongTensor, exhausted: torch.BoolTensor) -> torch.LongTensor:
-        """The item that each beam takes of its leaf: the first that it may, and none where there is none."""
-        position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
-        if self.trie.max_items_per_leaf > 1 and self.num_items > 1:
+        """The item that each beam takes of its leaf: the first that it may, and none where there is none. A mixture's
+        beams have chosen their items already."""
+        if self.mixture is not None:
+            position = leaf
+        else:
+            position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
+        if self.mixture is None and self.trie.max_items_per_leaf > 1 and self.num_items > 1:
             below, free = self.constraint.items_of_leaves(leaf, self.used)
             position = below.gather(-1, free.int().argmax(-1, keepdim=True)).squeeze(-1)
         return position.masked_fill(exhausted | self.scores.isneginf(), self.trie.num_positions)

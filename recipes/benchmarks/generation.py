@@ -2,9 +2,10 @@
 
     python recipes/benchmarks/generation.py --json generation.json
 
-Three parts, `--parts` for some of them: `one_item` and `session` time the engine beside `generate` with
+Four parts, `--parts` for some of them: `one_item` and `session` time the engine beside `generate` with
 `prefix_allowed_tokens_fn` and beside `generate` with the vectorised `ItemTrieLogitsProcessor`; `catalogue` times it at
-10,000 and 1,000,000 items. Every figure is a median; a peer that takes more than `--peer_seconds` is run once, after
+10,000 and 1,000,000 items; `mixture` times ranking with an item head's mixture beside the same beams without it, with
+the memory that it adds. Every figure is a median; a peer that takes more than `--peer_seconds` is run once, after
 a run for one user that warms it up.
 """
 
@@ -13,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +31,14 @@ from onerec_hf import (
     generate_sessions,
 )
 
-PARTS = ("one_item", "session", "catalogue")
+PARTS = ("one_item", "session", "catalogue", "mixture")
 PEERS = ("prefix_fn", "processor")
 CODEBOOK_SIZES = [256, 256, 256]
 HISTORY_ITEMS = 64
 SESSION_ITEMS = 5
+# Of the mixture's part: as a policy is evaluated.
+RANKED_ITEMS, RANKING_BEAMS, RANKING_HISTORY, RANKING_BATCH = 50, 64, 20, 51
+CONTENT_SIZE = 64
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,6 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_items", type=int, default=10_000, help="catalogue of the comparisons")
     parser.add_argument("--many_items", type=int, default=1_000_000, help="catalogue to compare with it in cost")
     parser.add_argument("--history_positions", choices=["token", "item"], default="token")
+    parser.add_argument("--ranked_users", type=int, default=1000, help="users of the mixture's part")
+    parser.add_argument("--item_encoders", nargs="+", type=int, default=[0, 1], help="an item head's further encoders")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peer_seconds", type=float, default=20.0, help="time for the repeats of one peer")
     parser.add_argument("--threads", type=int, default=None)
@@ -72,12 +79,12 @@ def build_model(history_positions: str) -> OneRecForConditionalGeneration:
     return OneRecForConditionalGeneration(config).eval()
 
 
-def random_catalogue(num_items: int) -> np.ndarray:
+def random_catalogue(num_items: int, codes: int = 256) -> np.ndarray:
     """Distinct code tuples [num_items, 3]."""
     generator = np.random.default_rng(0)
-    keys = np.unique(generator.integers(0, 256**3, num_items + num_items // 4))
+    keys = np.unique(generator.integers(0, codes**3, num_items + num_items // 4))
     keys = generator.permutation(keys)[:num_items]
-    return np.stack([keys // 65536, keys // 256 % 256, keys % 256], axis=1)
+    return np.stack([keys // codes**2, keys // codes % codes, keys % codes], axis=1)
 
 
 def encode(tokenizer: OneRecTokenizer, users: int):
@@ -282,6 +289,101 @@ def compare_catalogues(args, model) -> list[dict]:
     return [{"build_s": sides[1]["build_s"], "megabytes": sides[1]["megabytes"]}, *rows]
 
 
+def build_ranker(num_items: int, codes: int, item_encoders: int) -> OneRecForConditionalGeneration:
+    """The small preset (d 128) with an item head."""
+    set_seed(0)
+    config = OneRecConfig.from_preset(
+        "small",
+        codebook_sizes=[codes] * 3,
+        history_positions="item",
+        history_items=RANKING_HISTORY,
+        session_items=1,
+        encoder_attention="causal",
+        encoder_positions="distance",
+        item_head="encoder",
+        num_items=num_items,
+        item_content_size=CONTENT_SIZE,
+        item_encoders=item_encoders,
+        initializer_range=0.06,
+    )
+    model = OneRecForConditionalGeneration(config).eval()
+    model.get_encoder().item_vectors.set_content(torch.randn(num_items, CONTENT_SIZE))
+    return model
+
+
+def peak_memory(run: Callable) -> float:
+    """GiB that a run takes at most beyond what the process holds before it; of Linux, NaN elsewhere."""
+
+    def kilobytes(entry: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(entry))
+
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = kilobytes("VmRSS")
+    except OSError:
+        return float("nan")
+    run()
+    return (kilobytes("VmHWM") - before) / 2**20
+
+
+@torch.no_grad()
+def measure_mixture(model: OneRecForConditionalGeneration, trie: ItemTrie, batches: list[dict], repeats: int) -> dict:
+    """Ranking by a mixture beside plain beams, batch by batch in turn: times for a user, and memory."""
+
+    def rank(batch: dict, share: float):
+        counts = {"num_items": 1, "num_beams": RANKING_BEAMS, "num_return": RANKED_ITEMS}
+        generate_sessions(model, trie, **batch, **counts, item_share=share)
+
+    # The mixture's first run makes the items' vectors, which are kept.
+    memory = [peak_memory(partial(rank, batches[0], share)) for share in (0.0, 0.5)]
+    times = np.array(
+        [
+            np.sum([[seconds(partial(rank, batch, share), 1) for share in (0.0, 0.5)] for batch in batches], axis=0)
+            for _ in range(repeats)
+        ]
+    )
+    plain, mixture = 1000 * np.median(times, axis=0) / sum(len(batch["input_ids"]) for batch in batches)
+    return {
+        "plain_ms": plain,
+        "mixture_ms": mixture,
+        "ratio": np.median(times[:, 1] / times[:, 0]),
+        "plain_gib": memory[0],
+        "mixture_gib": memory[1],
+        "kept_gib": model.item_vectors().nbytes / 2**30,
+    }
+
+
+def compare_mixtures(args) -> list[dict]:
+    rows = []
+    print("    items codes heads   plain ms  mixture ms   ratio  plain GiB  mixture GiB  of it kept")
+    for num_items, codes in ((args.num_items, 256), (args.many_items, 256), (args.many_items, 1024)):
+        catalogue = torch.from_numpy(random_catalogue(num_items, codes))
+        trie = ItemTrie(catalogue, [codes] * 3)
+        generator = np.random.default_rng(0)
+        histories = torch.from_numpy(generator.integers(0, num_items, (args.ranked_users, RANKING_HISTORY)))
+        for item_encoders in args.item_encoders:
+            model = build_ranker(num_items, codes, item_encoders)
+            batches = [encode_items(model, catalogue, users) for users in histories.split(RANKING_BATCH)]
+            row = {"items": num_items, "codes": codes, "heads": 1 + item_encoders}
+            row |= measure_mixture(model, trie, batches, args.repeats)
+            rows.append(row)
+            print(
+                "{items:>9,} {codes:>5} {heads:>5} {plain_ms:>10.2f} {mixture_ms:>11.2f} {ratio:>7.2f} "
+                "{plain_gib:>10.2f} {mixture_gib:>12.2f} {kept_gib:>11.2f}".format(**row),
+                flush=True,
+            )
+    return rows
+
+
+def encode_items(model: OneRecForConditionalGeneration, catalogue: torch.LongTensor, histories: torch.LongTensor):
+    """Histories [users, items] of catalogue indices as the encoder reads them; their items are left out."""
+    tokens = catalogue[histories] + torch.tensor(model.config.level_offsets)
+    tokens = torch.nn.functional.pad(tokens, (0, 1), value=model.config.sep_token_id).flatten(1)[:, :-1]
+    mask = torch.ones_like(tokens)
+    return {"input_ids": tokens, "attention_mask": mask, "history_item_indices": histories, "excluded": histories}
+
+
 def main():
     args = make_parser().parse_args()
     if args.threads is not None:
@@ -312,6 +414,8 @@ def main():
             figures[part] = compare(args, model, tokenizer, num_items, rate)
     if "catalogue" in args.parts:
         figures["catalogue"] = compare_catalogues(args, model)
+    if "mixture" in args.parts:
+        figures["mixture"] = compare_mixtures(args)
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
