@@ -571,6 +571,9 @@ def test_recommends_with_the_head_and_new_items_once_they_have_a_vector(tokenize
     model.add_items(torch.ones(1, 3))
     before, after = (recommend(model, tokenizer, [[100]], top_k=13, num_beams=13, item_share=s) for s in (0, 1))
     assert 200 in after[0]["items"] and before != after
+    tokenizer.remove_items([200])
+    left = recommend(model, tokenizer, [[100, 200]], top_k=13, num_beams=13, item_share=1)[0]["items"]
+    assert 200 not in left and len(left) == ITEMS - 1
 
 
 def test_the_softmax_is_estimated_where_the_catalogue_is_larger_than_configured(monkeypatch):
