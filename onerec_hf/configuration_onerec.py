@@ -74,12 +74,14 @@ class OneRecConfig(PreTrainedConfig):
             a learned bias of its attention by how many items lie between, so that every prefix trains what a whole
             history uses.
         item_head: `"encoder"`: beside the codes, a softmax over the catalogue at every position of a causal encoder
-            with `history_positions="item"`, which then reads an item's own vector beside its codes.
+            with `history_positions="item"`, from vectors of the items.
         num_items: N, items of the catalogue that have a vector of the item head.
         item_content_size: Width of the content embeddings whose projection is a part of each item's vector; 0: none,
             so that items without a behaviour have no vector.
-        item_encoders: Further encoders of the item head, each as deep as the encoder and with learned vectors of its
-            own, which the codes' loss does not touch; the head is the geometric mean of all their distributions.
+        item_encoders: The encoders of the item head, each with vectors of its own; the head is the geometric mean of
+            their distributions. `"shared"`: the encoder itself, which then reads an item's vector beside its codes.
+            `"content"` and `"learned"`: one as deep, which the codes' loss does not touch, of vectors that are learned
+            and projected from the content, or learned alone.
         item_loss_weight: Weight of the item head's loss beside eq 4.
         item_share: g, the item head's share in what is generated: P(item) = g P_item + (1 - g) P_codes.
         item_gate: In place of `item_share`, each user's g is the sigmoid of a linear map of the state of its history,
@@ -122,7 +124,7 @@ class OneRecConfig(PreTrainedConfig):
     item_head: str = "none"
     num_items: int = 0
     item_content_size: int = 0
-    item_encoders: int = 0
+    item_encoders: list[str] | tuple[str, ...] = ("shared",)
     item_loss_weight: float = 1.0
     item_share: float = 0.5
     item_gate: bool = False
@@ -144,6 +146,7 @@ class OneRecConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.codebook_sizes = list(self.codebook_sizes)
         self.history_feedback = list(self.history_feedback)
+        self.item_encoders = list(self.item_encoders)
         self.user_features = dict(self.user_features or {})
         if self.vocab_size is None:
             self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
@@ -194,6 +197,16 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(f"item_share must lie in [0, 1], got {self.item_share}.")
         if self.item_head not in ("none", "encoder"):
             raise ValueError(f"item_head must be 'none' or 'encoder', got {self.item_head!r}.")
+        kinds = ("shared", "content", "learned")
+        if (
+            not self.item_encoders
+            or not set(self.item_encoders) <= set(kinds)
+            or self.item_encoders.count("shared") > 1
+        ):
+            raise ValueError(
+                f"item_encoders must list some of {', '.join(kinds)}, and shared at most once, got "
+                f"{self.item_encoders}."
+            )
         if self.item_gate and self.item_head == "none":
             raise ValueError("item_gate weighs the item head, which there is none of: set item_head.")
         if self.item_head == "encoder" and not (

@@ -358,7 +358,7 @@ ATTENTION_TP_PLAN = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwis
 @dataclass
 class OneRecEncoderOutput(BaseModelOutput):
     """`item_states` (batch, heads, items, hidden_size): what the item head multiplies with the items' vectors, of the
-    encoder itself and of each further item encoder."""
+    encoder itself, where it is one of `config.item_encoders`, and of each of the others."""
 
     item_states: torch.Tensor | None = None
 
@@ -396,11 +396,12 @@ class OneRecDistanceMask(nn.Module):
 
 
 class OneRecItemEncoder(nn.Module):
-    """An encoder of the item head's own, which reads items by their learned vectors alone."""
+    """An encoder of the item head's own, which reads items by their vectors alone: see `config.item_encoders`."""
 
-    def __init__(self, config: OneRecConfig):
+    def __init__(self, config: OneRecConfig, kind: str):
         super().__init__()
-        self.item_vectors = OneRecItemVectors(config.num_items, config.hidden_size)
+        content_size = config.item_content_size if kind == "content" else 0
+        self.item_vectors = OneRecItemVectors(config.num_items, config.hidden_size, content_size)
         self.distance_mask = OneRecDistanceMask(config)
         self.layers = nn.ModuleList([OneRecEncoderLayer(config, index) for index in range(config.encoder_layers)])
         self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -443,9 +444,11 @@ class OneRecEncoder(OneRecPreTrainedModel):
         if config.history_positions == "item":
             self.item_proj = nn.Linear(config.num_levels * config.hidden_size, config.hidden_size, bias=False)
         if config.item_head == "encoder":
-            self.item_vectors = OneRecItemVectors(config.num_items, config.hidden_size, config.item_content_size)
-            self.item_encoders = nn.ModuleList([OneRecItemEncoder(config) for _ in range(config.item_encoders)])
-            self.item_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
+            own = [OneRecItemEncoder(config, kind) for kind in config.item_encoders if kind != "shared"]
+            self.item_encoders = nn.ModuleList(own)
+            if self._shares_item_head:
+                self.item_vectors = OneRecItemVectors(config.num_items, config.hidden_size, config.item_content_size)
+                self.item_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.history_feedback:
             # Per condition one vector where it holds and one where it does not; where unknown, neither.
             self.feedback_proj = nn.Linear(2 * len(config.history_feedback), config.hidden_size, bias=False)
@@ -459,6 +462,15 @@ class OneRecEncoder(OneRecPreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def _shares_item_head(self) -> bool:
+        return self.config.item_head == "encoder" and "shared" in self.config.item_encoders
+
+    def item_vectors_by_head(self) -> list[OneRecItemVectors]:
+        """The vectors of each of the item head's encoders, in the order of the heads of `item_states`."""
+        own = [encoder.item_vectors for encoder in self.item_encoders]
+        return [self.item_vectors, *own] if self._shares_item_head else own
 
     def _to_item_slots(self, tokens: torch.Tensor, fill: int) -> torch.Tensor:
         """(batch, tokens) to (batch, items, L): drops the separators; the last item has none, so one is added."""
@@ -582,7 +594,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
                 inputs_embeds = self.item_proj(self.embed_tokens(slots).flatten(2))
             else:
                 inputs_embeds = self.embed_tokens(input_ids)
-        if history_item_indices is not None:
+        if self._shares_item_head:
             inputs_embeds = inputs_embeds + self.item_vectors(history_item_indices)
         inputs_embeds = self._add_behaviours(inputs_embeds, history_feedback, history_time_gaps)
         columns = len(self.config.user_features)
@@ -611,8 +623,10 @@ class OneRecEncoder(OneRecPreTrainedModel):
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
         item_states = None
         if history_item_indices is not None:
-            own = [encoder(history_item_indices, mask) for encoder in self.item_encoders]
-            item_states = torch.stack([self.item_norm(hidden_states), *own], dim=1)
+            states = [encoder(history_item_indices, mask) for encoder in self.item_encoders]
+            if self._shares_item_head:
+                states.insert(0, self.item_norm(hidden_states))
+            item_states = torch.stack(states, dim=1)
         hidden_states = self.dropout(self.norm(hidden_states))
         if causal and recency_in_output:
             hidden_states = hidden_states + recency
@@ -898,10 +912,11 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear):
         self.lm_head = new_embeddings
 
-    def _item_vectors(self) -> list[OneRecItemVectors]:
-        """Those of the encoder and of each further item encoder."""
-        encoder = self.model.encoder
-        return [encoder.item_vectors, *(further.item_vectors for further in encoder.item_encoders)]
+    def set_item_content(self, content: torch.Tensor) -> None:
+        """Takes the items' content embeddings (N, item_content_size), of which vectors of the item head are made."""
+        for vectors in self.get_encoder().item_vectors_by_head():
+            if vectors.content is not None:
+                vectors.set_content(content)
 
     def add_items(self, content: torch.Tensor) -> None:
         """Gives items that [`OneRecTokenizer.add_items`] appends a vector of the item head each, in the same order.
@@ -909,7 +924,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         Args:
             content: (items, item_content_size) content embeddings, in the space of those trained with.
         """
-        for vectors in self._item_vectors():
+        for vectors in self.get_encoder().item_vectors_by_head():
             vectors.add(content)
         self.config.num_items += len(content)
 
@@ -919,7 +934,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         kept = item_targets != -100
         targets, total = item_targets[kept], item_states.sum() * 0.0  # where there is no target
         negatives = self.config.item_negatives
-        for states, vectors in zip(item_states.unbind(1), self._item_vectors(), strict=True):
+        for states, vectors in zip(item_states.unbind(1), self.get_encoder().item_vectors_by_head(), strict=True):
             if len(targets) and self.config.num_items > negatives:
                 total = total + sampled_softmax_loss(states[kept], vectors, targets, negatives)
             elif len(targets):
@@ -947,7 +962,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
     def item_vectors(self) -> torch.Tensor:
         """The heads' vectors of all items side by side, (N, heads * hidden_size), made once while no weight changes:
         see [`JoinedItemVectors`]."""
-        return self.joined_item_vectors(self._item_vectors())
+        return self.joined_item_vectors(self.get_encoder().item_vectors_by_head())
 
     def item_queries(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """What gives, multiplied with [`item_vectors`], the mean of the heads' logits of what follows each history,

@@ -45,7 +45,7 @@ def item_model(**overrides):
     torch.manual_seed(0)
     model = OneRecForConditionalGeneration(item_config(**overrides)).eval()
     if model.config.item_content_size:
-        model.get_encoder().item_vectors.content.normal_()
+        model.set_item_content(torch.randn(ITEMS, 3))
     return model
 
 
@@ -104,7 +104,7 @@ def test_a_vector_is_learned_plus_projected_content():
 @pytest.mark.parametrize("positions", ["absolute", "distance"])
 def test_every_position_is_the_end_of_its_prefix(positions, attention):
     """One pass over a history gives at each position what encoding that prefix alone gives, under any padding."""
-    model = item_model(encoder_positions=positions, item_encoders=1)
+    model = item_model(encoder_positions=positions, item_encoders=["shared", "learned"])
     model.set_attn_implementation(attention)
     encoder, history = model.get_encoder(), [3, 1, 4, 1, 5]
     whole = encoder(**history_inputs(model, [history])).item_states[0].transpose(0, 1)
@@ -135,7 +135,7 @@ def test_the_loss_is_joint():
 
 
 def test_heads_are_trained_apart_and_fused_by_their_geometric_mean():
-    model = item_model(item_encoders=2)
+    model = item_model(item_encoders=["shared", "learned", "content"])
     encoder = model.get_encoder()
     inputs, item_targets = history_inputs(model, [[3, 1, 4], [5, 9]]), torch.tensor([[1, 4, 7], [-100, -100, 2]])
     states = encoder(**inputs).item_states
@@ -151,6 +151,18 @@ def test_heads_are_trained_apart_and_fused_by_their_geometric_mean():
     assert gradient is None or not gradient.any()
 
 
+def test_encoders_of_the_heads_own_leave_the_codes_alone():
+    model = item_model(item_encoders=["content", "learned"])
+    encoder, inputs = model.get_encoder(), history_inputs(model, [[3, 1, 4], [5, 9]])
+    other = {**inputs, "history_item_indices": inputs["history_item_indices"].flip(1)}
+    assert encoder(**inputs).item_states.shape[1] == 2
+    torch.testing.assert_close(encoder(**other).last_hidden_state, encoder(**inputs).last_hidden_state)
+    assert [vectors.content is None for vectors in encoder.item_vectors_by_head()] == [False, True]
+    first, second, third = model.config.level_offsets
+    model(**inputs, labels=torch.tensor([[first + 7, second, third]] * 2)).loss.backward()
+    assert all(weight.grad is None for weight in encoder.item_encoders.parameters())
+
+
 def test_saved_with_its_content(tmp_path):
     model = item_model()
     model.save_pretrained(tmp_path)
@@ -160,7 +172,7 @@ def test_saved_with_its_content(tmp_path):
 
 
 def test_new_items_have_the_vector_of_their_content(tmp_path):
-    model = item_model(item_encoders=1)
+    model = item_model(item_encoders=["shared", "learned"])
     vectors = model.get_encoder().item_vectors
     before, content = vectors(), torch.randn(2, 3)
     model.add_items(content)
@@ -184,7 +196,7 @@ def joined_by_hand(model):
 
 @torch.no_grad()
 def test_joined_vectors_are_made_once_and_never_out_of_date(tmp_path):
-    model = item_model(item_encoders=1)
+    model = item_model(item_encoders=["shared", "learned"])
     vectors, own = model.get_encoder().item_vectors, model.get_encoder().item_encoders[0].item_vectors
 
     def forget():
@@ -227,7 +239,7 @@ def test_joined_vectors_are_made_once_and_never_out_of_date(tmp_path):
 
 
 def test_joined_vectors_have_gradients_and_are_not_kept_while_training():
-    model = item_model(item_encoders=1)
+    model = item_model(item_encoders=["shared", "learned"])
     model.item_vectors().sum().backward()
     assert model.get_encoder().item_vectors.content_proj.weight.grad.any()
     with torch.no_grad():
@@ -254,6 +266,8 @@ def test_off_where_it_is_not_configured():
     "overrides, message",
     [
         ({"item_head": "decoder"}, "item_head must be"),
+        ({"item_encoders": ["shared", "shared"]}, "shared at most once"),
+        ({"item_encoders": []}, "must list some of shared, content, learned"),
         ({"item_head": "none", "item_gate": True}, "item_gate weighs the item head"),
         ({"num_items": 0}, "needs encoder_attention='causal'"),
         ({"encoder_attention": "bidirectional"}, "needs encoder_attention='causal'"),
@@ -520,7 +534,7 @@ def test_generate_mixes_with_the_share_that_it_is_given():
 
 
 def test_half_precision_mixes_too():
-    model, trie, inputs = mixture_case(item_encoders=1)
+    model, trie, inputs = mixture_case(item_encoders=["shared", "learned"])
     full = generate_sessions(model, trie, **inputs, num_items=1, num_beams=ITEMS)
     half = generate_sessions(model.to(torch.bfloat16), trie, **inputs, num_items=1, num_beams=ITEMS)
     assert half.scores.dtype == torch.float32

@@ -72,11 +72,16 @@ def exported(tmp_path):
     config = onerec_hf.OneRecConfig.from_preset("debug", **config_of_items)
     model = onerec_hf.OneRecForConditionalGeneration(config).eval()
     reward_model = OneRecRewardModel(OneRecRewardConfig(codebook_sizes=[8, 8, 8], hidden_size=16)).eval()
-    item_head = {"item_head": "encoder", "num_items": 12, "item_content_size": 4, "item_encoders": 1}
+    item_head = {
+        "item_head": "encoder",
+        "num_items": 12,
+        "item_content_size": 4,
+        "item_encoders": ["shared", "learned"],
+    }
     causal = {"encoder_attention": "causal", "encoder_positions": "distance", "initializer_range": 0.3}
     config = onerec_hf.OneRecConfig.from_preset("debug", **config_of_items, **causal, **item_head)
     mixture = onerec_hf.OneRecForConditionalGeneration(config).eval()
-    mixture.get_encoder().item_vectors.set_content(torch.randn(12, 4))
+    mixture.set_item_content(torch.randn(12, 4))
     for name, exported_model in (("generator", model), ("reward", reward_model), ("mixture", mixture)):
         assert export_remote_code(exported_model, tokenizer, tmp_path / name) == tmp_path / name
     return model, reward_model, tokenizer, mixture

@@ -112,7 +112,7 @@ def run_pretrain(
                 raise ValueError(f"recent_days is {options.recent_days}, but no session has a time: leave it out.")
         model = OneRecForConditionalGeneration(config)
         if config.item_content_size:
-            model.get_encoder().item_vectors.set_content(embeddings)
+            model.set_item_content(embeddings)
         trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS)
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:

@@ -303,11 +303,11 @@ def build_ranker(num_items: int, codes: int, item_encoders: int) -> OneRecForCon
         item_head="encoder",
         num_items=num_items,
         item_content_size=CONTENT_SIZE,
-        item_encoders=item_encoders,
+        item_encoders=["shared", *["learned"] * item_encoders],
         initializer_range=0.06,
     )
     model = OneRecForConditionalGeneration(config).eval()
-    model.get_encoder().item_vectors.set_content(torch.randn(num_items, CONTENT_SIZE))
+    model.set_item_content(torch.randn(num_items, CONTENT_SIZE))
     return model
 
 
