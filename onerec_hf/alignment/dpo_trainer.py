@@ -116,6 +116,8 @@ class PreferenceCollator:
         num_rejected: int | None = None,
         chosen_margin: float | None = None,
     ):
+        if model.config.num_semantic_ids > 1:
+            raise ValueError("Alignment is for one semantic ID per item, the model has several.")
         self.tokenizer, self.config = tokenizer, model.config
         self.ntp_dataset, self.chosen_margin = ntp_dataset, chosen_margin
         self.several, self.num_rejected = num_rejected is not None, num_rejected or 1
