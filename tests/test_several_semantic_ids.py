@@ -18,6 +18,7 @@ from onerec_hf import (
     recommend,
     stream_sessions,
 )
+from onerec_hf.alignment.dpo_trainer import PreferenceCollator
 from onerec_hf.history_features import encode_history_rows
 from onerec_hf.pretraining import SessionCollator
 from onerec_hf.semantic_ids import ResidualQuantizer, load_quantizer, make_several_quantizers, shared_pairs
@@ -285,6 +286,8 @@ def test_what_several_ids_cannot_do_is_refused():
             generate_sessions(model, trie, **inputs, num_beams=4, search=search)
     with pytest.raises(ValueError, match="no item of a session is decided before the last"):
         next(stream_sessions(model, trie, **inputs, num_beams=4))
+    with pytest.raises(ValueError, match="Alignment is for one semantic ID"):
+        PreferenceCollator(tokenizer, model)
     with pytest.raises(ValueError, match="call generate_sessions"):
         model.generate(**inputs, custom_generate=generate_with_trie, trie=trie)
     with pytest.raises(ValueError, match="plain generate is for one semantic ID"):

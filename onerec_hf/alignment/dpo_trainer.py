@@ -106,6 +106,9 @@ class PreferenceCollator:
             has the shape `(B,)` and not `(B, K)`.
         chosen_margin: What stands for the reference's log-probability per code of the chosen sessions, 0 for the
             rejected ones, in `ref_chosen_logps` and `ref_rejected_logps`; by default these are the rows' own, if any.
+
+    Raises:
+        ValueError: For a model of several semantic IDs per item.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from .likelihood import forced_log_probs
 from .searches import SearchOptions
 from .session_search import Beams, SessionSearch, encoded_histories, user_chunks
 
-_TOKENS_AT_ONCE = 2**18  # of found sessions that are scored together
+_TOKENS_AT_ONCE = 2**15  # of found sessions that are scored together
 
 
 @dataclass
