@@ -94,8 +94,8 @@ class OneRecConfig(PreTrainedConfig):
         item_share: g, the item head's share in what is generated: P(item) = g P_item + (1 - g) P_codes.
         item_gate: In place of `item_share`, each user's g is the sigmoid of a linear map of the state of its history,
             which [`fit_item_gate`] fits after training.
-        item_negatives: Items drawn at random for each batch, in place of the whole catalogue, to estimate the softmax
-            that the item head is trained with; 0: the whole catalogue.
+        item_negatives: In training the item head's softmax is over the whole catalogue, or, where that has more items
+            than this, estimated from so many that are drawn at random for each batch.
         expert_bias_update_rate: Step by which a router's selection bias moves towards balanced load after every
             optimizer step; 0 turns the balancing off.
         dropout: Dropout on embeddings and residual branches.
@@ -137,7 +137,7 @@ class OneRecConfig(PreTrainedConfig):
     item_loss_weight: float = 1.0
     item_share: float = 0.5
     item_gate: bool = False
-    item_negatives: int = 0
+    item_negatives: int = 16384
     hidden_act: str = "silu"
     dropout: float = 0.1
     attention_dropout: float = 0.0
@@ -209,6 +209,8 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(
                 "encoder_positions='distance' needs encoder_attention='causal' and history_positions='item'."
             )
+        if self.item_negatives < 1:
+            raise ValueError(f"item_negatives must be at least 1, got {self.item_negatives}.")
         if not 0 <= self.item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {self.item_share}.")
         if self.item_head not in ("none", "encoder"):

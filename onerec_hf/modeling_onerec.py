@@ -928,9 +928,10 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         sum over the heads, which share no parameters."""
         kept = item_targets != -100
         targets, total = item_targets[kept], item_states.sum() * 0.0  # where there is no target
+        negatives = self.config.item_negatives
         for states, vectors in zip(item_states.unbind(1), self._item_vectors(), strict=True):
-            if len(targets) and self.config.item_negatives:
-                total = total + sampled_softmax_loss(states[kept], vectors, targets, self.config.item_negatives)
+            if len(targets) and self.config.num_items > negatives:
+                total = total + sampled_softmax_loss(states[kept], vectors, targets, negatives)
             elif len(targets):
                 total = total + FullSoftmaxLoss.apply(states[kept], vectors(), targets)
         return total

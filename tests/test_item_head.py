@@ -571,3 +571,23 @@ def test_recommends_with_the_head_and_new_items_once_they_have_a_vector(tokenize
     model.add_items(torch.ones(1, 3))
     before, after = (recommend(model, tokenizer, [[100]], top_k=13, num_beams=13, item_share=s) for s in (0, 1))
     assert 200 in after[0]["items"] and before != after
+    tokenizer.remove_items([200])
+    left = recommend(model, tokenizer, [[100, 200]], top_k=13, num_beams=13, item_share=1)[0]["items"]
+    assert 200 not in left and len(left) == ITEMS - 1
+
+
+def test_the_softmax_is_estimated_where_the_catalogue_is_larger_than_configured(monkeypatch):
+    model = item_model()
+    states, item_targets = torch.randn(1, 1, 3, 16), torch.tensor([[1, -100, 4]])
+    full = model.item_loss(states, item_targets)
+    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: torch.arange(ITEMS - 1))
+    model.config.item_negatives = ITEMS
+    torch.testing.assert_close(model.item_loss(states, item_targets), full)
+    model.config.item_negatives = ITEMS - 1
+    assert not torch.isclose(model.item_loss(states, item_targets), full)
+    model.config.item_negatives = ITEMS
+    monkeypatch.setattr("torch.randint", lambda *args, **kwargs: torch.arange(ITEMS))
+    model.config.num_items += 1  # all items are drawn once: no longer an estimate, but for the factor
+    torch.testing.assert_close(
+        model.item_loss(states, item_targets), full, atol=2 * torch.log1p(torch.tensor(1 / ITEMS)).item(), rtol=0
+    )

@@ -208,6 +208,16 @@ def test_a_run_with_several_semantic_ids(item_head, tmp_path):
     assert all(len(set(items)) == len(items) == 50 for items in recommendations["items"].to_pylist())
 
 
+CONFIGURATIONS = sorted(path.relative_to(ROOT / "recipes").as_posix() for path in ROOT.glob("recipes/*/*.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if not name.startswith("accelerate_configs")])
+def test_every_configuration_is_read(name, tmp_path):
+    given = ["--config", str(ROOT / "recipes" / name), "--output_dir", str(tmp_path), "--data_dir", str(tmp_path)]
+    args = parse_recipe_arguments(given)
+    assert args.align_rounds == 0 or not name.endswith("recall.yaml")
+
+
 def test_help_lists_the_options_and_unknown_ones_are_refused(capsys, tmp_path):
     with pytest.raises(SystemExit):
         parse_recipe_arguments(["--help"])
