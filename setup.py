@@ -28,7 +28,7 @@ EXTRAS_REQUIRE = {
     "lora": ["peft>=0.18"],
     "search": ["optuna>=5.0"],
     "test": [
-        *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3"),
+        *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
         *("ruff>=0.17", "torchao>=0.15"),
     ],
 }

@@ -1,5 +1,6 @@
 """OneRec's configuration: the encoder-decoder of section 3.2 with sparse mixture-of-experts decoder FFNs (eq 2)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -47,19 +48,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def vocabulary_size(codebook_sizes: Sequence[int], num_semantic_ids: int) -> int:
+    """The special tokens, the codes of all levels, and a BOS for every semantic ID but the first."""
+    return NUM_SPECIAL_TOKENS + sum(codebook_sizes) + num_semantic_ids - 1
+
+
 @strict
 class OneRecConfig(PreTrainedConfig):
     """Configuration of [`OneRecModel`] and [`OneRecForConditionalGeneration`].
 
     Args:
         codebook_sizes: Codes per semantic-ID level, K_1 to K_L; in the vocabulary they follow the five special tokens.
+        num_semantic_ids: C, semantic IDs of every item, each a numbering of the catalogue of its own. With several,
+            `codebook_sizes` has the L levels of the first ID, then those of the second, and so on, and IDs 1 to C - 1
+            have a BOS token each at the end of the vocabulary. The encoder reads all C L codes of an item, a session
+            is written in one ID, and P(item) is the mean of the C probabilities of its codes.
         hidden_size, intermediate_size: Width of the model and of the encoder's dense FFNs.
         encoder_layers, decoder_layers, num_attention_heads: The paper has N/2 encoder and N/2 decoder layers.
         num_experts, num_experts_per_tok, moe_intermediate_size: N_MoE, K_MoE and the width of one decoder expert (eq
             2; the paper has 24 and 2).
         history_items, session_items: n = 256 behaviours that the encoder reads at most and m = 5 items of a session.
         history_positions: `"token"` (the paper): every code token and separator of the history is an encoder position.
-            `"item"`: the L code embeddings of an item are projected together into one position, a quarter of the
+            `"item"`: the code embeddings of an item are projected together into one position, a quarter of the
             length at L = 3.
         history_feedback: Feedback conditions, such as `"like"` or `"watch_time>=60"`, whose outcome is embedded with
             each behaviour of the history.
@@ -103,6 +113,7 @@ class OneRecConfig(PreTrainedConfig):
     attribute_map = {"num_hidden_layers": "encoder_layers"}
 
     codebook_sizes: list[int] | tuple[int, ...] = (8192, 8192, 8192)
+    num_semantic_ids: int = 1
     vocab_size: int | None = None
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -149,17 +160,27 @@ class OneRecConfig(PreTrainedConfig):
         self.item_encoders = list(self.item_encoders)
         self.user_features = dict(self.user_features or {})
         if self.vocab_size is None:
-            self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
+            self.vocab_size = vocabulary_size(self.codebook_sizes, self.num_semantic_ids)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: fields that only make sense together."""
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes must hold at least one positive size, got {self.codebook_sizes}.")
-        if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
+        count = self.num_semantic_ids
+        if count < 1 or len(self.codebook_sizes) % count:
             raise ValueError(
-                f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS} special tokens and the "
-                f"{sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}; leave it out."
+                f"codebook_sizes {self.codebook_sizes} must hold as many levels for each of {count} semantic IDs."
+            )
+        if count > 1 and self.history_positions != "item":
+            raise ValueError(
+                f"num_semantic_ids={count} needs history_positions='item', where all codes of an item are one "
+                "position."
+            )
+        if self.vocab_size < vocabulary_size(self.codebook_sizes, count):
+            raise ValueError(
+                f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS + count - 1} special tokens "
+                f"and the {sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}; leave it out."
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -219,17 +240,23 @@ class OneRecConfig(PreTrainedConfig):
     @property
     def num_levels(self) -> int:
         """L, the codes of one semantic ID."""
-        return len(self.codebook_sizes)
+        return len(self.codebook_sizes) // self.num_semantic_ids
 
     @property
     def tokens_per_item(self) -> int:
-        """L codes and the BOS or SEP that goes with an item."""
+        """L codes and the BOS that goes with an item of a session, or SEP with one of a history."""
         return self.num_levels + 1
 
     @property
     def level_offsets(self) -> list[int]:
-        """Token id of code 0 of every level."""
-        return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(self.num_levels)]
+        """Token id of code 0 of every level, of all IDs one after the other."""
+        return [NUM_SPECIAL_TOKENS + sum(self.codebook_sizes[:level]) for level in range(len(self.codebook_sizes))]
+
+    @property
+    def bos_token_ids(self) -> list[int]:
+        """What a session's items begin with, by the ID that the session is written in."""
+        first = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
+        return [self.bos_token_id, *range(first, first + self.num_semantic_ids - 1)]
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "OneRecConfig":

@@ -20,15 +20,24 @@ class ItemTrie(nn.Module):
         codes: (num_items, L) code tuple per catalogue index.
         codebook_sizes: Codes per level.
         removed: (num_items,) marks items that are never generated.
+        id_number: Which of an item's semantic IDs, counted from 0, the codes are.
+
+    Attributes:
+        further: The tries of the items' further semantic IDs, where there are any, in the first one's.
 
     Raises:
         ValueError: If a code lies outside its level, or every item is removed.
     """
 
     def __init__(
-        self, codes: torch.LongTensor, codebook_sizes: Sequence[int], removed: torch.BoolTensor | None = None
+        self,
+        codes: torch.LongTensor,
+        codebook_sizes: Sequence[int],
+        removed: torch.BoolTensor | None = None,
+        id_number: int = 0,
     ):
         super().__init__()
+        self.id_number, self.further = id_number, nn.ModuleList()
         codes = torch.as_tensor(codes)
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         self.num_items, self.num_levels = codes.shape
@@ -75,8 +84,19 @@ class ItemTrie(nn.Module):
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "ItemTrie":
-        """The trie of a tokenizer's catalogue, without the items that have been removed from it."""
-        return cls(tokenizer.codes, tokenizer.codebook_sizes, tokenizer.removed)
+        """The trie of a tokenizer's catalogue, without the items that have been removed from it; of several semantic
+        IDs that of the first, with those of the others in `further`."""
+        first, *further = (
+            cls(tokenizer.codes[:, levels], tokenizer.codebook_sizes[levels], tokenizer.removed, number)
+            for number, levels in enumerate(map(tokenizer.levels_of, range(tokenizer.num_semantic_ids)))
+        )
+        first.further.extend(further)
+        return first
+
+    @property
+    def of_ids(self) -> list["ItemTrie"]:
+        """The tries of all semantic IDs: this one and the further ones."""
+        return [self, *self.further]
 
     @property
     def num_positions(self) -> int:
@@ -307,7 +327,8 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         excluded, allowed: By user or for all, as [`ItemConstraint`] takes them.
 
     Raises:
-        ValueError: At a prefix that no allowed item continues, rather than letting anything through.
+        ValueError: At a prefix that no allowed item continues, rather than letting anything through; and for levels
+            of several semantic IDs, whose probabilities plain `generate` cannot join.
     """
 
     def __init__(
@@ -319,6 +340,11 @@ class ItemTrieLogitsProcessor(LogitsProcessor):
         allowed: torch.BoolTensor | None = None,
     ):
         self.trie, self.level_offsets, self.bos_token_id = trie, list(level_offsets), bos_token_id
+        if len(self.level_offsets) != trie.num_levels:
+            raise ValueError(
+                f"{len(self.level_offsets)} level_offsets for a trie of {trie.num_levels} levels: plain generate is "
+                "for one semantic ID per item, generate_sessions for several."
+            )
         # Without anything by user the rows of all users are beams of one.
         by_user = [given for given in (excluded, allowed) if given is not None and given.ndim == 2]
         self.users = len(by_user[0]) if by_user else 1

@@ -345,10 +345,19 @@ class OneRecPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Shifts labels to the right after BOS, which gives eq 3's BOS before *every* item; -100 becomes padding."""
-        decoder_input_ids = labels.new_full(labels.shape, self.config.decoder_start_token_id)
+        """Shifts labels to the right after BOS, which gives eq 3's BOS before *every* item; -100 becomes padding.
+
+        With several semantic IDs, BOS is that of the ID whose codes a row's labels begin with.
+        """
+        config = self.config
+        decoder_input_ids = labels.new_full(labels.shape, config.decoder_start_token_id)
         decoder_input_ids[:, 1:] = labels[:, :-1]
-        return decoder_input_ids.masked_fill_(decoder_input_ids == -100, self.config.pad_token_id)
+        if config.num_semantic_ids > 1:
+            starts = config.level_offsets[config.num_levels :: config.num_levels]
+            number = sum((labels[:, :1] >= first_code).long() for first_code in starts)
+            bos = labels.new_tensor(config.bos_token_ids)[number]
+            decoder_input_ids = torch.where(decoder_input_ids == config.bos_token_id, bos, decoder_input_ids)
+        return decoder_input_ids.masked_fill_(decoder_input_ids == -100, config.pad_token_id)
 
 
 # Tensor-parallel plans stand on the classes: one in the configuration would be applied to both submodels.
@@ -442,7 +451,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         elif config.encoder_attention == "causal":
             self.embed_positions = nn.Embedding(config.history_items, config.hidden_size)
         if config.history_positions == "item":
-            self.item_proj = nn.Linear(config.num_levels * config.hidden_size, config.hidden_size, bias=False)
+            self.item_proj = nn.Linear(len(config.codebook_sizes) * config.hidden_size, config.hidden_size, bias=False)
         if config.item_head == "encoder":
             own = [OneRecItemEncoder(config, kind) for kind in config.item_encoders if kind != "shared"]
             self.item_encoders = nn.ModuleList(own)
@@ -473,8 +482,9 @@ class OneRecEncoder(OneRecPreTrainedModel):
         return [self.item_vectors, *own] if self._shares_item_head else own
 
     def _to_item_slots(self, tokens: torch.Tensor, fill: int) -> torch.Tensor:
-        """(batch, tokens) to (batch, items, L): drops the separators; the last item has none, so one is added."""
-        width = self.config.tokens_per_item
+        """(batch, tokens) to (batch, items, all codes of an item): drops the separators; the last item has none, so
+        one is added."""
+        width = len(self.config.codebook_sizes) + 1
         # A batch of empty histories has a single token, which must still make a whole slot.
         tokens = nn.functional.pad(tokens, (max(width - 1 - tokens.shape[1], 0), 1), value=fill)
         if tokens.shape[1] % width:

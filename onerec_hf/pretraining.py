@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainer, TrainerCallback
@@ -18,7 +19,12 @@ CPU_EXPERTS = "eager"  # the fastest of transformers' experts implementations to
 
 
 class SessionCollator:
-    """Rows of [`index_sessions`], or of [`share_histories`], to the model's inputs."""
+    """Rows of [`index_sessions`], or of [`share_histories`], to the model's inputs.
+
+    Of several semantic IDs one is drawn for each target session at each time, each ID as often as the others in a
+    batch: so a step costs what it does with one ID. The draws come from torch's generator, which the trainer seeds and
+    keeps with its checkpoints.
+    """
 
     def __init__(self, tokenizer: OneRecTokenizer, model: OneRecForConditionalGeneration):
         self.tokenizer = tokenizer
@@ -43,13 +49,23 @@ class SessionCollator:
         batch = encode_history_rows(rows, self.tokenizer, self.config)
         if self.config.item_head != "none":
             batch["item_targets"] = self._item_targets(rows, batch["history_item_indices"].shape[1])
-        labels = self.tokenizer.encode_sessions(sessions, max_items=self.config.session_items, catalogue_indices=True)
+        labels = self.tokenizer.encode_sessions(
+            sessions,
+            max_items=self.config.session_items,
+            catalogue_indices=True,
+            id_numbers=self._drawn_ids(len(sessions)),
+        )
         return {
             **batch,
             "decoder_input_ids": self.shift(labels),
             "labels": labels.masked_fill(labels == self.config.bos_token_id, -100),
             **shared,
         }
+
+    def _drawn_ids(self, count: int) -> np.ndarray | int:
+        """Numbers (count,) of the semantic IDs that the target sessions are written in."""
+        num_ids = self.config.num_semantic_ids
+        return 0 if num_ids == 1 else ((torch.randperm(count) + torch.randint(num_ids, ())) % num_ids).numpy()
 
     def _item_targets(self, rows: list[dict[str, Any]], width: int) -> torch.LongTensor:
         """The item after each behaviour of the rows' histories (batch, width), laid out like them: the next one, and

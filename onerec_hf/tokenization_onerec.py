@@ -9,6 +9,11 @@ The layout of the two sequences of the model is defined here and nowhere else:
 - session (decoder labels): `a b c <bos> a b c <bos> a b c`. Shifted right with `<bos>` as the start token it gives
   the decoder's input `<bos> a b c <bos> a b c`, that is `<bos>` before every item (eq 3).
 
+An item may have several semantic IDs, each with codes of its own: the levels of all of them follow one another, in the
+vocabulary and in `codes`. With two, an item of a history is `a b c d e f`, and a session is written in one ID, in
+`a b c` or in `d e f` throughout; the decoder's input then has `<bos_1>` in place of `<bos>` for the second ID.
+An ID's number counts from 0.
+
 "Catalogue index" means the row of an item in the catalogue, 0..N-1. Item ids, integers or strings, keep their type.
 New items are appended, removed ones keep their place: an item's index and its semantic ID never change.
 """
@@ -32,7 +37,14 @@ from tokenizers.models import WordLevel
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from .configuration_onerec import BOS_TOKEN_ID, NUM_SPECIAL_TOKENS, PAD_TOKEN_ID, SEP_TOKEN_ID, SPECIAL_TOKENS
+from .configuration_onerec import (
+    BOS_TOKEN_ID,
+    NUM_SPECIAL_TOKENS,
+    PAD_TOKEN_ID,
+    SEP_TOKEN_ID,
+    SPECIAL_TOKENS,
+    vocabulary_size,
+)
 from .item_index import ItemIdLookup, SemanticIdLookup, as_item_ids, item_id_array, read_item_index, write_item_index
 from .renamed_arguments import renamed_arguments
 from .semantic_ids.refit import added_items, displaced_items, refit_reasons
@@ -55,22 +67,29 @@ def code_token(level: int, code: int) -> str:
     return f"<{string.ascii_lowercase[level]}_{code}>"
 
 
-def _build_backend(codebook_sizes: Sequence[int]) -> Tokenizer:
+def _bos_tokens(num_semantic_ids: int) -> list[str]:
+    """Those of the IDs after the first, whose BOS is the special token."""
+    return [f"<bos_{number}>" for number in range(1, num_semantic_ids)]
+
+
+def _build_backend(codebook_sizes: Sequence[int], num_semantic_ids: int) -> Tokenizer:
     vocabulary = list(SPECIAL_TOKENS)
     for level, size in enumerate(codebook_sizes):
         vocabulary.extend(code_token(level, code) for code in range(size))
+    vocabulary.extend(_bos_tokens(num_semantic_ids))
     backend = Tokenizer(WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"<[^<>]*>"), "isolated")]
     )
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    special = [*SPECIAL_TOKENS, *_bos_tokens(num_semantic_ids)]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return backend
 
 
-def _check_backend(backend: Tokenizer, codebook_sizes: Sequence[int]) -> None:
-    expected = NUM_SPECIAL_TOKENS + sum(codebook_sizes)
-    last_token = code_token(len(codebook_sizes) - 1, codebook_sizes[-1] - 1)
+def _check_backend(backend: Tokenizer, codebook_sizes: Sequence[int], num_semantic_ids: int) -> None:
+    expected = vocabulary_size(codebook_sizes, num_semantic_ids)
+    last_token = [code_token(len(codebook_sizes) - 1, codebook_sizes[-1] - 1), *_bos_tokens(num_semantic_ids)][-1]
     if (
         backend.get_vocab_size(with_added_tokens=False) != expected
         or backend.token_to_id(last_token) != expected - 1
@@ -137,9 +156,10 @@ class OneRecTokenizer(TokenizersBackend):
     [`remove_items`] takes items out of generation. Build the [`ItemTrie`] again after either.
 
     Args:
-        codebook_sizes: K_l, number of codes of each of the L levels.
+        codebook_sizes: K_l, number of codes of each of the L levels; of several IDs those of all, one ID's after the
+            other's.
         item_ids: N integers or N strings, in catalogue order.
-        codes: integers (N, L), codes[i, l] in [0, K_l).
+        codes: integers (N, levels), codes[i, l] in [0, K_l), with a column for each of `codebook_sizes`.
         codebooks: centroids (K_l, d) of each quantized level. May have fewer levels than `codebook_sizes`: a last
             level that only tells items with equal codes apart ("suffix") has no centroids.
         report: JSON-able quality report of the semantic IDs.
@@ -147,15 +167,16 @@ class OneRecTokenizer(TokenizersBackend):
         quantizer: the fitted `onerec_hf.semantic_ids.Quantizer` of the codes, which gives new items theirs; its
             codebooks take the place of `codebooks`.
         removed: bool (N,), items that are not to be generated; none by default.
+        num_semantic_ids: C, semantic IDs of every item, 1 by default; a quantizer has its own number.
 
     Attributes:
         item_ids: (N,) int64 or StringDType.
-        codes: (N, L) of the smallest integer type: uint8, int16 ...
+        codes: (N, C L) of the smallest integer type: uint8, int16 ...
         removed: (N,) bool.
         codebook_sizes, codebooks, quantizer, report: as given; the quantizer may be None.
-        num_items, num_levels: N, removed ones included, and L.
-        tokens_per_item: L + 1, the codes and one separator.
-        level_offsets: token id of code 0 of each level.
+        num_items, num_semantic_ids, num_levels: N, removed ones included, C, and the L of one ID.
+        tokens_per_item: L + 1, the codes of one ID and one separator.
+        level_offsets: token id of code 0 of each of the C L levels.
         semantic_id_fingerprint: another one for every other catalogue, code or removed item.
     """
 
@@ -173,6 +194,7 @@ class OneRecTokenizer(TokenizersBackend):
         semantic_id_fingerprint: str | None = None,
         quantizer=None,
         removed: np.ndarray | None = None,
+        num_semantic_ids: int = 1,
         **kwargs,
     ):
         if codebook_sizes is None or item_ids is None or codes is None:
@@ -183,7 +205,13 @@ class OneRecTokenizer(TokenizersBackend):
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         if not 0 < len(self.codebook_sizes) <= len(string.ascii_lowercase) or min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes must be 1 to 26 positive integers, got {list(codebook_sizes)}")
-        self.num_levels = len(self.codebook_sizes)
+        self.num_semantic_ids = num_semantic_ids if quantizer is None else quantizer.num_semantic_ids
+        if self.num_semantic_ids < 1 or len(self.codebook_sizes) % self.num_semantic_ids:
+            raise ValueError(
+                f"codebook_sizes {list(codebook_sizes)} must hold as many levels for each of num_semantic_ids "
+                f"({self.num_semantic_ids})"
+            )
+        self.num_levels = len(self.codebook_sizes) // self.num_semantic_ids
         self.tokens_per_item = self.num_levels + 1
         self.level_offsets = tuple(itertools.accumulate(self.codebook_sizes[:-1], initial=NUM_SPECIAL_TOKENS))
         self.quantizer = quantizer
@@ -202,8 +230,10 @@ class OneRecTokenizer(TokenizersBackend):
                 "the tokenizer again"
             )
         if tokenizer_object is None:
-            tokenizer_object = _build_backend(self.codebook_sizes)
-        _check_backend(tokenizer_object, self.codebook_sizes)
+            tokenizer_object = _build_backend(self.codebook_sizes, self.num_semantic_ids)
+        _check_backend(tokenizer_object, self.codebook_sizes, self.num_semantic_ids)
+        if self.num_semantic_ids > 1:
+            kwargs["num_semantic_ids"] = self.num_semantic_ids
         for name, token in zip(("pad", "eos", "bos", "sep", "unk"), SPECIAL_TOKENS, strict=True):
             kwargs.setdefault(f"{name}_token", token)
         # The latest behaviours are the ones to keep, in text as in encode_histories.
@@ -226,6 +256,7 @@ class OneRecTokenizer(TokenizersBackend):
         report: Mapping | None = None,
         codebook_sizes: Sequence[int] | None = None,
         quantizer=None,
+        num_semantic_ids: int = 1,
     ) -> "OneRecTokenizer":
         """Tokenizer of items whose codes are known; arguments as in the class.
 
@@ -241,7 +272,8 @@ class OneRecTokenizer(TokenizersBackend):
                 codebook_sizes = [len(codebook) for codebook in codebooks]
             else:
                 raise ValueError("from_semantic_ids needs codebooks, codebook_sizes or a quantizer")
-        return cls(codebook_sizes, item_ids, codes, codebooks, report, quantizer=quantizer)
+        given = {"quantizer": quantizer, "num_semantic_ids": num_semantic_ids}
+        return cls(codebook_sizes, item_ids, codes, codebooks, report, **given)
 
     @classmethod
     def fit(cls, item_ids: Iterable, embeddings, quantizer) -> "OneRecTokenizer":
@@ -256,9 +288,10 @@ class OneRecTokenizer(TokenizersBackend):
         codes, removed = np.asarray(codes), np.asarray(removed)
         if len(item_ids) == 0:
             raise ValueError("item_ids is empty: a tokenizer needs at least one item")
-        if codes.shape != (len(item_ids), self.num_levels) or codes.dtype.kind not in "iu":
+        levels = len(self.codebook_sizes)
+        if codes.shape != (len(item_ids), levels) or codes.dtype.kind not in "iu":
             raise ValueError(
-                f"codes must be integers of shape [{len(item_ids)}, {self.num_levels}] (items, levels), "
+                f"codes must be integers of shape [{len(item_ids)}, {levels}] (items, levels), "
                 f"got {codes.dtype} of shape {list(codes.shape)}"
             )
         out_of_range = (codes < 0) | (codes >= np.asarray(self.codebook_sizes))
@@ -282,13 +315,19 @@ class OneRecTokenizer(TokenizersBackend):
             raise ValueError("all items would be removed: nothing would be left to generate")
         self.removed = removed
         # Of items with one ID the first that may be generated is the one it stands for.
-        self._semantic_id_lookup = SemanticIdLookup(self.codes, self.codebook_sizes, last=removed)
+        # By their first level and the one after their last: each ID alone, and all of an item's together.
+        spans = [self.levels_of(number) for number in range(self.num_semantic_ids)]
+        self._semantic_id_lookups = {
+            (span.start, span.stop): SemanticIdLookup(self.codes[:, span], self.codebook_sizes[span], last=removed)
+            for span in (*spans, slice(0, len(self.codebook_sizes)))
+        }
         self.semantic_id_fingerprint = self._compute_fingerprint()
 
     def _compute_fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         integers = self.item_ids.dtype == np.int64
-        digest.update(json.dumps(["int64" if integers else "object", self.codebook_sizes]).encode())
+        several = [self.num_semantic_ids] if self.num_semantic_ids > 1 else []
+        digest.update(json.dumps(["int64" if integers else "object", self.codebook_sizes, *several]).encode())
         for start in range(0, self.num_items, ITEMS_AT_ONCE):
             part = self.item_ids[start : start + ITEMS_AT_ONCE]
             if integers:
@@ -312,10 +351,25 @@ class OneRecTokenizer(TokenizersBackend):
         """Items that may be generated, bool (N,): those that are not removed."""
         return ~self.removed
 
+    def levels_of(self, id_number: int) -> slice:
+        """Places of one ID's levels among those of all IDs.
+
+        Raises:
+            ValueError: there is no such ID.
+        """
+        if not 0 <= id_number < self.num_semantic_ids:
+            raise ValueError(f"id_number {id_number} is outside [0, {self.num_semantic_ids})")
+        return slice(id_number * self.num_levels, (id_number + 1) * self.num_levels)
+
     @property
     def item_token_ids(self) -> torch.LongTensor:
-        """Code token ids of every item, (N, L), computed at each access."""
+        """Code token ids of every item, (N, C L), computed at each access."""
         return torch.from_numpy(self._token_ids(slice(None)))
+
+    @property
+    def semantic_id_token_ids(self) -> torch.LongTensor:
+        """Token ids of all semantic IDs of all items, (N C, L), computed at each access."""
+        return self.item_token_ids.view(-1, self.num_levels)
 
     def _token_ids(self, indices) -> np.ndarray:
         return self.codes[indices] + np.asarray(self.level_offsets)
@@ -365,7 +419,7 @@ class OneRecTokenizer(TokenizersBackend):
                     raise ValueError(f"embeddings row {row} has {own} dimensions, the quantizer was fitted on {width}")
         placed = self.quantizer.place(embeddings, self.codes.astype(np.int64))
         nearest, errors = self.quantizer.encode(embeddings), self.quantizer.quantization_error(embeddings)
-        displaced = displaced_items(self.quantizer, nearest, placed, self.codes_to_index)
+        displaced = displaced_items(self.quantizer, nearest, placed, self._item_with_any_id)
         first = self.num_items
         self._set_items(
             np.concatenate([self.item_ids, new_ids]),
@@ -430,8 +484,8 @@ class OneRecTokenizer(TokenizersBackend):
             )
         return indices
 
-    def codes_to_index(self, codes) -> np.ndarray:
-        """Catalogue indices (...) of code tuples (..., L); -1 where no item has these codes.
+    def codes_to_index(self, codes, id_number: int = 0) -> np.ndarray:
+        """Catalogue indices (...) of code tuples (..., L) of the ID of this number; -1 where no item has these codes.
 
         Where several items share the codes, the first that is not removed is given; `items_of_semantic_id` has all.
         """
@@ -440,21 +494,36 @@ class OneRecTokenizer(TokenizersBackend):
             raise ValueError(
                 f"codes must have {self.num_levels} levels in the last dimension, got shape {codes.shape}"
             )
-        return self._semantic_id_lookup.first(codes)
+        return self._lookup(id_number).first(codes)
 
-    def semantic_id(self, item_id: int | str) -> str:
-        """Text of an item's semantic ID, such as `<a_12><b_7><c_200>`."""
-        codes = self.codes[self.item_index([item_id])[0]]
-        return "".join(code_token(level, code) for level, code in enumerate(codes.tolist()))
+    def _lookup(self, id_number: int) -> SemanticIdLookup:
+        levels = self.levels_of(id_number)
+        return self._semantic_id_lookups[levels.start, levels.stop]
 
-    def items_of_semantic_id(self, semantic_id: str | Sequence[int]) -> list[int | str]:
-        """Ids of all the items with this semantic ID, given as text or as a tuple of L codes, removed ones last."""
+    def _item_with_any_id(self, codes: np.ndarray) -> np.ndarray:
+        """Catalogue indices (M,) of an item that has one of the C IDs of codes (M, C L), -1 where none has."""
+        of_ids = codes.reshape(len(codes), self.num_semantic_ids, self.num_levels)
+        found = [self._lookup(number).first(of_ids[:, number]) for number in range(self.num_semantic_ids)]
+        return np.max(found, axis=0)
+
+    def semantic_id(self, item_id: int | str, id_number: int = 0) -> str:
+        """Text of an item's semantic ID of this number, such as `<a_12><b_7><c_200>`."""
+        levels = self.levels_of(id_number)
+        codes = self.codes[self.item_index([item_id])[0], levels]
+        return "".join(code_token(level, code) for level, code in enumerate(codes.tolist(), start=levels.start))
+
+    def items_of_semantic_id(self, semantic_id: str | Sequence[int], id_number: int = 0) -> list[int | str]:
+        """Ids of all the items whose semantic ID of this number is the one given, as text or as a tuple of L codes,
+        removed ones last."""
+        offsets = np.asarray(self.level_offsets[self.levels_of(id_number)])
         if isinstance(semantic_id, str):
             token_ids = self(semantic_id, add_special_tokens=False)["input_ids"]
-            semantic_id = np.asarray(token_ids) - np.asarray(self.level_offsets[: len(token_ids)] or 0)
+            semantic_id = np.asarray(token_ids, dtype=np.int64)
+            semantic_id = semantic_id - offsets if len(token_ids) == len(offsets) else semantic_id
         if len(semantic_id) != self.num_levels:
             raise ValueError(f"a semantic ID of this tokenizer has {self.num_levels} codes, got {len(semantic_id)}")
-        return self.item_ids[self._semantic_id_lookup.all(np.asarray(semantic_id, dtype=np.int64))].tolist()
+        found = self._lookup(id_number).all(np.asarray(semantic_id, dtype=np.int64))
+        return self.item_ids[found].tolist()
 
     # Sequences
 
@@ -521,8 +590,9 @@ class OneRecTokenizer(TokenizersBackend):
             catalogue_indices: the histories hold catalogue indices, not item ids.
 
         Returns:
-            `input_ids` and `attention_mask`, LongTensors (B, T), T = longest * (L + 1) - 1, left padded with
-            `<pad>` and 0. An empty history is the single token `<sep>`, so that attention always has a place to go.
+            `input_ids` and `attention_mask`, LongTensors (B, T), T = longest * (C L + 1) - 1, left padded with
+            `<pad>` and 0. An item is the codes of all its IDs. An empty history is the single token `<sep>`, so that
+            attention always has a place to go.
 
         Raises:
             ValueError: names the history and the first unknown id.
@@ -531,18 +601,23 @@ class OneRecTokenizer(TokenizersBackend):
             histories, "histories", max_items, catalogue_indices, unknown_items, latest=True
         )
         longest = max(int(lengths.max(initial=0)), 1)
-        tokens = np.full((len(lengths) * longest, self.tokens_per_item), PAD_TOKEN_ID, dtype=np.int64)
-        items = np.full((len(indices), self.tokens_per_item), SEP_TOKEN_ID, dtype=np.int64)
+        width = len(self.codebook_sizes) + 1
+        tokens = np.full((len(lengths) * longest, width), PAD_TOKEN_ID, dtype=np.int64)
+        items = np.full((len(indices), width), SEP_TOKEN_ID, dtype=np.int64)
         items[:, :-1] = self._token_ids(indices)
         tokens[(rows + 1) * longest - 1 - from_end] = items
         # The separator after the last item is cut off; an empty history keeps one in the last place.
-        tokens = tokens.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1]
+        tokens = tokens.reshape(len(lengths), longest * width)[:, :-1]
         tokens[lengths == 0, -1] = SEP_TOKEN_ID
         input_ids = torch.from_numpy(np.ascontiguousarray(tokens))
         return BatchEncoding({"input_ids": input_ids, "attention_mask": (input_ids != PAD_TOKEN_ID).long()})
 
     def encode_sessions(
-        self, sessions: Sequence[Sequence], max_items: int | None = None, catalogue_indices: bool = False
+        self,
+        sessions: Sequence[Sequence],
+        max_items: int | None = None,
+        catalogue_indices: bool = False,
+        id_numbers: int | np.ndarray = 0,
     ) -> torch.Tensor:
         """Decoder labels of B sessions.
 
@@ -550,6 +625,7 @@ class OneRecTokenizer(TokenizersBackend):
             sessions: B sequences of item ids, first shown first; none may be empty.
             max_items: keeps the first `max_items` of each session (m of the paper: 5); None keeps all.
             catalogue_indices: the sessions hold catalogue indices, not item ids.
+            id_numbers: of the ID that all sessions, or (B,) each of them, are written in.
 
         Returns:
             LongTensor (B, longest * (L + 1) - 1): `a b c <bos> a b c ...`, right padded with -100.
@@ -562,7 +638,11 @@ class OneRecTokenizer(TokenizersBackend):
             raise ValueError(f"sessions[{lengths.argmin()}] is empty; a target session needs at least one item")
         longest = max(int(lengths.max(initial=0)), 1)
         labels = np.full((len(lengths), longest, self.tokens_per_item), IGNORE_INDEX, dtype=np.int64)
-        labels[rows, positions, :-1] = self._token_ids(indices)
+        number = np.broadcast_to(id_numbers, len(lengths))
+        if len(number) and not 0 <= number.min() <= number.max() < self.num_semantic_ids:
+            raise ValueError(f"id_numbers must lie in [0, {self.num_semantic_ids}), got {id_numbers}")
+        of_ids = self._token_ids(indices).reshape(len(indices), self.num_semantic_ids, self.num_levels)
+        labels[rows, positions, :-1] = of_ids[np.arange(len(indices)), number[rows]]
         has_next = positions + 1 < lengths[rows]
         labels[rows[has_next], positions[has_next], -1] = BOS_TOKEN_ID
         labels = labels.reshape(len(lengths), longest * self.tokens_per_item)[:, :-1]
@@ -574,7 +654,8 @@ class OneRecTokenizer(TokenizersBackend):
         Args:
             token_ids: LongTensor (B, T) or B lists of token ids: generated sequences, labels or encoded histories.
             illegal: what happens to codes that name no item (not L codes in the order of the levels, or codes that no
-                item has): "error" raises, "none" puts None in the item's place.
+                item has): "error" raises, "none" puts None in the item's place. With several IDs an item is the codes
+                of one of them, or of all.
 
         Returns:
             B lists of item ids. Items that share a semantic ID decode to the first of them that is not removed.
@@ -590,7 +671,8 @@ class OneRecTokenizer(TokenizersBackend):
             raise ValueError(f"token id {flat.max()} is outside the vocabulary of {self.vocab_size} tokens")
 
         # An item starts at a code of level 0, after a special token and at the start of a row.
-        positions = np.flatnonzero(flat >= NUM_SPECIAL_TOKENS)
+        is_code = (flat >= NUM_SPECIAL_TOKENS) & (flat < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes))
+        positions = np.flatnonzero(is_code)
         tokens, rows = flat[positions], rows[positions]
         levels = np.searchsorted(self.level_offsets, tokens, side="right") - 1
         starts = levels == 0
@@ -599,11 +681,13 @@ class OneRecTokenizer(TokenizersBackend):
         first = np.flatnonzero(starts)
         sizes = np.diff(np.append(first, len(tokens)))
         group = np.cumsum(starts) - 1
-        in_order = levels == np.arange(len(tokens)) - first[group]
-        legal = (sizes == self.num_levels) & (np.bincount(group, ~in_order, minlength=len(first)) == 0)
-        codes = tokens[legal[group]].reshape(-1, self.num_levels) - np.asarray(self.level_offsets)
+        in_order = levels - levels[first][group] == np.arange(len(tokens)) - first[group]
+        in_order = np.bincount(group, ~in_order, minlength=len(first)) == 0
         items = np.full(len(first), -1, dtype=np.int64)
-        items[legal] = self.codes_to_index(codes)
+        for span, lookup in self._semantic_id_lookups.items():
+            offsets = np.asarray(self.level_offsets[span[0] : span[1]])
+            legal = in_order & (sizes == len(offsets)) & (levels[first] == span[0])
+            items[legal] = lookup.first(tokens[legal[group]].reshape(-1, len(offsets)) - offsets)
 
         if illegal == "error" and (items < 0).any():
             wrong = int(np.flatnonzero(items < 0)[0])

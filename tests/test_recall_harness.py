@@ -67,6 +67,17 @@ def test_sets_and_seeds_end_in_one_table_and_exact_rows(recall, monkeypatch, tmp
     assert "two sets would be called quickstart_debug" in capsys.readouterr().err
 
 
+def test_sets_of_one_configuration_are_called_by_their_flags(recall):
+    config = str(ROOT / "recipes" / "quickstart" / "debug.yaml")
+    several = f"{config} --num_semantic_ids 2"
+    assert recall.named_sets([config, several]) == {
+        "quickstart_debug": [config],
+        "quickstart_debug_num_semantic_ids_2": [config, "--num_semantic_ids", "2"],
+    }
+    with pytest.raises(ValueError, match="two sets would be called quickstart_debug_num_semantic_ids_2"):
+        recall.named_sets([config, several, several])
+
+
 def test_the_difference_is_from_the_best_baseline_of_users_averaged_over_seeds(recall):
     users = np.random.default_rng(0).integers(0, 2, size=(3, 2, 400)).astype(float)
     users[1] *= 0.5  # the second baseline is the better one

@@ -194,6 +194,20 @@ def test_real_data_runs_in_debug_size(data_set, tmp_path):
     assert len(metrics["alignment"]) == (2 if data_set == "kuairand" else 1)
 
 
+@pytest.mark.parametrize("item_head", [False, True])
+def test_a_run_with_several_semantic_ids(item_head, tmp_path):
+    flags = ["--num_semantic_ids", "2", "--align_rounds", "0", "--judged_users", "4", "--evaluation_users", "8"]
+    if item_head:
+        model = {"encoder_attention": "causal", "item_head": "encoder", "item_gate": True}
+        flags += ["--model", json.dumps(model), "--holdout_sessions", "64"]
+    run("pipeline", "quickstart", tmp_path / "run", *flags, "--baselines", '{"ease": false, "sasrec": false}')
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert undescribed(metrics) == [] and metrics["tokenizer"]["num_semantic_ids"] == 2
+    assert metrics["onerec"]["illegal_rate"] == metrics["onerec"]["duplicate_rate"] == 0
+    recommendations = pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")
+    assert all(len(set(items)) == len(items) == 50 for items in recommendations["items"].to_pylist())
+
+
 CONFIGURATIONS = sorted(path.relative_to(ROOT / "recipes").as_posix() for path in ROOT.glob("recipes/*/*.yaml"))
 
 

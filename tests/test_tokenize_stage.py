@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from onerec_hf.embedding_adaptation import EmbeddingAdaptation
 from onerec_hf.stages import parse_recipe_arguments, run_tokenize
+from onerec_hf.stages.pretrain_stage import generator_config
 from onerec_hf.stages.stage_runner import read_json
 from onerec_hf.stages.tokenize_stage import semantic_id_pictures
 from onerec_hf.tokenization_onerec import OneRecTokenizer
@@ -40,7 +42,29 @@ def test_rqvae_on_adapted_embeddings_with_pictures(arguments):
     assert all(isinstance(name, str) and name for row in pictures["code_samples"] for name in row["items"])
 
 
+def test_several_semantic_ids_see_other_parts_of_the_embeddings(arguments):
+    several = arguments("--num_semantic_ids", "2", "--align_rounds", "0")
+    folder = run_tokenize(several)
+    tokenizer, stage = OneRecTokenizer.from_pretrained(folder), read_json(folder / "stage.json")
+    assert tokenizer.codes.shape == (300, 6) and stage["codebook_sizes"] == [8] * 6
+    assert stage["report"]["num_semantic_ids"] == 2 and stage["report"]["sources"] == "projections"
+    assert tokenizer.quantizer.projections[0].shape[1] == tokenizer.quantizer.embedding_dim // 2
+    assert semantic_id_pictures(folder)["item_map"].startswith(b"\x89PNG")
+    config = generator_config(several, several, tokenizer, Dataset.from_dict({"history": [[0]]}), None)
+    assert (config.num_semantic_ids, config.num_levels, config.vocab_size) == (2, 3, len(tokenizer))
+
+
 def test_wrong_options_are_refused(arguments):
+    with pytest.raises(ValueError, match="num_semantic_ids set align_rounds to 0"):
+        arguments("--num_semantic_ids", "2")
+    with pytest.raises(ValueError, match="'suffix' is for one semantic ID"):
+        arguments("--num_semantic_ids", "2", "--collision_policy", "suffix")
+    with pytest.raises(ValueError, match="semantic_id_sources must be one of projections, seeds, got 'rotations'"):
+        arguments("--semantic_id_sources", "rotations")
+    with pytest.raises(ValueError, match="num_semantic_ids must be at least 1"):
+        arguments("--num_semantic_ids", "0")
+    with pytest.raises(ValueError, match="model has 'num_semantic_ids', which the option num_semantic_ids decides"):
+        arguments("--model", '{"num_semantic_ids": 2}')
     with pytest.raises(ValueError, match="quantizer_type must be one of balanced_rkmeans, rkmeans, rqvae"):
         arguments("--quantizer_type", "kmeans")
     with pytest.raises(ValueError, match="--embedding_adaptation must be a JSON object"):

@@ -106,6 +106,9 @@ class PreferenceCollator:
             has the shape `(B,)` and not `(B, K)`.
         chosen_margin: What stands for the reference's log-probability per code of the chosen sessions, 0 for the
             rejected ones, in `ref_chosen_logps` and `ref_rejected_logps`; by default these are the rows' own, if any.
+
+    Raises:
+        ValueError: For a model of several semantic IDs per item.
     """
 
     def __init__(
@@ -116,6 +119,8 @@ class PreferenceCollator:
         num_rejected: int | None = None,
         chosen_margin: float | None = None,
     ):
+        if model.config.num_semantic_ids > 1:
+            raise ValueError("Alignment is for one semantic ID per item, the model has several.")
         self.tokenizer, self.config = tokenizer, model.config
         self.ntp_dataset, self.chosen_margin = ntp_dataset, chosen_margin
         self.several, self.num_rejected = num_rejected is not None, num_rejected or 1

@@ -119,12 +119,13 @@ class PolicyEvaluator:
             started = time.monotonic()
             ranked, _ = self.rank(model, name=name)
             seconds = time.monotonic() - started
-            sessions, codes, divergence = self.generate(model, seed_model, name)
+            sessions, token_ids, divergence = self.generate(model, seed_model, name)
         results = self.results(ranked, sessions)
         if seed_model is not None:
             results.by_user["kl_to_seed"] = divergence
         results.facts["users_per_second"] = len(ranked) / seconds
-        results.facts["illegal_rate"] = illegal_rate(codes[(sessions >= 0).all(-1)], self.tokenizer.codes)
+        made = token_ids[(sessions >= 0).all(-1)]
+        results.facts["illegal_rate"] = illegal_rate(made, self.tokenizer.semantic_id_token_ids)
         return results
 
     def ranking_method(self, ranked: np.ndarray, scores: np.ndarray) -> PolicyResults:
@@ -155,23 +156,22 @@ class PolicyEvaluator:
     def generate(
         self, model: OneRecForConditionalGeneration, seed_model: OneRecForConditionalGeneration | None, name: str
     ) -> tuple[torch.LongTensor, torch.LongTensor, np.ndarray]:
-        """The judged cases' sessions (users, C, m), their items' codes (users, C, m, L), -1 for nothing, and the
+        """The judged cases' sessions (users, C, m), their items' tokens (users, C, m, L), -1 for nothing, and the
         divergence from the seed model (users,) [nats a session]: 0 of itself, NaN where none is measured."""
         sessions = torch.full((len(self.judged), self.options.judged_sessions, model.config.session_items), -1)
-        codes = torch.full((*sessions.shape, self.tokenizer.num_levels), -1)
+        token_ids = torch.full((*sessions.shape, self.tokenizer.num_levels), -1)
         divergence = np.full(len(self.judged), 0.0 if seed_model is model else np.nan)
         measured = seed_model is not None and seed_model is not model and self.options.divergence_sessions > 0
         noise = torch.Generator(model.device).manual_seed(self.options.seed)
-        offsets = torch.tensor(model.config.level_offsets)
         histories = [self.histories[row] for row in self.judged]
         for rows in _batches(histories, model.config.history_items, 512, f"sessions, {name}"):
             judged = [self.judged_rows[row] for row in rows]
             found = generate_sessions(model, self.trie, **self.inputs(model, judged), num_beams=sessions.shape[1])
             sessions[rows, : found.items.shape[1]] = found.items.cpu()
-            codes[rows, : found.items.shape[1]] = found.token_ids.cpu() - offsets
+            token_ids[rows, : found.items.shape[1]] = found.token_ids.cpu()
             if measured:
                 divergence[rows] = self.divergence(model, seed_model, judged, noise)
-        return sessions, codes, divergence
+        return sessions, token_ids, divergence
 
     def divergence(
         self,

@@ -220,7 +220,7 @@ def illegal_rate(generated_codes: np.ndarray | torch.Tensor, legal_codes: np.nda
     Args:
         generated_codes: (..., L) one row for each generated item; a token that is not a code of its level must be
             given as a value that no legal code has, such as -1.
-        legal_codes: (N, L) the codes of the catalogue's items.
+        legal_codes: (N, L) the codes of the catalogue's items; or, as the generated ones, their tokens.
 
     Raises:
         ValueError: the numbers of levels differ.

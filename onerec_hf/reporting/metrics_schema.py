@@ -136,6 +136,10 @@ METRICS: dict[str, Any] = {
         "collision_rate": "Share of the items that share their semantic ID.",
         "max_items_per_id": "Most items of one semantic ID.",
         **dict.fromkeys(("collision_rate_before_policy", "max_items_per_id_before_policy"), BEFORE_POLICY),
+        "num_semantic_ids": "Semantic IDs of every item, where there are several; the other figures but for levels, "
+        "which has those of all, are the first one's.",
+        "sources": "How what their quantizers see differs.",
+        "shared_pairs": "Pairs of items with one first code in both of two IDs, as a share of those in either.",
         "moved_items": "Items whose codes the collision policy changed.",
     },
     "model": {

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans
 from onerec_hf.semantic_ids.quantizer import Quantizer, SemanticIds, quantization_report, read_quantizer_file
+from onerec_hf.semantic_ids.quantizer_types import QUANTIZERS
 from onerec_hf.semantic_ids.residual_quantizer import ResidualQuantizer
 from onerec_hf.semantic_ids.rq_vae import RQVAE
-
-QUANTIZERS = {"balanced_rkmeans": ResidualQuantizer, "rkmeans": ResidualQuantizer, "rqvae": RQVAE}
+from onerec_hf.semantic_ids.several_quantizers import SEMANTIC_ID_SOURCES, SeveralQuantizers, shared_pairs
 
 
 def make_quantizer(quantizer_type: str, codebook_sizes: Sequence[int], **settings) -> Quantizer:
@@ -27,6 +27,22 @@ def load_quantizer(directory: str | os.PathLike) -> Quantizer:
         FileNotFoundError: a file is missing. ValueError: a truncated or foreign file, named.
     """
     quantizer_type = read_quantizer_file(directory)["quantizer_type"]
-    if quantizer_type not in QUANTIZERS:
-        raise ValueError(f"{directory}: quantizer_type {quantizer_type!r} is not one of {', '.join(QUANTIZERS)}")
-    return QUANTIZERS[quantizer_type].from_pretrained(directory)
+    known = {**QUANTIZERS, SeveralQuantizers.quantizer_type: SeveralQuantizers}
+    if quantizer_type not in known:
+        raise ValueError(f"{directory}: quantizer_type {quantizer_type!r} is not one of {', '.join(known)}")
+    return known[quantizer_type].from_pretrained(directory)
+
+
+def make_several_quantizers(
+    num_semantic_ids: int, quantizer_type: str, codebook_sizes: Sequence[int], sources: str, seed: int = 0, **settings
+) -> Quantizer:
+    """As [`make_quantizer`], for so many semantic IDs of every item, each of `codebook_sizes`.
+
+    Args:
+        sources: those of [`SeveralQuantizers`]; of no meaning for one ID.
+        seed: of the first ID and of the projections.
+    """
+    # The levels of one ID draw by the seeds from its own on.
+    seeds = [seed + number * len(codebook_sizes) for number in range(num_semantic_ids)]
+    members = [make_quantizer(quantizer_type, codebook_sizes, seed=own, **settings) for own in seeds]
+    return members[0] if num_semantic_ids == 1 else SeveralQuantizers(members, sources, seed)

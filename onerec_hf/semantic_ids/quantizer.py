@@ -48,7 +48,7 @@ class SemanticIds:
 
 
 class Quantizer:
-    """Base of the quantizers: [`ResidualQuantizer`] and [`RQVAE`].
+    """Base of the quantizers: [`ResidualQuantizer`], [`RQVAE`] and [`SeveralQuantizers`] of these.
 
     Args:
         codebook_sizes: K_l, one per quantized level; the paper has 3 levels of 8192.
@@ -68,6 +68,7 @@ class Quantizer:
     """
 
     quantizer_type: str
+    num_semantic_ids = 1
     # Names of the constructor arguments, and attributes, that are saved.
     setting_names: tuple[str, ...] = ("codebook_sizes", "collision_policy", "suffix_size", "seed")
 
@@ -249,11 +250,7 @@ class Quantizer:
                 "of two quantizers are mixed; save or download the quantizer again"
             )
         try:
-            quantizer = cls(**described["settings"])
-            quantizer.embedding_dim = described["embedding_dim"]
-            quantizer.id_sizes = tuple(described["id_sizes"])
-            quantizer.fitted_error = described["fitted_error"]
-            quantizer._load_weights(weights)
+            quantizer = cls._restored(described, weights)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{Path(directory) / QUANTIZER_FILE} does not describe a {cls.__name__} ({error}); it was written by "
@@ -262,6 +259,16 @@ class Quantizer:
         return quantizer
 
     # Parts
+
+    @classmethod
+    def _restored(cls, described: dict[str, Any], weights: dict[str, torch.Tensor]) -> "Quantizer":
+        """The fitted quantizer that quantizer.json and the weights beside it describe."""
+        quantizer = cls(**described["settings"])
+        quantizer.embedding_dim = described["embedding_dim"]
+        quantizer.id_sizes = tuple(described["id_sizes"])
+        quantizer.fitted_error = described["fitted_error"]
+        quantizer._load_weights(weights)
+        return quantizer
 
     def _settings(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.setting_names}

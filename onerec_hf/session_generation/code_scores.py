@@ -7,18 +7,24 @@ NORMALIZATIONS = ("level", "constrained", "vocabulary")
 
 
 class CodeScores:
-    """Scores the next code, from the current level's slice of the head where that is all it takes. What each of the
-    `NORMALIZATIONS` is stands in [`generate_sessions`].
+    """Scores the next code of one semantic ID, from the current level's slice of the head where that is all it takes.
+    What each of the `NORMALIZATIONS` is stands in [`generate_sessions`].
+
+    Attributes:
+        level_offsets, bos_token_id: Token id of code 0 of each of the ID's levels, and what its items begin with.
 
     Raises:
         ValueError: For another normalization.
     """
 
-    def __init__(self, model, normalization: str):
+    def __init__(self, model, normalization: str, id_number: int = 0):
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}.")
         self.head, self.normalization = model.lm_head, normalization
-        self.level_offsets, self.codebook_sizes = model.config.level_offsets, model.config.codebook_sizes
+        config = model.config
+        levels = slice(id_number * config.num_levels, (id_number + 1) * config.num_levels)
+        self.level_offsets, self.codebook_sizes = config.level_offsets[levels], config.codebook_sizes[levels]
+        self.bos_token_id = config.bos_token_ids[id_number]
 
     def logits(self, hidden_states: torch.Tensor, level: int) -> torch.Tensor:
         """(batch, beams, hidden_size) to (batch, beams, K): scores of the level's codes."""

@@ -54,13 +54,15 @@ def generate_with_trie(
         stochastic_beams: The old way to ask for `search="stochastic_beam"`.
 
     Raises:
-        ValueError: For a logits processor, a stopping criterion or a decoding of the generation config that this
-            search would not follow, for the beginning of a session, and for a length that is not a whole number of
-            items.
+        ValueError: For several semantic IDs per item; for a logits processor, a stopping criterion or a decoding of
+            the generation config that this search would not follow, for the beginning of a session, and for a length
+            that is not a whole number of items.
     """
     if stochastic_beams:
         warnings.warn("stochastic_beams=True is now search='stochastic_beam'", FutureWarning, stacklevel=2)
         search = "stochastic_beam"
+    if model.config.num_semantic_ids > 1:
+        raise ValueError("generate writes in one semantic ID, the model has several: call generate_sessions.")
     if input_ids.shape[1] > 1:
         raise ValueError("The search begins at an empty session: decoder_input_ids are not continued.")
     if search is None:

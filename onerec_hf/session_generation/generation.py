@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 from ..item_trie import ItemConstraint, ItemTrie
+from .likelihood import forced_log_probs
 from .searches import SearchOptions
 from .session_search import Beams, SessionSearch, encoded_histories, user_chunks
+
+_TOKENS_AT_ONCE = 2**15  # of found sessions that are scored together
 
 
 @dataclass
@@ -22,7 +25,8 @@ class SessionBeams:
             for, and after the last item of a user who may be given fewer items than a session has.
         scores: (batch, sessions) log-probability of each session's codes, -inf where there is no session.
         token_ids: (batch, sessions, num_items, L) the code tokens as they were generated, for a check of legality that
-            does not rest on the trie; padding where there is no item.
+            does not rest on the trie; padding where there is no item. With several semantic IDs all of a session are
+            those of one.
     """
 
     items: torch.LongTensor
@@ -41,27 +45,30 @@ class DecidedItem(NamedTuple):
 @torch.no_grad()
 def _session_searches(
     model, trie: ItemTrie, num_items, num_beams, excluded=None, allowed=None, normalization="level", **options
-) -> Iterator[SessionSearch]:
-    """Checks a request of [`generate_sessions`], whose arguments these are, and encodes the histories; a search for
-    each of their [`user_chunks`]."""
+) -> Iterator[list[SessionSearch]]:
+    """Checks a request of [`generate_sessions`], whose arguments these are, and encodes the histories; the searches in
+    each semantic ID for each of their [`user_chunks`]."""
     config = model.config
     num_items = config.session_items if num_items is None else num_items
     if not 1 <= num_items <= config.session_items:
         raise ValueError(
             f"num_items ({num_items}) must lie in [1, {config.session_items}], the model's session_items."
         )
-    if list(trie.codebook_sizes) != list(config.codebook_sizes):
+    sizes = [size for of_id in trie.of_ids for size in of_id.codebook_sizes]
+    if sizes != list(config.codebook_sizes) or len(trie.of_ids) != config.num_semantic_ids:
         raise ValueError(
-            f"The trie has levels of {list(trie.codebook_sizes)} codes, the model {list(config.codebook_sizes)}: the "
-            "tokenizer belongs to another model."
+            f"The trie has levels of {sizes} codes, the model {list(config.codebook_sizes)}: the tokenizer belongs to "
+            "another model."
         )
     num_beams = model.generation_config.num_beams if num_beams is None else num_beams
     of_search = {field.name for field in fields(SearchOptions)} & options.keys()
     search = SearchOptions(num_beams, **{name: options.pop(name) for name in of_search})
+    if config.num_semantic_ids > 1 and search.search != "beam":
+        raise ValueError(f"With several semantic IDs per item sessions are found by 'beam', not by {search.search!r}.")
     histories = encoded_histories(model, **options)
-    constraint = ItemConstraint(trie, len(histories.hidden_states), excluded, allowed)
-    for chunk in user_chunks(histories, constraint):
-        yield SessionSearch(model, *chunk, search, normalization, num_items)
+    constraints = [ItemConstraint(of_id, len(histories.hidden_states), excluded, allowed) for of_id in trie.of_ids]
+    for chunk, of_users in user_chunks(histories, constraints):
+        yield [SessionSearch(model, chunk, own, search, normalization, num_items) for own in of_users]
 
 
 @torch.no_grad()
@@ -83,6 +90,10 @@ def generate_sessions(
     are scored. Where items share a semantic ID, a ranked list holds every item of an ID with the ID's score, and a
     session takes the first of them that is allowed and not in it yet. With an item head such items are told apart:
     each has its own P_item, and of its codes' probability the same part as all of them that may still be given.
+
+    With several semantic IDs per item, beams are searched for in each ID, and all that are found are scored in all of
+    them: P_codes of an item is the mean of the probabilities that it has in the IDs, given the items before it written
+    in the same ID. So every score is exact, and the search alone is not. Items that share an ID are told apart.
 
     Args:
         model: The [`OneRecForConditionalGeneration`] in evaluation mode, or dropout takes part.
@@ -114,7 +125,10 @@ def generate_sessions(
         raise ValueError(f"num_return ({num_return}) must lie in [1, num_beams = {num_beams}].")
     options |= {"input_ids": input_ids, "attention_mask": attention_mask}
     searches = _session_searches(model, trie, num_items, num_beams, excluded, allowed, **options)
-    found = [_found_sessions(search, num_return) for search in searches]
+    found = [
+        _found_sessions(*of_ids, num_return) if len(of_ids) == 1 else _fused_sessions(model, of_ids, num_return)
+        for of_ids in searches
+    ]
     return SessionBeams(*(torch.cat(values) for values in zip(*found, strict=True)))
 
 
@@ -132,6 +146,37 @@ def _found_sessions(search: SessionSearch, num_return: int) -> tuple[torch.Tenso
     items = items.masked_fill((positions == trie.num_positions) | scores.isneginf()[..., None], -1)
     scores = scores.masked_fill(items[..., 0] < 0, -torch.inf)
     return items, scores, token_ids.masked_fill(items[..., None] < 0, search.config.pad_token_id)
+
+
+def _fused_sessions(
+    model, searches: list[SessionSearch], num_return: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As [`_found_sessions`], of what the searches in the several semantic IDs find together; a session's tokens are
+    those of the ID in which it was found first."""
+    found = [_found_sessions(search, search.num_beams) for search in searches]
+    items, _, token_ids = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
+    histories, normalization = searches[0].histories, searches[0].code_scores.normalization
+    size = max(_TOKENS_AT_ONCE // token_ids[0].numel(), 1)
+    scores = []
+    for start in range(0, len(items), size):
+        users = slice(start, start + size)
+        constraints = [search.constraint.of_users(users) for search in searches]
+        scores.append(forced_log_probs(model, items[users], histories.of_users(users), constraints, normalization))
+    scores = torch.cat(scores).masked_fill((items[..., 0] < 0) | _repeats(items), -torch.inf)
+    scores, best = scores.topk(num_return)
+    items = items.take_along_dim(best[..., None], dim=1).masked_fill(scores.isneginf()[..., None], -1)
+    token_ids = token_ids.take_along_dim(best[..., None, None], dim=1)
+    return items, scores, token_ids.masked_fill(items[..., None] < 0, model.config.pad_token_id)
+
+
+def _repeats(sessions: torch.LongTensor) -> torch.BoolTensor:
+    """Whether each of a user's sessions (batch, sessions, items) is one before it, (batch, sessions)."""
+    order = torch.arange(sessions.shape[1], device=sessions.device).expand(sessions.shape[:2])
+    for place in reversed(range(sessions.shape[2])):
+        order = order.gather(1, sessions[..., place].gather(1, order).sort(dim=1, stable=True).indices)
+    ordered = sessions.take_along_dim(order[..., None], dim=1)
+    same = nn.functional.pad((ordered[:, 1:] == ordered[:, :-1]).all(-1), (1, 0))
+    return torch.zeros_like(same).scatter(1, order, same)
 
 
 def _expand_leaves(found: Beams, constraint: ItemConstraint, num_return: int) -> Beams:
@@ -174,7 +219,9 @@ def stream_sessions(
         num_beams = 1
     options |= {"input_ids": input_ids, "attention_mask": attention_mask}
     order, first_user = trie.order.cpu(), 0
-    for search in _session_searches(model, trie, num_items, num_beams, **options):
+    if model.config.num_semantic_ids > 1:
+        raise ValueError("With several semantic IDs per item no item of a session is decided before the last one.")
+    for [search] in _session_searches(model, trie, num_items, num_beams, **options):
         decided: dict[int, int] = {}
         for found in search:
             yield from _newly_decided(found, order, decided, first_user)

@@ -19,9 +19,12 @@ _CHUNK_NUMBERS = 2**18
 
 
 def users_at_a_time(trie: ItemTrie) -> int:
-    """How many users' tables of an [`ItemMixture`] fit within the bound of memory, at least one's."""
-    inner_nodes = sum(len(trie.get_buffer(f"codes_{level}")) for level in range(trie.num_levels - 1))
-    return max(_TABLE_NUMBERS // (trie.num_items + inner_nodes), 1)
+    """How many users' tables of an [`ItemMixture`] of each ID fit within the bound of memory, at least one's."""
+    numbers = 0
+    for own in trie.of_ids:
+        inner_nodes = sum(len(own.get_buffer(f"codes_{level}")) for level in range(own.num_levels - 1))
+        numbers += own.num_items + inner_nodes
+    return max(_TABLE_NUMBERS // numbers, 1)
 
 
 class ItemMixture:
@@ -96,25 +99,6 @@ class ItemMixture:
         of_items, of_codes = (share.view(-1, *(1,) * (nodes.dim() - 1)) for share in self.log_shares)
         return torch.logaddexp(of_items + mass.log(), of_codes + code_log_probs)
 
-    def items_of_leaves(
-        self, code_log_probs: torch.Tensor, leaves: torch.LongTensor, used: torch.LongTensor
-    ) -> tuple[torch.LongTensor, torch.BoolTensor, torch.Tensor]:
-        """The items of leaves (batch, beams, fan-out), side by side.
-
-        Args:
-            code_log_probs: (batch, beams, fan-out) of the leaves' codes.
-            used: As in [`log_probs`].
-
-        Returns:
-            (batch, beams, fan-out * the most items of a leaf) positions; whether each may be given; and
-            log-probabilities of their codes, of which each has its part.
-        """
-        per_leaf = used[:, :, None].expand(*leaves.shape, -1).flatten(1, 2)
-        positions, free = self.constraint.items_of_leaves(leaves.flatten(1), per_leaf)
-        count = free.sum(-1).clamp(min=1).view(leaves.shape)
-        of_codes = (code_log_probs - count.log())[..., None].expand(*leaves.shape, positions.shape[-1])
-        return positions.view(of_codes.shape).flatten(2), free.view(of_codes.shape).flatten(2), of_codes.flatten(2)
-
     def _mass(self, nodes: torch.LongTensor, level: int) -> torch.Tensor:
         """P_item of all that lies below nodes (batch, ...) of `level`; of the last one, of items at positions."""
         rows = nodes if level < self.trie.num_levels - 1 else self.row_of[nodes].long()
@@ -129,6 +113,26 @@ class ItemMixture:
             bounds = self.trie.get_buffer(f"first_child_{level + 1}")
             rows = torch.arange(len(table), dtype=bounds.dtype, device=bounds.device)
         return nn.functional.embedding_bag(rows, table, bounds, mode="sum", include_last_offset=True)
+
+
+def items_of_leaves(
+    constraint: ItemConstraint, code_log_probs: torch.Tensor, leaves: torch.LongTensor, used: torch.LongTensor
+) -> tuple[torch.LongTensor, torch.BoolTensor, torch.Tensor]:
+    """The items of leaves (batch, beams, fan-out), side by side.
+
+    Args:
+        code_log_probs: (batch, beams, fan-out) of the leaves' codes.
+        used: (batch, beams, items) positions of a session's items so far.
+
+    Returns:
+        (batch, beams, fan-out * the most items of a leaf) positions; whether each may be given; and log-probabilities
+        of their codes, of which each has its part.
+    """
+    per_leaf = used[:, :, None].expand(*leaves.shape, -1).flatten(1, 2)
+    positions, free = constraint.items_of_leaves(leaves.flatten(1), per_leaf)
+    count = free.sum(-1).clamp(min=1).view(leaves.shape)
+    of_codes = (code_log_probs - count.log())[..., None].expand(*leaves.shape, positions.shape[-1])
+    return positions.view(of_codes.shape).flatten(2), free.view(of_codes.shape).flatten(2), of_codes.flatten(2)
 
 
 def _log_shares(item_share: float | torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,13 @@
 """Log-probabilities of given sessions: a forced decode, exact under the item constraint."""
 
+import math
+
 import torch
 from torch import nn
 
 from ..item_trie import ItemConstraint, ItemTrie
 from .code_scores import CodeScores
-from .item_mixture import ItemMixture
+from .item_mixture import ItemMixture, items_of_leaves
 from .session_search import EncodedHistories, encoded_histories, user_chunks
 
 
@@ -44,53 +46,91 @@ def session_log_probs(
         TypeError: For an input that the encoder does not have.
     """
     config = model.config
-    code_scores = CodeScores(model, normalization)
     sessions = sessions.to(model.device)
-    batch, candidates, num_items = sessions.shape
+    batch, _, num_items = sessions.shape
     if not 1 <= num_items <= config.session_items:
         raise ValueError(f"Sessions must have 1 to {config.session_items} items (session_items), got {num_items}.")
-    there = sessions >= 0
-    positions = trie.position[sessions.clamp(0, trie.num_items - 1)].long()
-    if sessions.numel() and (sessions.max() >= trie.num_items or (there & (positions < 0)).any()):
+    positions = trie.position[sessions.clamp(0, trie.num_items - 1)]
+    if sessions.numel() and (sessions.max() >= trie.num_items or ((sessions >= 0) & (positions < 0)).any()):
         raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
     encoded = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
+    constraints = [ItemConstraint(of_id, batch, excluded, allowed) for of_id in trie.of_ids]
     found, start = [], 0
-    for histories, constraint in user_chunks(encoded, ItemConstraint(trie, batch, excluded, allowed)):
+    for histories, of_users in user_chunks(encoded, constraints):
         rows = slice(start, start + len(histories.hidden_states))
         start = rows.stop
-        found.append(
-            _log_probs(model, positions[rows].masked_fill(~there[rows], -1), histories, constraint, code_scores)
-        )
+        found.append(forced_log_probs(model, sessions[rows], histories, of_users, normalization))
     return torch.cat(found)
 
 
-def _log_probs(
+def forced_log_probs(
     model,
-    positions: torch.LongTensor,
+    sessions: torch.LongTensor,
+    histories: EncodedHistories,
+    constraints: list[ItemConstraint],
+    normalization: str,
+) -> torch.FloatTensor:
+    """(batch, C) log-probabilities of sessions (batch, C, m) of items in the trie, -1 where there is no item.
+
+    With several semantic IDs, whose constraints these are, P_codes of an item is the mean of what the sessions written
+    in each ID have for it.
+    """
+    mixture = ItemMixture.of(histories, constraints[0], normalization)
+    several = len(constraints) > 1
+    apart = several or mixture is not None
+    by_id = [_code_log_probs(model, sessions, histories, own, normalization, apart) for own in constraints]
+    of_items = torch.stack(by_id).logsumexp(0) - math.log(len(by_id)) if several else by_id[0]
+    there = sessions >= 0
+    positions, before = _trie_positions(sessions, constraints[0].trie)
+    log_probs = torch.zeros(sessions.shape[:2], device=model.device)
+    for item in range(sessions.shape[-1]):
+        of_item = of_items[..., item]
+        if mixture is not None:
+            last = model.config.num_levels - 1
+            of_item = mixture.log_probs(of_item, positions[..., item], last, before[..., :item])
+        log_probs += of_item.masked_fill(~there[..., item], 0.0)
+    return log_probs
+
+
+def _trie_positions(sessions: torch.LongTensor, trie: ItemTrie) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Trie positions (batch, C, m) of sessions, the first for a missing item, of which nothing is read; and those that
+    an item after it finds used, where a missing item stands at none."""
+    missing = sessions < 0
+    positions = trie.position[sessions.clamp(min=0)].long().masked_fill(missing, 0)
+    return positions, positions.masked_fill(missing, trie.num_positions)
+
+
+def _code_log_probs(
+    model,
+    sessions: torch.LongTensor,
     histories: EncodedHistories,
     constraint: ItemConstraint,
-    code_scores: CodeScores,
+    normalization: str,
+    apart: bool,
 ) -> torch.FloatTensor:
-    """(batch, C) log-probabilities of sessions of trie positions (batch, C, m), -1 where there is no item."""
-    config, levels, trie = model.config, model.config.num_levels, constraint.trie
-    batch, candidates, num_items = positions.shape
-    # From here on a missing item stands at the first position, and what it adds is left out at the end.
-    there, positions = positions >= 0, positions.clamp(min=0)
+    """(batch, C, m) log-probabilities of the items' codes in the semantic ID of the constraint's trie.
+
+    Args:
+        apart: whether items that share an ID are told apart: each has its part of the codes' probability.
+    """
+    config, trie = model.config, constraint.trie
+    levels, code_scores = config.num_levels, CodeScores(model, normalization, trie.id_number)
+    batch, candidates, num_items = sessions.shape
+    positions, before = _trie_positions(sessions, trie)
     nodes = torch.stack([trie.node_of(positions, level) for level in range(levels)], dim=-1)
     codes = torch.stack([trie.codes(nodes[..., level], level) for level in range(levels)], dim=-1)
-    tokens = codes + torch.tensor(list(config.level_offsets), device=model.device)
-    decoder_input_ids = nn.functional.pad(tokens, (1, 0), value=config.bos_token_id).flatten(2)[..., :-1]
+    tokens = codes + torch.tensor(list(code_scores.level_offsets), device=model.device)
+    decoder_input_ids = nn.functional.pad(tokens, (1, 0), value=code_scores.bos_token_id).flatten(2)[..., :-1]
     hidden_states = model.get_decoder()(
         input_ids=decoder_input_ids.flatten(0, 1),
         encoder_hidden_states=histories.hidden_states,
         encoder_attention_mask=histories.attention_mask,
         use_cache=False,
     ).last_hidden_state.view(batch, candidates, -1, config.hidden_size)
-    mixture = ItemMixture.of(histories, constraint, code_scores.normalization)
-    log_probs = torch.zeros(batch, candidates, device=model.device)
+    found = []
     for item in range(num_items):
-        used = positions[..., :item].masked_fill(~there[..., :item], trie.num_positions)
-        node, of_codes = torch.zeros_like(positions[..., item]), torch.zeros_like(log_probs)
+        used = before[..., :item]
+        node, of_codes = torch.zeros_like(positions[..., item]), torch.zeros(batch, candidates, device=model.device)
         for level in range(levels):
             children, exists = trie.child_nodes(node, level)
             available = constraint.available(node, children, exists, level, used)
@@ -100,13 +140,11 @@ def _log_probs(
             taken = (children == node[..., None]) & exists
             step = step.masked_fill(~taken, -torch.inf).amax(-1)
             of_codes += step
-        of_item, position = of_codes, positions[..., item]
-        if mixture is not None:
-            below, free, parts = mixture.items_of_leaves(of_codes[..., None], node[..., None], used)
-            of_codes = parts.masked_fill(~free | (below != position[..., None]), -torch.inf).amax(-1)
-            of_item = mixture.log_probs(of_codes, position, levels - 1, used)
-        log_probs += of_item.masked_fill(~there[..., item], 0.0)
-    return log_probs
+        if apart:
+            below, free, parts = items_of_leaves(constraint, of_codes[..., None], node[..., None], used)
+            of_codes = parts.masked_fill(~free | (below != positions[..., item, None]), -torch.inf).amax(-1)
+        found.append(of_codes)
+    return torch.stack(found, dim=-1)
 
 
 def sampled_divergence(log_probs: torch.FloatTensor, reference_log_probs: torch.FloatTensor) -> torch.DoubleTensor:

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from ..item_trie import ItemConstraint
 from .beam_cache import BeamPaths, beam_cache
 from .code_scores import CodeScores
-from .item_mixture import ItemMixture, users_at_a_time
+from .item_mixture import ItemMixture, items_of_leaves, users_at_a_time
 from .searches import SEARCHES, Candidates, SearchOptions
 
 
@@ -77,22 +77,23 @@ def encoded_histories(
 
 
 def user_chunks(
-    histories: EncodedHistories, constraint: ItemConstraint
-) -> Iterator[tuple[EncodedHistories, ItemConstraint]]:
-    """Users who are searched for together: all of them, or with an item head as many as its tables have room for."""
+    histories: EncodedHistories, constraints: list[ItemConstraint]
+) -> Iterator[tuple[EncodedHistories, list[ItemConstraint]]]:
+    """Users who are searched for together: all of them, or with an item head as many as its tables have room for; with
+    their constraints in each semantic ID's trie."""
     count = len(histories.hidden_states)
-    size = count if histories.item_queries is None else min(users_at_a_time(constraint.trie), count)
+    size = count if histories.item_queries is None else min(users_at_a_time(constraints[0].trie), count)
     if size == count:
-        yield histories, constraint
+        yield histories, constraints
         return
     for start in range(0, count, size):
         users = slice(start, start + size)
-        yield histories.of_users(users), constraint.of_users(users)
+        yield histories.of_users(users), [constraint.of_users(users) for constraint in constraints]
 
 
 class SessionSearch:
-    """Searches `num_items` items for each user of a batch; iterating over it, which can be done once, gives the
-    surviving [`Beams`] after each item."""
+    """Searches `num_items` items for each user of a batch, by the semantic ID of the constraint's trie; iterating over
+    it, which can be done once, gives the surviving [`Beams`] after each item."""
 
     def __init__(
         self,
@@ -105,7 +106,8 @@ class SessionSearch:
     ):
         config, self.decoder = model.config, model.get_decoder()
         self.config, self.constraint, self.trie, self.num_items = config, constraint, constraint.trie, num_items
-        self.code_scores = CodeScores(model, normalization)
+        self.histories, self.num_beams = histories, options.num_beams
+        self.code_scores = CodeScores(model, normalization, constraint.trie.id_number)
         self.choose = SEARCHES[options.search](options)
         hidden_states = histories.hidden_states
         self.mixture = ItemMixture.of(histories, constraint, normalization)
@@ -130,7 +132,7 @@ class SessionSearch:
         self.scores = torch.zeros(batch, 1, device=device)
         self.used = torch.empty(batch, 1, 0, dtype=torch.long, device=device)
         self.generated = torch.empty(batch, 1, 0, dtype=torch.long, device=device)
-        self.tokens = torch.full((batch, 1), config.bos_token_id, device=device)
+        self.tokens = torch.full((batch, 1), self.code_scores.bos_token_id, device=device)
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Beams]:
@@ -145,7 +147,7 @@ class SessionSearch:
                 node = self._extend(self._candidates(node, level, exhausted[..., None]), level)
             self.used = torch.cat([self.used, self._taken_positions(node, exhausted)[..., None]], dim=-1)
             yield Beams(self.scores, self.used, self.generated.view(*self.used.shape, levels))
-            bos = self.tokens.new_full(self.tokens.shape, self.config.bos_token_id)
+            bos = self.tokens.new_full(self.tokens.shape, self.code_scores.bos_token_id)
             self.tokens = torch.cat([self.tokens, bos], dim=1)
 
     def _candidates(self, node: torch.LongTensor, level: int, exhausted: torch.BoolTensor) -> Candidates:
@@ -167,7 +169,7 @@ class SessionSearch:
             codes, available = (
                 each.repeat_interleave(self.trie.max_items_per_leaf, -1) for each in (codes, available)
             )
-            children, free, of_codes = self.mixture.items_of_leaves(of_codes, children, self.used)
+            children, free, of_codes = items_of_leaves(self.constraint, of_codes, children, self.used)
             available = available & torch.where(exhausted, torch.arange(free.shape[-1], device=free.device) == 0, free)
         # A beam without an item to go on to stays dead, although there are items below its node.
         alive = available & self.scores.isfinite()[..., None]
@@ -181,7 +183,7 @@ class SessionSearch:
         chosen = self.choose(candidates)
         _, parents, fan_out = candidates.nodes.shape
         parent = chosen // fan_out
-        token = candidates.codes.flatten(1).gather(1, chosen) + self.config.level_offsets[level]
+        token = candidates.codes.flatten(1).gather(1, chosen) + self.code_scores.level_offsets[level]
         self.scores = candidates.scores.flatten(1).gather(1, chosen)
         if self.mixture is not None:
             self.before = self.before.gather(1, parent)

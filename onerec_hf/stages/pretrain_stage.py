@@ -165,6 +165,7 @@ def generator_config(
             "time_gap_buckets": TIME_GAP_BUCKETS if data.history_timestamps else 0,
             "user_features": user_feature_values(sessions),
             "codebook_sizes": list(tokenizer.codebook_sizes),
+            "num_semantic_ids": tokenizer.num_semantic_ids,
             **item_head,
             **options.model,
         },

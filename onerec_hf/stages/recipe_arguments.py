@@ -26,7 +26,7 @@ from ..data.data_arguments import option
 from ..embedding_adaptation import EmbeddingAdaptation
 from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
 from ..reward import OneRecRewardConfig
-from ..semantic_ids import QUANTIZERS
+from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,10 @@ BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE, "sasre
 # Fields of nested options that another option, or the data, decides: they are refused, with who decides them.
 BY_RUN = {"output_dir": "output_dir", "seed": "seed"}
 BY_DATA = {name: name for name in ("history_items", "session_items", "user_features")}
-BY_CODES = {"codebook_sizes": "codebook_sizes", "vocab_size": "codebook_sizes"}
+BY_CODES = {
+    **{"codebook_sizes": "codebook_sizes", "vocab_size": "codebook_sizes"},
+    "num_semantic_ids": "num_semantic_ids",
+}
 BY_PROCESS = {"seed": "seed", "device": "the process", "show_progress": "the process"}
 SAMPLING_OPTIONS = ("r_dpo", "num_candidates", "min_reward_margin", "exclude_consumed")
 BY_EXPOSURES = dict.fromkeys(
@@ -184,10 +187,22 @@ class TokenizeArguments(StageArguments):
     quantizer: Nested = option(None, "Further fields of the quantizer's class, such as code_assignment.")
     codebook_sizes: list[int] = HfArg(default_factory=lambda: [128] * 3, help="Codes K by level (paper: 3 of 8192).")
     collision_policy: str = option("nearest_free", "Where items have one ID: nearest_free, suffix, share or error.")
+    num_semantic_ids: int = option(
+        1, "Semantic IDs of every item, each of codebook_sizes; OneRec's probability is the mean of theirs."
+    )
+    semantic_id_sources: str = option(
+        "projections",
+        "How several IDs differ: projections (all but the first see half of the dimensions, random ones), or seeds.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self.check_choice("quantizer_type", *QUANTIZERS)
+        self.check_choice("semantic_id_sources", *SEMANTIC_ID_SOURCES)
+        if self.num_semantic_ids < 1:
+            raise ValueError(f"num_semantic_ids must be at least 1, got {self.num_semantic_ids}.")
+        if self.num_semantic_ids > 1 and self.collision_policy == "suffix":
+            raise ValueError("collision_policy 'suffix' is for one semantic ID: choose another for several.")
         self.quantizer = as_mapping(self.quantizer, "quantizer")
         decided = {"codebook_sizes": "codebook_sizes", "collision_policy": "collision_policy", **BY_PROCESS}
         check_fields(self.quantizer, "quantizer", QUANTIZERS[self.quantizer_type], decided)
@@ -433,6 +448,8 @@ class RecipeArguments(
         self.output_dir = Path(self.output_dir)
         for group in GROUPS:
             vars(self).update(vars(self.group(group)))
+        if self.num_semantic_ids > 1 and self.align_rounds:
+            raise ValueError("Alignment is for one semantic ID per item: with num_semantic_ids set align_rounds to 0.")
 
     def group(self, group: type[Group]) -> Group:
         """The options of one stage, checked."""

@@ -18,7 +18,7 @@ from ..item_embeddings import (
     term_embeddings,
     text_embeddings,
 )
-from ..semantic_ids import make_quantizer
+from ..semantic_ids import make_several_quantizers
 from ..semantic_ids.semantic_id_report import CODE_SAMPLES_FILE, ITEM_MAP_FILE, write_semantic_id_report
 from ..session_rows import catalogue_index_lists
 from ..tokenization_onerec import OneRecTokenizer
@@ -50,8 +50,13 @@ def run_tokenize(args: RecipeArguments) -> Path:
         state.wait_for_everyone()
         # All processes fit on the same numbers, as the K-means is spread over them.
         embeddings = load_file(folder / ITEM_EMBEDDINGS)["embeddings"].numpy()
-        fields = {**fitting, "collision_policy": options.collision_policy, **options.quantizer}
-        quantizer = make_quantizer(options.quantizer_type, options.codebook_sizes, **fields)
+        quantizer = make_several_quantizers(
+            options.num_semantic_ids,
+            options.quantizer_type,
+            options.codebook_sizes,
+            options.semantic_id_sources,
+            **{**fitting, "collision_policy": options.collision_policy, **options.quantizer},
+        )
         tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
         if not state.is_main_process:
             return None

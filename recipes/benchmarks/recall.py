@@ -4,9 +4,10 @@
         "recipes/amazon_beauty/pipeline.yaml --data_dir BEAUTY_FOLDER" --seeds 0 1 2 --json recall.json
 
 A set is the configuration of a recipe, of any data, or one in quotes with flags that change it; what follows the
-options below is changed in all sets. Each is run without alignment for every seed, in a folder
-`<output_dir>/<set>/seed_<seed>`, and evaluated on the same users; complete stages are skipped, a killed one is
-resumed. Baselines that take no seed are fitted once for all seeds.
+options below is changed in all sets. Of several sets of one configuration the first has its name, the others their
+flags in theirs. Each is run without alignment for every seed, in a folder `<output_dir>/<set>/seed_<seed>`, and
+evaluated on the same users; complete stages are skipped, a killed one is resumed. Baselines that take no seed are
+fitted once for all seeds.
 
 Figures are means over users, then over seeds, +- the standard deviation of the seeds (n - 1). OneRec's differences are
 from the best baseline of the set by that figure, of which each user's values are averaged over the seeds first; in
@@ -16,6 +17,7 @@ that are kept. `--json FILE` has a row for every set, method and seed; null is w
 """
 
 import json
+import re
 import shlex
 import statistics
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -70,6 +72,26 @@ def set_name(config: Path) -> str:
     """`quickstart` of recipes/quickstart/pipeline.yaml, `quickstart_debug` of debug.yaml beside it."""
     parts = [part for part in (config.resolve().parent.name, config.stem) if part and part != "pipeline"]
     return "_".join(parts) or config.stem
+
+
+def named_sets(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Configuration and flags of each set by its name, in which further sets of one configuration have their flags.
+
+    Raises:
+        ValueError: no such configuration, or two sets of one name.
+    """
+    sets = {}
+    for text in texts:
+        words = shlex.split(text)
+        name = set_name(Path(words[0]))
+        if not Path(words[0]).is_file():
+            raise ValueError(f"there is no configuration {words[0]}")
+        if name in sets:
+            name = re.sub(r"\W+", "_", " ".join([name, *words[1:]])).strip("_")
+        if name in sets:
+            raise ValueError(f"two sets would be called {name}: rename one configuration's file")
+        sets[name] = words
+    return sets
 
 
 def run_set(words: Sequence[str], seeds: Sequence[int], output_dir: Path) -> list[MethodRun]:
@@ -170,18 +192,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/recall"))
     parser.add_argument("--json", type=Path, help="write a row for every set, method and seed here")
     options, rest = parser.parse_known_args()
-    sets = {}
-    for text in options.sets:
-        words = shlex.split(text)
-        name = set_name(Path(words[0]))
-        if not Path(words[0]).is_file():
-            parser.error(f"there is no configuration {words[0]}")
-        if name in sets:
-            parser.error(f"two sets would be called {name}: rename one configuration's file")
-        sets[name] = [*words, *rest]
+    try:
+        sets = named_sets(options.sets)
+    except ValueError as error:
+        parser.error(str(error))
     runs = []
     for name, words in sets.items():
-        runs += run_set(words, options.seeds, options.output_dir / name)
+        runs += run_set([*words, *rest], options.seeds, options.output_dir / name)
         if options.json is not None:  # what there is so far
             with staged_file(options.json) as partial:
                 partial.write_text(json.dumps([run.row() for run in runs], indent=2) + "\n", encoding="utf-8")
