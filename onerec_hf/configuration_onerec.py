@@ -97,7 +97,7 @@ class OneRecConfig(PreTrainedConfig):
         item_gate: In place of `item_share`, each user's g is the sigmoid of a linear map of the state of its history,
             which [`fit_item_gate`] fits after training.
         item_negatives: In training the item head's softmax is over the whole catalogue, or, where that has more items
-            than this, estimated from so many that are drawn at random for each batch.
+            than this, estimated from so many that are drawn at random for each batch; 0: always the whole one.
         expert_bias_update_rate: Step by which a router's selection bias moves towards balanced load after every
             optimizer step; 0 turns the balancing off.
         dropout: Dropout on embeddings and residual branches.
@@ -135,7 +135,7 @@ class OneRecConfig(PreTrainedConfig):
     item_head: str = "none"
     num_items: int = 0
     item_content_size: int = 0
-    item_encoders: list[str] | tuple[str, ...] = ("shared",)
+    item_encoders: list[str] | tuple[str, ...] | int = ("shared",)
     item_loss_weight: float = 1.0
     item_share: float = 0.5
     item_gate: bool = False
@@ -157,6 +157,8 @@ class OneRecConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.codebook_sizes = list(self.codebook_sizes)
         self.history_feedback = list(self.history_feedback)
+        if isinstance(self.item_encoders, int):  # checkpoints once had the number of further ones
+            self.item_encoders = ["shared", *["learned"] * self.item_encoders]
         self.item_encoders = list(self.item_encoders)
         self.user_features = dict(self.user_features or {})
         if self.vocab_size is None:
@@ -212,8 +214,8 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(
                 "encoder_positions='distance' needs encoder_attention='causal' and history_positions='item'."
             )
-        if self.item_negatives < 1:
-            raise ValueError(f"item_negatives must be at least 1, got {self.item_negatives}.")
+        if self.item_negatives < 0:
+            raise ValueError(f"item_negatives must not be negative, got {self.item_negatives}.")
         if not 0 <= self.item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {self.item_share}.")
         if self.item_head not in ("none", "encoder"):

@@ -945,7 +945,7 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         targets, total = item_targets[kept], item_states.sum() * 0.0  # where there is no target
         negatives = self.config.item_negatives
         for states, vectors in zip(item_states.unbind(1), self.get_encoder().item_vectors_by_head(), strict=True):
-            if len(targets) and self.config.num_items > negatives:
+            if len(targets) and 0 < negatives < self.config.num_items:
                 total = total + sampled_softmax_loss(states[kept], vectors, targets, negatives)
             elif len(targets):
                 total = total + FullSoftmaxLoss.apply(states[kept], vectors(), targets)

@@ -252,6 +252,11 @@ def test_joined_vectors_have_gradients_and_are_not_kept_while_training():
         assert model.item_vectors() is not model.item_vectors()
 
 
+def test_checkpoints_with_a_number_of_further_encoders_are_read():
+    assert item_config(item_encoders=1).item_encoders == ["shared", "learned"]
+    assert OneRecConfig.from_preset("debug", item_encoders=0, item_negatives=0).item_encoders == ["shared"]
+
+
 def test_off_where_it_is_not_configured():
     model = item_model(item_head="none", encoder_positions="absolute", num_items=0, item_content_size=0)
     assert not [name for name in model.state_dict() if "item_" in name.replace("item_proj", "") or "distance" in name]
@@ -596,6 +601,8 @@ def test_the_softmax_is_estimated_where_the_catalogue_is_larger_than_configured(
     full = model.item_loss(states, item_targets)
     monkeypatch.setattr("torch.randint", lambda *args, **kwargs: torch.arange(ITEMS - 1))
     model.config.item_negatives = ITEMS
+    torch.testing.assert_close(model.item_loss(states, item_targets), full)
+    model.config.item_negatives = 0
     torch.testing.assert_close(model.item_loss(states, item_targets), full)
     model.config.item_negatives = ITEMS - 1
     assert not torch.isclose(model.item_loss(states, item_targets), full)

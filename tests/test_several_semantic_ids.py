@@ -52,7 +52,12 @@ def tiny_model(item_head=False, num_ids=NUM_IDS, **overrides) -> OneRecForCondit
     }
     if item_head:
         settings |= {"encoder_attention": "causal", "encoder_positions": "distance"}
-        settings |= {"item_head": "encoder", "num_items": ITEMS, "item_encoders": ["shared", "learned"], "item_share": 0.4}
+        settings |= {
+            "item_head": "encoder",
+            "num_items": ITEMS,
+            "item_encoders": ["shared", "learned"],
+            "item_share": 0.4,
+        }
     return OneRecForConditionalGeneration(OneRecConfig.from_preset("debug", **settings | overrides)).eval()
 
 
