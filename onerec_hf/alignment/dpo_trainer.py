@@ -8,6 +8,8 @@ as L_NTP and L_DPO are each averaged over their own rows.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 
 from ..history_features import HISTORY_FEATURES, encode_history_rows
@@ -135,9 +138,8 @@ class PreferenceCollator:
         labels = self.tokenizer.encode_sessions(sessions, catalogue_indices=True)
         items = {}
         if self.config.item_head != "none":
-            longest = max(map(len, sessions))
-            padded = [[*session, *[-1] * (longest - len(session))] for session in sessions]
-            items["session_items"] = torch.tensor(padded)
+            indices = [torch.tensor(session) for session in sessions]
+            items["session_items"] = pad_sequence(indices, batch_first=True, padding_value=-1)
         is_code = (labels != IGNORE_INDEX) & (labels != BOS_TOKEN_ID)
         input_ids = F.pad(labels, (1, 0), value=BOS_TOKEN_ID)
         input_ids = input_ids.masked_fill(input_ids == IGNORE_INDEX, PAD_TOKEN_ID)
@@ -190,25 +192,37 @@ class _SessionModel:
         by_history = rows.view(-1, len(encoder_input_ids)).T.flatten()
         if labels is not None:
             kwargs["labels"] = labels[by_history]
-        generator = next(part for part in self.model.modules() if isinstance(part, OneRecForConditionalGeneration))
-        encoded = []  # TRL's output has no place for the item head's states
-        hook = generator.get_encoder().register_forward_hook(lambda *call: encoded.append(call[-1]))
-        # The decoder is causal and its padding stands on the right, so it needs no mask of its own.
-        outputs = self.model(
-            input_ids=encoder_input_ids,
-            attention_mask=encoder_attention_mask,
-            decoder_input_ids=input_ids[by_history],
-            **kwargs,
-        )
-        hook.remove()
+        encoded = []
+        with self._encoder_outputs(encoded) if session_items is not None else nullcontext():
+            # The decoder is causal and its padding stands on the right, so it needs no mask of its own.
+            outputs = self.model(
+                input_ids=encoder_input_ids,
+                attention_mask=encoder_attention_mask,
+                decoder_input_ids=input_ids[by_history],
+                **kwargs,
+            )
         given = by_history.argsort()
         for name, value in outputs.items():
             if torch.is_tensor(value) and value.shape[:1] == rows.shape:
                 outputs[name] = value[given]
         if session_items is not None and outputs.get("log_probs") is not None:
-            states, mask = encoded[0].item_states, generator.get_encoder().position_mask(encoder_attention_mask)
+            generator, states = self._generator(), encoded[0].item_states
+            mask = generator.get_encoder().position_mask(encoder_attention_mask)
             outputs["log_probs"] = _mixture_log_probs(generator, outputs["log_probs"], session_items, states, mask)
         return outputs
+
+    def _generator(self) -> OneRecForConditionalGeneration:
+        return next(part for part in self.model.modules() if isinstance(part, OneRecForConditionalGeneration))
+
+    @contextmanager
+    def _encoder_outputs(self, found: list) -> Iterator[None]:
+        """Appends what the encoder gives: TRL's output has no place for the item head's states."""
+        encoder = self._generator().get_encoder()
+        hook = encoder.register_forward_hook(lambda *call: found.append(call[-1]))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _mixture_log_probs(

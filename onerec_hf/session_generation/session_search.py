@@ -200,9 +200,9 @@ class SessionSearch:
         beams have chosen their items already."""
         if self.mixture is not None:
             position = leaf
-        else:
-            position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
-        if self.mixture is None and self.trie.max_items_per_leaf > 1 and self.num_items > 1:
+        elif self.trie.max_items_per_leaf > 1 and self.num_items > 1:
             below, free = self.constraint.items_of_leaves(leaf, self.used)
             position = below.gather(-1, free.int().argmax(-1, keepdim=True)).squeeze(-1)
+        else:
+            position = self.trie.item_range(leaf, self.config.num_levels - 1)[0]
         return position.masked_fill(exhausted | self.scores.isneginf(), self.trie.num_positions)

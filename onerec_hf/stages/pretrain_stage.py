@@ -26,7 +26,7 @@ from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
 from .tokenize_stage import load_item_embeddings
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
-MAX_HELD_OUT_USERS = 20  # for an item gate: one in so many users
+USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
 TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 
 GATE_BATCH = 128
@@ -66,7 +66,7 @@ def parted_sessions(sessions: Dataset, options: PretrainArguments) -> dict[str, 
         return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
     users = np.asarray(sessions.with_format("arrow")[:]["user_id"].to_pandas())
     last = np.flatnonzero(np.r_[users[1:] != users[:-1], True])
-    drawn = random.permutation(last)[: min(options.holdout_sessions, len(last) // MAX_HELD_OUT_USERS)]
+    drawn = random.permutation(last)[: min(options.holdout_sessions, len(last) // USERS_PER_HELD_OUT)]
     held_out = np.isin(users, users[drawn])
     return {"train": sessions.select(np.flatnonzero(~held_out)), "test": sessions.select(drawn)}
 
