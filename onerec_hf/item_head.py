@@ -41,8 +41,9 @@ class OneRecItemVectors(nn.Module):
 
     @torch.no_grad()
     def set_content(self, content: torch.Tensor) -> None:
-        """Takes the items' content embeddings (N, item_content_size), each brought to a mean square of 1."""
-        self.content.copy_(_of_unit_variance(content))
+        """Takes the items' content embeddings (N, item_content_size), each brought to length 1: so the projections
+        begin as large as the learned vectors. Larger ones are learned faster than these, and rank worse."""
+        self.content.copy_(nn.functional.normalize(content, dim=1))
 
     @torch.no_grad()
     def add(self, content: torch.Tensor) -> None:
@@ -56,12 +57,10 @@ class OneRecItemVectors(nn.Module):
             new = learned.mean(0).expand(len(content), -1)
         else:
             new = learned.new_zeros(len(content), learned.shape[1])
-            self.content = torch.cat([self.content, _of_unit_variance(content.to(self.content))])
+            length = self.content.norm(dim=1).amax()  # checkpoints once had others than 1
+            new_content = nn.functional.normalize(content.to(self.content), dim=1) * length
+            self.content = torch.cat([self.content, new_content])
         self.learned = nn.Embedding.from_pretrained(torch.cat([learned, new]), freeze=False)
-
-
-def _of_unit_variance(content: torch.Tensor) -> torch.Tensor:
-    return nn.functional.normalize(content, dim=1) * content.shape[1] ** 0.5
 
 
 class JoinedItemVectors(nn.Module):

@@ -24,11 +24,21 @@ class SessionCollator:
     Of several semantic IDs one is drawn for each target session at each time, each ID as often as the others in a
     batch: so a step costs what it does with one ID. The draws come from torch's generator, which the trainer seeds and
     keeps with its checkpoints.
+
+    Args:
+        sessions_continue_histories: Whether a session's items are such as histories hold. Then the item head learns to
+            predict those of a shared history's last session too, whose targets before them do not see them.
     """
 
-    def __init__(self, tokenizer: OneRecTokenizer, model: OneRecForConditionalGeneration):
+    def __init__(
+        self,
+        tokenizer: OneRecTokenizer,
+        model: OneRecForConditionalGeneration,
+        sessions_continue_histories: bool = False,
+    ):
         self.tokenizer = tokenizer
         self.config = model.config
+        self.continues_histories = sessions_continue_histories and model.config.item_head != "none"
         self.shift = model.prepare_decoder_input_ids_from_labels
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -42,6 +52,8 @@ class SessionCollator:
         sessions = [row["session"] for row in rows] if "session" in rows[0] else []
         if not sessions:
             rows = [row for packed in rows for row in packed["rows"]]
+            if self.continues_histories:
+                rows = [self._continued(row) for row in rows]
             sessions = [session for row in rows for session in row["sessions"]]
             counts = torch.tensor([len(row["sessions"]) for row in rows])
             shared["target_histories"] = torch.arange(len(rows)).repeat_interleave(counts)
@@ -67,13 +79,33 @@ class SessionCollator:
         num_ids = self.config.num_semantic_ids
         return 0 if num_ids == 1 else ((torch.randperm(count) + torch.randint(num_ids, ())) % num_ids).numpy()
 
+    def _continued(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A shared history with the items of its last session behind it, all but the last, and `next_item`, that one.
+
+        Where the history is cut, as many of its oldest behaviours leave it as the target with the shortest prefix can
+        do without.
+        """
+        history, session = list(row["history"]), row["sessions"][-1]
+        kept = min(len(history), self.config.history_items)
+        room = self.config.history_items - kept
+        added = min(len(session) - 1, room + max(min(row["prefixes"]) - 1, 0))
+        continued = {
+            "history": history + session[:added],
+            "prefixes": [items - max(added - room, 0) for items in row["prefixes"]],
+            "next_item": session[added],
+        }
+        if self.config.history_feedback:
+            unknown = [[None] * len(self.config.history_feedback)]
+            continued["history_feedback"] = [*row["history_feedback"], *unknown * added]
+        return row | continued
+
     def _item_targets(self, rows: list[dict[str, Any]], width: int) -> torch.LongTensor:
         """The item after each behaviour of the rows' histories (batch, width), laid out like them: the next one, and
-        after the last the first item of the session that follows it; -100 in front."""
+        after the last the first item of the session that follows it, or `next_item`; -100 in front."""
         labels = torch.full((len(rows), width), -100)
         for label, row in zip(labels, rows, strict=True):
             last = row["session"] if "session" in row else row["sessions"][-1]
-            following = [*row["history"], last[0]][1:][-width:]
+            following = [*row["history"], row.get("next_item", last[0])][1:][-width:]
             label[width - len(following) :] = torch.tensor(following)
         return labels
 
@@ -98,14 +130,25 @@ class ExpertBalanceCallback(TrainerCallback):
 
 
 class OneRecPretrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step."""
+    """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step.
 
-    def __init__(self, model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, args, **kwargs):
+    Args:
+        sessions_continue_histories: See [`SessionCollator`].
+    """
+
+    def __init__(
+        self,
+        model: OneRecForConditionalGeneration,
+        tokenizer: OneRecTokenizer,
+        args,
+        sessions_continue_histories: bool = False,
+        **kwargs,
+    ):
         if args.use_cpu:
             model.set_experts_implementation(CPU_EXPERTS)
         self.expert_balance = ExpertBalanceCallback()
         kwargs["callbacks"] = [self.expert_balance, CheckpointCompleteCallback(), *kwargs.get("callbacks", [])]
-        collator = SessionCollator(tokenizer, model)
+        collator = SessionCollator(tokenizer, model, sessions_continue_histories)
         super().__init__(model=model, args=args, data_collator=collator, processing_class=tokenizer, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:

@@ -176,15 +176,16 @@ def test_new_items_have_the_vector_of_their_content(tmp_path):
     vectors = model.get_encoder().item_vectors
     before, content = vectors(), torch.randn(2, 3)
     model.add_items(content)
-    torch.testing.assert_close(
-        vectors(), torch.cat([before, vectors.content_proj(normalize(content) * content.shape[1] ** 0.5)])
-    )
+    torch.testing.assert_close(vectors(), torch.cat([before, vectors.content_proj(normalize(content))]))
     model.save_pretrained(tmp_path)
     loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path)
     states = torch.randn(1, 2, 1, 16)
     torch.testing.assert_close(loaded.item_log_probs(states), model.item_log_probs(states))
     learned = model.get_encoder().item_encoders[0].item_vectors.learned.weight
     torch.testing.assert_close(learned[ITEMS:], learned[:ITEMS].mean(0).expand(2, -1))
+    vectors.content.mul_(4)  # as long as checkpoints once had them
+    model.add_items(content)
+    torch.testing.assert_close(vectors()[-2:], vectors.content_proj(4 * normalize(content)))
 
 
 def joined_by_hand(model):
@@ -573,6 +574,22 @@ def test_every_behaviour_is_followed_by_a_label_and_the_last_by_the_sessions_fir
     assert batch["item_targets"].tolist() == [[6, 7, 8], [-100, -100, 1], [-100, -100, -100]]
     shared = [{"rows": [{"history": [4, 5], "sessions": [[5], [6, 7]], "prefixes": [1, 2]}]}]
     assert collate(shared)["item_targets"].tolist() == [[5, 6]]
+
+
+@torch.no_grad()
+def test_the_items_of_the_last_session_are_the_heads_targets_too(tokenizer):
+    model = item_model(history_items=4, session_items=3)
+    continued, ordinary = SessionCollator(tokenizer, model, True), SessionCollator(tokenizer, model)
+    shared = [{"rows": [{"history": [4, 5], "sessions": [[5], [6, 7, 8]], "prefixes": [1, 2]}]}]
+    batch, expected = continued(shared), ordinary(shared)
+    assert batch["history_item_indices"].tolist() == [[4, 5, 6, 7]]
+    assert batch["item_targets"].tolist() == [[5, 6, 7, 8]]
+    torch.testing.assert_close(model(**batch).code_loss, model(**expected).code_loss)
+    # A full history gives its oldest behaviours away, but not the last one of the shortest prefix.
+    shared = [{"rows": [{"history": [1, 2, 3, 4, 5], "sessions": [[4, 5], [6, 7, 8]], "prefixes": [2, 4]}]}]
+    batch = continued(shared)
+    assert batch["history_item_indices"].tolist() == [[3, 4, 5, 6]]
+    assert batch["item_targets"].tolist() == [[4, 5, 6, 7]] and batch["target_prefixes"].tolist() == [1, 3]
 
 
 def test_recommends_with_the_head_and_new_items_once_they_have_a_vector(tokenizer):

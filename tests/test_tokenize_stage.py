@@ -1,18 +1,20 @@
 """The tokenize stage with another quantizer than the default, and its pictures."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from onerec_hf.embedding_adaptation import EmbeddingAdaptation
 from onerec_hf.stages import parse_recipe_arguments, run_tokenize
 from onerec_hf.stages.pretrain_stage import generator_config
 from onerec_hf.stages.stage_runner import read_json
-from onerec_hf.stages.tokenize_stage import semantic_id_pictures
+from onerec_hf.stages.tokenize_stage import ITEM_EMBEDDINGS as FILE
+from onerec_hf.stages.tokenize_stage import codebook_sizes_for, load_item_content, semantic_id_pictures
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "quickstart" / "debug.yaml"
@@ -28,7 +30,7 @@ def arguments(tmp_path):
 def test_rqvae_on_adapted_embeddings_with_pictures(arguments):
     flags = ("--quantizer_type", "rqvae", "--quantizer", '{"num_steps": 30}', "--collision_policy", "suffix")
     folder = run_tokenize(arguments(*flags, "--embedding_adaptation", '{"num_steps": 3, "dim": 12}'))
-    embeddings = load_file(folder / "item_embeddings.safetensors")["embeddings"]
+    embeddings = load_file(folder / FILE)["embeddings"]
     assert embeddings.shape == (300, 12) and torch.allclose(embeddings.norm(dim=1), torch.ones(300), atol=1e-5)
     assert EmbeddingAdaptation.from_pretrained(folder).num_steps == 3
     tokenizer = OneRecTokenizer.from_pretrained(folder)
@@ -40,6 +42,33 @@ def test_rqvae_on_adapted_embeddings_with_pictures(arguments):
     # Sampled items are named by what the feed knows of them.
     assert sum(row["num_items"] for row in pictures["code_samples"]) == 300
     assert all(isinstance(name, str) and name for row in pictures["code_samples"] for name in row["items"])
+
+
+def test_the_content_of_items_is_all_but_their_behaviour(arguments, tmp_path):
+    saved = [
+        load_file(run_tokenize(arguments("--output_dir", str(tmp_path / weight), "--behaviour_weight", weight)) / FILE)
+        for weight in ("0", "1")
+    ]
+    torch.testing.assert_close(saved[0]["content"], saved[0]["embeddings"])
+    torch.testing.assert_close(load_item_content(tmp_path / "1"), saved[0]["content"])
+    assert saved[1]["embeddings"].shape[1] > saved[1]["content"].shape[1]
+    run = tmp_path / "former"
+    (run / "tokenize").mkdir(parents=True)
+    save_file({"embeddings": torch.ones(3, 2)}, run / "tokenize" / FILE)
+    with pytest.raises(ValueError, match="has no content of the items: remove"):
+        load_item_content(run)
+
+
+def test_codes_follow_from_the_catalogue(tmp_path):
+    for items in (1, 2, 5, 300, 12_101, 2**20):
+        first, second, third = codebook_sizes_for(items)
+        assert first == second == third <= items and first**2 >= items > (first / 2) ** 2
+    config = tmp_path / "config.yaml"
+    config.write_text(re.sub("codebook_sizes: .*", "", CONFIG.read_text()))
+    threads = torch.get_num_threads()
+    run_tokenize(parse_recipe_arguments(["--config", str(config), "--output_dir", str(tmp_path)]))
+    torch.set_num_threads(threads)
+    assert OneRecTokenizer.from_pretrained(tmp_path / "tokenize").codebook_sizes == (32, 32, 32)
 
 
 def test_several_semantic_ids_see_other_parts_of_the_embeddings(arguments):

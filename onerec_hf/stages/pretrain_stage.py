@@ -23,7 +23,7 @@ from ..training_checkpoints import latest_complete_checkpoint
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .recipe_arguments import PretrainArguments, RecipeArguments
 from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
-from .tokenize_stage import load_item_embeddings
+from .tokenize_stage import load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
@@ -103,8 +103,8 @@ def run_pretrain(
         sessions = index_sessions(cut, tokenizer)
         parts = parted_sessions(sessions, options)
         with_item_head = options.model.get("item_head", "none") != "none"
-        embeddings = load_item_embeddings(args.output_dir) if with_item_head else None
-        config = generator_config(options, data, tokenizer, parts["train"], embeddings)
+        content = load_item_content(args.output_dir) if with_item_head else None
+        config = generator_config(options, data, tokenizer, parts["train"], content)
         recent = {}
         if options.recent_days is not None:
             recent = {name: recent_sessions(sessions, options.recent_days) for name, sessions in parts.items()}
@@ -112,12 +112,13 @@ def run_pretrain(
                 raise ValueError(f"recent_days is {options.recent_days}, but no session has a time: leave it out.")
         model = OneRecForConditionalGeneration(config)
         if config.item_content_size:
-            model.set_item_content(embeddings)
-        trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS)
+            model.set_item_content(content)
+        positive = data.session_source == "positive"
+        trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive)
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
             last = folder / CHECKPOINTS / "recent"
-            trainer = train_generator(model, tokenizer, recent, options, last, **options.pretrain_recent)
+            trainer = train_generator(model, tokenizer, recent, options, last, positive, **options.pretrain_recent)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
         if config.item_gate:
@@ -147,13 +148,13 @@ def generator_config(
     data: DataArguments,
     tokenizer: OneRecTokenizer,
     sessions: Dataset,
-    embeddings: torch.Tensor | None,
+    content: torch.Tensor | None,
 ) -> OneRecConfig:
-    """Configuration of the generator that is trained on these sessions, with an item head of items with these
-    embeddings."""
+    """Configuration of the generator that is trained on these sessions, with an item head of items with this
+    content."""
     item_head = {}
-    if embeddings is not None:
-        item_head = {"num_items": len(embeddings), "item_content_size": embeddings.shape[1]}
+    if content is not None:
+        item_head = {"num_items": len(content), "item_content_size": content.shape[1]}
     return OneRecConfig.from_preset(
         options.preset,
         **{
@@ -178,12 +179,14 @@ def train_generator(
     parts: dict[str, Dataset],
     options: PretrainArguments,
     folder: Path,
+    sessions_continue_histories: bool,
     **changes: Any,
 ) -> OneRecPretrainer:
     """Trains on the sessions of `parts["train"]`, after the latest checkpoint in `folder`; returns the trainer.
 
     Args:
         parts: `train` and `test`, what is held out.
+        sessions_continue_histories: See [`SessionCollator`].
         changes: fields of `options.pretrain` that differ.
     """
     rows, held_out = parts["train"], parts["test"]
@@ -204,6 +207,6 @@ def train_generator(
         training_args.per_device_train_batch_size //= targets_per_row
         rows = share_histories(rows, model.config.history_items, targets_per_row)
     data = {"train_dataset": rows, "eval_dataset": held_out if len(held_out) else None}
-    trainer = OneRecPretrainer(model=model, tokenizer=tokenizer, args=training_args, **data)
+    trainer = OneRecPretrainer(model, tokenizer, training_args, sessions_continue_histories, **data)
     trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
     return trainer

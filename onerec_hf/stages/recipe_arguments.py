@@ -185,7 +185,10 @@ class TokenizeArguments(StageArguments):
     item_alignment: Nested = option(None, "Old name of embedding_adaptation.")
     quantizer_type: str = option("balanced_rkmeans", "balanced_rkmeans, rkmeans (plain K-means) or rqvae.")
     quantizer: Nested = option(None, "Further fields of the quantizer's class, such as code_assignment.")
-    codebook_sizes: list[int] = HfArg(default_factory=lambda: [128] * 3, help="Codes K by level (paper: 3 of 8192).")
+    codebook_sizes: list[int] | None = option(
+        None,
+        "Codes K by level (paper: 3 of 8192); left out: 3 of the power of two next above the square root of N.",
+    )
     collision_policy: str = option("nearest_free", "Where items have one ID: nearest_free, suffix, share or error.")
     num_semantic_ids: int = option(
         1, "Semantic IDs of every item, each of codebook_sizes; OneRec's probability is the mean of theirs."

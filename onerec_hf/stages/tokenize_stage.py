@@ -1,5 +1,6 @@
 """Stage `tokenize`: item embeddings, their adaptation to behaviour, quantization and the tokenizer (section 3.1)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,20 @@ def run_tokenize(args: RecipeArguments) -> Path:
         feed = prepared.feed
         fitting = {"seed": options.seed, "device": state.device, "show_progress": state.is_main_process}
         if state.is_main_process:
-            embeddings = embed_items(feed, prepared, options)
+            embeddings, content = embed_items(feed, prepared, options)
             if options.embedding_adaptation is not None:
                 adaptation = EmbeddingAdaptation(**fitting, **options.embedding_adaptation)
                 adaptation.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
                 embeddings = adaptation.transform(embeddings)
-            save_file({"embeddings": torch.as_tensor(embeddings)}, folder / ITEM_EMBEDDINGS)
+            saved = {"embeddings": torch.as_tensor(embeddings), "content": torch.as_tensor(content)}
+            save_file(saved, folder / ITEM_EMBEDDINGS)
         state.wait_for_everyone()
         # All processes fit on the same numbers, as the K-means is spread over them.
         embeddings = load_file(folder / ITEM_EMBEDDINGS)["embeddings"].numpy()
         quantizer = make_several_quantizers(
             options.num_semantic_ids,
             options.quantizer_type,
-            options.codebook_sizes,
+            options.codebook_sizes or codebook_sizes_for(len(embeddings)),
             options.semantic_id_sources,
             **{**fitting, "collision_policy": options.collision_policy, **options.quantizer},
         )
@@ -73,9 +75,31 @@ def run_tokenize(args: RecipeArguments) -> Path:
     return run_stage(Stage("tokenize", args.output_dir, options, ["data"], outside), work)
 
 
+def codebook_sizes_for(num_items: int) -> list[int]:
+    """Three levels, the first two of which could already tell the items of a catalogue apart.
+
+    >>> codebook_sizes_for(2_000), codebook_sizes_for(12_101), codebook_sizes_for(1_000_000)
+    ([64, 64, 64], [128, 128, 128], [1024, 1024, 1024])
+    """
+    return [2 ** math.ceil(math.log2(num_items) / 2)] * 3
+
+
 def load_item_embeddings(output_dir: Path) -> torch.Tensor:
     """What a run's semantic IDs were made of, `(N, D)` by catalogue index."""
     return load_file(output_dir / "tokenize" / ITEM_EMBEDDINGS)["embeddings"]
+
+
+def load_item_content(output_dir: Path) -> torch.Tensor:
+    """What is known of a run's items beside their behaviour, `(N, D)` by catalogue index; D is 0 where it is nothing.
+
+    Raises:
+        ValueError: the run's embeddings were written without it.
+    """
+    path = output_dir / "tokenize" / ITEM_EMBEDDINGS
+    saved = load_file(path)
+    if "content" not in saved:
+        raise ValueError(f"{path} has no content of the items: remove {path.parent} to make it anew.")
+    return saved["content"]
 
 
 def semantic_id_pictures(folder: Path) -> dict[str, Any]:
@@ -93,32 +117,39 @@ def fitted_histories(feed: Feed, prepared: PreparedData) -> list[np.ndarray]:
     return [np.asarray(history) for history in histories.to_numpy(zero_copy_only=False)]
 
 
-def embed_items(feed: Feed, prepared: PreparedData, options: TokenizeArguments) -> np.ndarray:
-    """Embeddings of the whole catalogue from every source that the data has and the options weigh, fused.
+def embed_items(feed: Feed, prepared: PreparedData, options: TokenizeArguments) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of the whole catalogue from every source that the data has and the options weigh, fused: of all of
+    them, and of all but the behaviour (N, 0 columns where there is nothing else).
 
     Raises:
         ValueError: if there is no source at all.
     """
-    sources = []
+    content, sources = [], []
     if options.content_weight and feed.embedding_column:
-        content = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
-        sources.append((content, np.ones(len(content), dtype=bool), options.content_weight))
+        given = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
+        content.append((given, np.ones(len(given), dtype=bool), options.content_weight))
     if options.text_encoder and feed.text_column is None:
         raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
     if options.text_weight and feed.text_column is not None:
         texts, encoder = feed.items[feed.text_column].tolist(), options.text_encoder
         embeddings, present = text_embeddings(texts, encoder) if encoder else term_embeddings(texts)
         if present.any():  # titles that share no word say nothing
-            sources.append((embeddings, present, options.text_weight))
+            content.append((embeddings, present, options.text_weight))
+    sources += content
     if options.behaviour_weight:
         behaviour = behaviour_embeddings(fitted_histories(feed, prepared), len(feed.items), dim=options.behaviour_dim)
         sources.append((*behaviour, options.behaviour_weight))
     columns = (feed.categorical_columns, feed.multi_categorical_columns, feed.numeric_columns)
     if options.feature_weight and any(columns):
-        sources.append((*feature_embeddings(feed.items, *columns, dim=options.feature_dim), options.feature_weight))
+        features = feature_embeddings(feed.items, *columns, dim=options.feature_dim)
+        content.append((*features, options.feature_weight))
+        sources.append(content[-1])
     if not sources:
         raise ValueError(
             f"The items of {feed.name} have no embedding: give one of content_weight (with an embedding column), "
             "text_weight (with a text column), behaviour_weight or feature_weight (with feature columns)."
         )
-    return fuse_embeddings(sources, normalisation=options.embedding_normalisation)
+    fused = fuse_embeddings(sources, normalisation=options.embedding_normalisation)
+    if not content:
+        return fused, np.zeros((len(fused), 0), dtype=np.float32)
+    return fused, fuse_embeddings(content, normalisation=options.embedding_normalisation)
