@@ -208,7 +208,10 @@ def test_a_run_with_several_semantic_ids(item_head, tmp_path):
     assert all(len(set(items)) == len(items) == 50 for items in recommendations["items"].to_pylist())
 
 
-CONFIGURATIONS = sorted(path.relative_to(ROOT / "recipes").as_posix() for path in ROOT.glob("recipes/*/*.yaml"))
+CONFIGURATIONS = [
+    "recall.yaml",
+    *sorted(path.relative_to(ROOT / "recipes").as_posix() for path in ROOT.glob("recipes/*/*.yaml")),
+]
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if not name.startswith("accelerate_configs")])
@@ -228,6 +231,29 @@ def test_help_lists_the_options_and_unknown_ones_are_refused(capsys, tmp_path):
         parse_recipe_arguments(["--config", str(config)])
     with pytest.raises(ValueError, match="itemknn; there are popularity"):
         parse_recipe_arguments(["--output_dir", "run", "--baselines", '{"itemknn": false}'])
+
+
+def test_a_configuration_takes_from_its_base_what_it_leaves_out(tmp_path):
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "all.yaml").write_text("session_items: 4\ntop_k: 7\nmodel: {dropout: 0.4}\n")
+    (tmp_path / "set.yaml").write_text("base: all.yaml\ntop_k: 8\nhistory_items: 9\n")
+    config = tmp_path / "sets" / "debug.yaml"
+    config.write_text("base: ../set.yaml\nhistory_items: 10\n")
+    given = ["--config", str(config), "--output_dir", str(tmp_path / "run")]
+    args = parse_recipe_arguments(given)
+    assert (args.session_items, args.top_k, args.history_items, args.model) == (4, 8, 10, {"dropout": 0.4})
+    assert parse_recipe_arguments([*given, "--session_items", "3"]).session_items == 3
+    for text, message in {
+        "base: ../nowhere.yaml": "nowhere.yaml, which is no file",
+        "base: debug.yaml": "debug.yaml, which is itself",
+    }.items():
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse_recipe_arguments(given)
+    config.write_text("base: ../set.yaml")
+    (tmp_path / "all.yaml").write_text("top_n: 7")
+    with pytest.raises(ValueError, match="all.yaml has 'top_n'"):
+        parse_recipe_arguments(given)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import inspect
 import json
 import logging
 import os
+import sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import yaml
 from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -135,6 +137,9 @@ class RunArguments:
     """Where a run writes, and with what; nothing of it changes a stage's output."""
 
     output_dir: str = HfArg(help="Folder of the run; every stage writes one folder in it.")
+    base: str | None = option(
+        None, "In a YAML file: another one, by its path from there, with the options that this one leaves out."
+    )
     hub_model_id: str | None = option(None, "Repository that evaluate pushes model, tokenizer and card to.")
     hub_reward_model_id: str | None = option(None, "Repository for the reward model, beside hub_model_id.")
     hub_preferences_id: str | None = option(None, "Data set repository that sample_preferences pushes its pairs to.")
@@ -466,12 +471,40 @@ def option_names() -> set[str]:
     return {entry.name for entry in fields(RecipeArguments)}
 
 
+def base_options(config: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The options that a YAML file takes from its `base`, and that one from its own.
+
+    Raises:
+        ValueError: a base that is no file or no recipe, or that has the file as its own base.
+    """
+    named = read_options(config).get("base")
+    if named is None:
+        return {}
+    base, below = config.parent / named, (*below, config.resolve())
+    if not base.is_file() or base.resolve() in below:
+        raise ValueError(f"{config} has base: {named}, which is {'itself' if base.is_file() else 'no file'}.")
+    options = base_options(base, below) | read_options(base)
+    unknown = sorted(set(options) - option_names())
+    if unknown:
+        raise ValueError(f"{base} has {unknown[0]!r}, which is no option of a recipe.")
+    return options
+
+
+def read_options(config: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty one of a file that the parser will refuse."""
+    options = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    return options if isinstance(options, dict) else {}
+
+
 def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
-    """Reads `--config FILE.yaml` and flags; a flag overrides the file."""
+    """Reads `--config FILE.yaml` and flags; a flag overrides the file, and the file what it names as its `base`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    [args] = TrlParser(RecipeArguments).parse_args_and_config(args=argv)
+    parser, argv = TrlParser(RecipeArguments), sys.argv[1:] if argv is None else argv
+    if "--config" in argv[:-1]:
+        parser.set_defaults_with_config(**base_options(Path(argv[argv.index("--config") + 1])))
+    [args] = parser.parse_args_and_config(args=argv)
     # Told so, it joins the processes of any launcher on the CPU too.
     state = PartialState(cpu=not torch.accelerator.is_available())
     # Launchers count physical cores, which halves a small virtual machine; and several processes with all of the

@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-5, 1.0
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(add_help=False)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--pairs", type=int, default=16, help="pairs of a step")
     parser.add_argument("--repeats", type=int, default=15)

@@ -53,6 +53,13 @@ TRAINING = {
         "save_strategy": "no",
     },
 }
+# What a data set's own recipe has otherwise.
+OF_DATA_SET = {
+    "amazon_beauty": {
+        "codebook_sizes": [256, 256, 256],
+        "model": {"history_positions": "item", "dropout": 0.2, "attention_dropout": 0.2},
+    },
+}
 NUM_BEAMS = 20
 MAX_USERS = 5000  # evaluated, of each data set
 COLUMNS = {
@@ -94,7 +101,7 @@ def finished_cells(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def recipe_arguments(data_set: str, data_dir: str, folder: Path, options: dict[str, Any]) -> RecipeArguments:
     """Arguments of the data set's own recipe with the comparison's training."""
-    options = TRAINING | options
+    options = TRAINING | OF_DATA_SET.get(data_set, {}) | options
     flags = [
         "--config",
         str(RECIPES / data_set / "pipeline.yaml"),
@@ -104,7 +111,8 @@ def recipe_arguments(data_set: str, data_dir: str, folder: Path, options: dict[s
         str(folder),
     ]
     for name, value in options.items():
-        flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)]
     return parse_recipe_arguments(flags)
 
 
