@@ -243,6 +243,8 @@ def test_a_configuration_takes_from_its_base_what_it_leaves_out(tmp_path):
     args = parse_recipe_arguments(given)
     assert (args.session_items, args.top_k, args.history_items, args.model) == (4, 8, 10, {"dropout": 0.4})
     assert parse_recipe_arguments([*given, "--session_items", "3"]).session_items == 3
+    with pytest.raises(ValueError, match="given with --config"):
+        parse_recipe_arguments([*given, "--base", "all.yaml"])
     for text, message in {
         "base: ../nowhere.yaml": "nowhere.yaml, which is no file",
         "base: debug.yaml": "debug.yaml, which is itself",

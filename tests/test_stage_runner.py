@@ -163,10 +163,11 @@ def test_what_is_recommended_with_does_not_redo_an_evaluation(arguments):
     assert plain.group(PolicyArguments) == other.group(PolicyArguments)
 
 
-def test_every_option_belongs_to_a_stage_or_says_where_the_run_writes(arguments):
+def test_every_option_belongs_to_a_stage_or_changes_no_output(arguments):
     staged = {entry.name for group in GROUPS for entry in fields(group)}
     others = {entry.name for entry in fields(arguments())} - staged
-    assert others == {"output_dir", "threads", "hub_model_id", "hub_reward_model_id", "hub_preferences_id"}
+    hub = {"hub_model_id", "hub_reward_model_id", "hub_preferences_id"}
+    assert others == {"output_dir", "base", "threads", *hub}
 
 
 @pytest.mark.parametrize(

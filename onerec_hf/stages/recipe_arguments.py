@@ -502,6 +502,8 @@ def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
     for noisy in ("httpx", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     parser, argv = TrlParser(RecipeArguments), sys.argv[1:] if argv is None else argv
+    if any(flag.partition("=")[0] == "--base" for flag in argv):
+        raise ValueError("base stands in a YAML file; on the command line a file is given with --config.")
     if "--config" in argv[:-1]:
         parser.set_defaults_with_config(**base_options(Path(argv[argv.index("--config") + 1])))
     [args] = parser.parse_args_and_config(args=argv)
