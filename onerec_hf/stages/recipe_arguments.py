@@ -471,22 +471,24 @@ def option_names() -> set[str]:
     return {entry.name for entry in fields(RecipeArguments)}
 
 
-def base_options(config: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def base_options(config: Path) -> dict[str, Any]:
     """The options that a YAML file takes from its `base`, and that one from its own.
 
     Raises:
         ValueError: a base that is no file or no recipe, or that has the file as its own base.
     """
-    named = read_options(config).get("base")
-    if named is None:
-        return {}
-    base, below = config.parent / named, (*below, config.resolve())
-    if not base.is_file() or base.resolve() in below:
-        raise ValueError(f"{config} has base: {named}, which is {'itself' if base.is_file() else 'no file'}.")
-    options = base_options(base, below) | read_options(base)
-    unknown = sorted(set(options) - option_names())
-    if unknown:
-        raise ValueError(f"{base} has {unknown[0]!r}, which is no option of a recipe.")
+    options, files, latest = {}, [config], read_options(config)
+    while latest.get("base") is not None:
+        base = files[-1].parent / latest["base"]
+        if not base.is_file() or any(base.samefile(file) for file in files):
+            reason = "itself" if base.is_file() else "no file"
+            raise ValueError(f"{files[-1]} has base: {latest['base']}, which is {reason}.")
+        latest = read_options(base)
+        unknown = sorted(set(latest) - option_names())
+        if unknown:
+            raise ValueError(f"{base} has {unknown[0]!r}, which is no option of a recipe.")
+        options = latest | options
+        files.append(base)
     return options
 
 

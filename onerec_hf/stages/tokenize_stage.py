@@ -124,32 +124,32 @@ def embed_items(feed: Feed, prepared: PreparedData, options: TokenizeArguments) 
     Raises:
         ValueError: if there is no source at all.
     """
-    content, sources = [], []
+    sources, behaviour = [], None
     if options.content_weight and feed.embedding_column:
         given = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
-        content.append((given, np.ones(len(given), dtype=bool), options.content_weight))
+        sources.append((given, np.ones(len(given), dtype=bool), options.content_weight))
     if options.text_encoder and feed.text_column is None:
         raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
     if options.text_weight and feed.text_column is not None:
         texts, encoder = feed.items[feed.text_column].tolist(), options.text_encoder
         embeddings, present = text_embeddings(texts, encoder) if encoder else term_embeddings(texts)
         if present.any():  # titles that share no word say nothing
-            content.append((embeddings, present, options.text_weight))
-    sources += content
+            sources.append((embeddings, present, options.text_weight))
     if options.behaviour_weight:
-        behaviour = behaviour_embeddings(fitted_histories(feed, prepared), len(feed.items), dim=options.behaviour_dim)
-        sources.append((*behaviour, options.behaviour_weight))
+        histories = fitted_histories(feed, prepared)
+        embedded = behaviour_embeddings(histories, len(feed.items), dim=options.behaviour_dim)
+        behaviour = (*embedded, options.behaviour_weight)
+        sources.append(behaviour)
     columns = (feed.categorical_columns, feed.multi_categorical_columns, feed.numeric_columns)
     if options.feature_weight and any(columns):
-        features = feature_embeddings(feed.items, *columns, dim=options.feature_dim)
-        content.append((*features, options.feature_weight))
-        sources.append(content[-1])
+        sources.append((*feature_embeddings(feed.items, *columns, dim=options.feature_dim), options.feature_weight))
     if not sources:
         raise ValueError(
             f"The items of {feed.name} have no embedding: give one of content_weight (with an embedding column), "
             "text_weight (with a text column), behaviour_weight or feature_weight (with feature columns)."
         )
     fused = fuse_embeddings(sources, normalisation=options.embedding_normalisation)
+    content = [source for source in sources if source is not behaviour]
     if not content:
         return fused, np.zeros((len(fused), 0), dtype=np.float32)
     return fused, fuse_embeddings(content, normalisation=options.embedding_normalisation)
