@@ -199,3 +199,20 @@ def test_old_names_of_options_warn():
     with pytest.warns(FutureWarning, match="'exclude_history' is now called 'exclude_consumed'"):
         options = PreferenceSampling(sample_share=0.5, min_reward_gap=0.1, exclude_history=False)
     assert options == PreferenceSampling(r_dpo=0.5, min_reward_margin=0.1, exclude_consumed=False)
+
+
+def test_the_chosen_session_comes_from_guided_search_and_the_rejected_one_from_the_policy(judge, trie):
+    model, rows = tiny_generator(), training_rows()
+    settings = {"r_dpo": 0.5, "num_candidates": 4, "loser_quantile": 0.5}
+    plain = sample_preferences(model, trie, judge, rows, PreferenceSampling(**settings), seed=1)
+    guided = PreferenceSampling(**settings, guided_beams=60, num_item_beams=6, guidance_weight=100.0)
+    pairs = sample_preferences(model, trie, judge, rows, guided, seed=1)
+    guided_pairs = {pair["user_id"]: pair for pair in pairs}
+    gains = []
+    for pair in plain:
+        of_same = guided_pairs[pair["user_id"]]
+        assert of_same["candidates"] == pair["candidates"] and of_same["rejected"] == pair["rejected"]
+        gains.append(of_same["chosen_reward"] - pair["chosen_reward"])
+    assert min(gains) >= 0 and max(gains) > 0
+    with pytest.raises(ValueError, match="search must be one of beam, diverse_beam"):
+        PreferenceSampling(search="guided_beam")

@@ -29,6 +29,7 @@ from ..session_likelihood import session_log_probs
 from ..staged_files import staged_file
 
 ROWS_PER_PART = 16
+GUIDED = "guided_beam"
 PAIR_FEATURES = {
     "chosen": List(Value("int64")),
     "rejected": List(List(Value("int64"))),
@@ -52,6 +53,9 @@ class PreferenceSampling:
         num_candidates: N, sessions generated for each row; the same session counts once.
         num_items: Items of a session; the generator's `session_items` by default.
         search: `"beam"`, `"diverse_beam"`, `"sample"` (nucleus sampling by `top_p`) or `"stochastic_beam"`.
+        guided_beams: With a number, the chosen session is the best one of a search of so many beams that the reward
+            model guides, and the candidates that the policy finds by itself are there to be rejected.
+        guidance_weight, num_item_beams: Of the guided search.
         temperature, top_p, num_beam_groups, diversity_penalty: Of the search, as [`generate_sessions`] has them.
         winner_quantile: Rank of the winner among the row's rewards: 1 is the best, 0.5 the median.
         loser_quantile: Rank of the loser; 0 is the worst.
@@ -69,6 +73,9 @@ class PreferenceSampling:
     top_p: float | None = None
     num_beam_groups: int = 4
     diversity_penalty: float = 0.5
+    guided_beams: int | None = None
+    guidance_weight: float = SearchOptions.guidance_weight
+    num_item_beams: int = SearchOptions.num_item_beams
     winner_quantile: float = 1.0
     loser_quantile: float = 0.0
     num_rejected: int = 1
@@ -80,8 +87,11 @@ class PreferenceSampling:
             raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
         if self.num_candidates < 2:
             raise ValueError(f"num_candidates must be at least 2 to make a pair, got {self.num_candidates}.")
-        if self.search not in SEARCHES:
-            raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {self.search!r}.")
+        searches = [name for name in SEARCHES if name != GUIDED]
+        if self.search not in searches:
+            raise ValueError(f"search must be one of {', '.join(searches)}, got {self.search!r}.")
+        if self.guided_beams is not None and self.guided_beams < 1:
+            raise ValueError(f"guided_beams must be at least 1, got {self.guided_beams}.")
         if not 0 <= self.loser_quantile < self.winner_quantile <= 1:
             raise ValueError(
                 f"The quantiles must satisfy 0 <= loser_quantile < winner_quantile <= 1, got {self.loser_quantile} "
@@ -94,27 +104,42 @@ class PreferenceSampling:
         """The arguments of [`generate_sessions`] for this search."""
         return vars(SearchOptions.read_from(self, self.search, self.num_candidates, generator))
 
-    def pair(self, sessions: np.ndarray, rewards: np.ndarray) -> dict[str, Any] | None:
+    def guidance(self, scorer: SessionScorer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The arguments of [`generate_sessions`] for the guided search."""
+        return {
+            "search": GUIDED,
+            "guide": scorer.guide(rows),
+            "guidance_weight": self.guidance_weight,
+            "num_item_beams": self.num_item_beams,
+            "num_beams": max(self.guided_beams // self.num_item_beams, 1),
+            "num_return": 1,
+        }
+
+    def pair(
+        self, sessions: np.ndarray, rewards: np.ndarray, guided: tuple[np.ndarray, float] | None = None
+    ) -> dict[str, Any] | None:
         """The pair of one row's candidates, or None where no reward is below the winner's by the margin.
 
         Args:
             sessions: (C, m) distinct sessions of catalogue indices, the likeliest of equal reward first.
             rewards: (C,) their rewards.
+            guided: The winner of a guided search (m,), and its reward.
         """
         count = len(rewards)
-        if count < 2:
+        if count < (2 if guided is None else 1):
             return None
         winner = np.argsort(-rewards, kind="stable")[round((1 - self.winner_quantile) * (count - 1))]
+        chosen, chosen_reward = (sessions[winner], rewards[winner]) if guided is None else guided
         start = round(self.loser_quantile * (count - 1))
         rejected = np.argsort(rewards, kind="stable")[start : start + self.num_rejected]
-        margins = rewards[winner] - rewards[rejected]
+        margins = chosen_reward - rewards[rejected]
         rejected = rejected[(margins > 0) & (margins >= self.min_reward_margin)]
         if not len(rejected):
             return None
         return {
-            "chosen": sessions[winner].tolist(),
+            "chosen": chosen.tolist(),
             "rejected": sessions[rejected].tolist(),
-            "chosen_reward": float(rewards[winner]),
+            "chosen_reward": float(chosen_reward),
             "rejected_reward": float(rewards[rejected[0]]),
             "mean_reward": float(rewards.mean()),
             "candidates": sessions.tolist(),
@@ -203,12 +228,22 @@ def _pairs_of(
     found = generate_sessions(model, trie, **encoded, num_items=options.num_items, excluded=excluded, **search)
     sessions = found.items.cpu()
     rewards = scorer.score(rows, sessions, batch_size=len(rows)).reward.numpy()
+    winners = [None] * len(rows)
+    if options.guided_beams is not None:
+        guided = {"num_items": options.num_items, "excluded": excluded, **options.guidance(scorer, rows)}
+        best = generate_sessions(model, trie, **encoded, **guided).items.cpu()
+        of_best = scorer.score(rows, best, batch_size=len(rows)).reward[:, 0].tolist()
+        whole = (best[:, 0] >= 0).all(-1).tolist()
+        winners = [
+            winner if found else None for *winner, found in zip(best[:, 0].numpy(), of_best, whole, strict=True)
+        ]
     pairs = []
     compared = torch.full((len(rows), 1 + options.num_rejected, sessions.shape[-1]), -1)
-    for row, candidates, candidate_rewards, places in zip(rows, sessions.numpy(), rewards, compared, strict=True):
+    by_row = zip(rows, sessions.numpy(), rewards, winners, compared, strict=True)
+    for row, candidates, candidate_rewards, winner, places in by_row:
         first = np.sort(np.unique(candidates, axis=0, return_index=True)[1])
         first = first[(candidates[first] >= 0).all(-1) & ~np.isnan(candidate_rewards[first])]
-        pair = options.pair(candidates[first], candidate_rewards[first])
+        pair = options.pair(candidates[first], candidate_rewards[first], winner)
         pairs.append(pair and row | pair)
         if pair is not None:
             places[: 1 + len(pair["rejected"])] = torch.tensor([pair["chosen"], *pair["rejected"]])

@@ -9,6 +9,7 @@ import warnings
 from .alignment_checks import AlignmentChecks
 from .baselines import EASE, Baseline, ItemKNN, Popularity
 from .bootstrap import bootstrap_interval, coverage_change, percentile_interval, relative_change, resampled_means
+from .cascade import RANKERS, cascade_sessions, oracle_sessions
 from .counterfactual import LoggedFeedback, PolicyOnLog, exposure_shares
 from .fused import Fused
 from .logged_exposures import LoggedExposures
@@ -24,7 +25,9 @@ from .ranking_metrics import (
     ranking_metrics,
     user_metrics,
 )
+from .replay import Replay
 from .sasrec import SASRec
+from .served_sessions import ServedMethod, ServedSessions, add_oracle_shares
 from .session_judges import REWARD, judge_by_model, judge_by_truth, mean_and_max, scalar_of
 
 _MOVED_TO_REPORTING = ("comparison_figure", "comparison_table", "print_table", "write_report")

@@ -59,19 +59,27 @@ class LoggedExposures:
         self.items[spot] = tokenizer.item_index(shown["item_id"])
         shares = exposure_shares(earlier_items, len(tokenizer.item_ids))
         propensities = np.where(self.items >= 0, shares[self.items], np.nan)
-        predicted = judge_by_model(scorer, self.rows, torch.from_numpy(self.items)[..., None])
-        self.feedback = LoggedFeedback(propensities, self._labels(shown, spot), predicted, clip)
-
-    def _labels(self, shown: pd.DataFrame, spot: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        """By objective (U, K), the scalar reward first."""
-        objectives = self.scorer.model.config.objectives
-        columns = list(dict.fromkeys([DURATION, *(objective["source"] for objective in objectives)]))
-        feedback = shown.reindex(columns=columns).to_numpy(dtype=np.float64)
-        # In the precision of the labels that the reward model is trained on.
-        found = objective_labels(objectives, feedback, columns, np.arange(len(shown))[:, None]).astype(np.float32)
         labels = {}
-        for index, name in enumerate(self.scorer.objectives):
+        for name, values in exposure_labels(scorer, shown).items():
             labels[name] = np.full(self.items.shape, np.nan)
-            labels[name][spot] = found[:, index]
-        reward = scalar_of(self.scorer, labels)
-        return labels if reward is None else {REWARD: reward, **labels}
+            labels[name][spot] = values
+        predicted = judge_by_model(scorer, self.rows, torch.from_numpy(self.items)[..., None])
+        self.feedback = LoggedFeedback(propensities, labels, predicted, clip)
+
+
+def exposure_labels(scorer: SessionScorer, shown: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Labels of exposures, as of sessions of one item: by objective (rows,), NaN where unknown, the scalar reward
+    first where all that it counts have labels.
+
+    Args:
+        scorer: whose objectives are labelled.
+        shown: its feedback columns that the objectives need; what is missing is unknown.
+    """
+    objectives = scorer.model.config.objectives
+    columns = list(dict.fromkeys([DURATION, *(objective["source"] for objective in objectives)]))
+    feedback = shown.reindex(columns=columns).to_numpy(dtype=np.float64)
+    # In the precision of the labels that the reward model is trained on.
+    found = objective_labels(objectives, feedback, columns, np.arange(len(shown))[:, None]).astype(np.float32)
+    labels = {name: found[:, index] for index, name in enumerate(scorer.objectives)}
+    reward = scalar_of(scorer, labels)
+    return labels if reward is None else {REWARD: reward, **labels}

@@ -46,6 +46,7 @@ class EvaluationOptions:
         judged_users: cases, drawn by seed, whose sessions are judged; None for all.
         judged_sessions: sessions of each of them: found by a generator's beams, or of highest score by a ranking.
         session_items: items of a session of a ranking; a generator's configuration has its own.
+        cascade_candidates: how many of a ranking's items cascades read.
         divergence_sessions: sessions drawn of each of them for the divergence from the seed model; 0 for none.
         seed: of what is drawn.
     """
@@ -55,13 +56,14 @@ class EvaluationOptions:
     judged_users: int | None = 500
     judged_sessions: int = 32
     session_items: int = 5
+    cascade_candidates: Sequence[int] = ()
     divergence_sessions: int = 8
     seed: int = 0
 
     @property
     def ranked_items(self) -> int:
-        """Ranked items that a ranking's figures and its judged sessions need."""
-        return max(*CUTOFFS, self.judged_sessions + self.session_items - 1)
+        """Ranked items that a ranking's figures, its judged sessions and cascades need."""
+        return max(*CUTOFFS, self.judged_sessions + self.session_items - 1, *self.cascade_candidates)
 
 
 class PolicyEvaluator:
@@ -119,10 +121,10 @@ class PolicyEvaluator:
             started = time.monotonic()
             ranked, _ = self.rank(model, name=name)
             seconds = time.monotonic() - started
-            sessions, token_ids, divergence = self.generate(model, seed_model, name)
+            sessions, token_ids = self.generate(model, name)
         results = self.results(ranked, sessions)
         if seed_model is not None:
-            results.by_user["kl_to_seed"] = divergence
+            results.by_user["kl_to_seed"] = self.divergence(model, seed_model, name)
         results.facts["users_per_second"] = len(ranked) / seconds
         made = token_ids[(sessions >= 0).all(-1)]
         results.facts["illegal_rate"] = illegal_rate(made, self.tokenizer.semantic_id_token_ids)
@@ -141,51 +143,79 @@ class PolicyEvaluator:
         return self.results(ranked, torch.from_numpy(found))
 
     def rank(
-        self, model: OneRecForConditionalGeneration, width: int = max(CUTOFFS), name: str = "policy"
+        self,
+        model: OneRecForConditionalGeneration,
+        width: int = max(CUTOFFS),
+        name: str = "policy",
+        cases: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The cases' ranked items, (users, width) catalogue indices, and their log-probabilities."""
+        """The ranked items of some cases, by default of all, (users, width) catalogue indices, and their
+        log-probabilities."""
+        cases = np.arange(len(self.cases)) if cases is None else cases
         beams = max(self.options.ranking_beams, width)
-        ranked, scores = np.full((len(self.cases), width), -1), np.full((len(self.cases), width), -np.inf)
-        for rows in _batches(self.histories, model.config.history_items, 1024, f"ranking, {name}"):
-            inputs = self.inputs(model, self.cases.select(rows).to_list())
+        ranked, scores = np.full((len(cases), width), -1), np.full((len(cases), width), -np.inf)
+        histories = [self.histories[case] for case in cases]
+        for rows in _batches(histories, model.config.history_items, 1024, f"ranking, {name}"):
+            inputs = self.inputs(model, self.cases.select(cases[rows]).to_list())
             found = generate_sessions(model, self.trie, **inputs, num_items=1, num_beams=beams, num_return=width)
             ranked[rows, : found.items.shape[1]] = found.items[..., 0].cpu().numpy()
             scores[rows, : found.items.shape[1]] = found.scores.cpu().numpy()
         return ranked, scores
 
     def generate(
-        self, model: OneRecForConditionalGeneration, seed_model: OneRecForConditionalGeneration | None, name: str
-    ) -> tuple[torch.LongTensor, torch.LongTensor, np.ndarray]:
-        """The judged cases' sessions (users, C, m), their items' tokens (users, C, m, L), -1 for nothing, and the
-        divergence from the seed model (users,) [nats a session]: 0 of itself, NaN where none is measured."""
+        self, model: OneRecForConditionalGeneration, name: str = "policy", **search
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The judged cases' sessions (users, C, m) and their items' tokens (users, C, m, L), -1 for nothing.
+
+        Args:
+            name: for the progress bar.
+            search: fields of [`SearchOptions`] other than `num_beams`, which is C.
+        """
         sessions = torch.full((len(self.judged), self.options.judged_sessions, model.config.session_items), -1)
         token_ids = torch.full((*sessions.shape, self.tokenizer.num_levels), -1)
-        divergence = np.full(len(self.judged), 0.0 if seed_model is model else np.nan)
-        measured = seed_model is not None and seed_model is not model and self.options.divergence_sessions > 0
-        noise = torch.Generator(model.device).manual_seed(self.options.seed)
-        histories = [self.histories[row] for row in self.judged]
-        for rows in _batches(histories, model.config.history_items, 512, f"sessions, {name}"):
-            judged = [self.judged_rows[row] for row in rows]
-            found = generate_sessions(model, self.trie, **self.inputs(model, judged), num_beams=sessions.shape[1])
+        for rows, judged in self._judged_batches(model, f"sessions, {name}"):
+            inputs = self.inputs(model, judged)
+            found = generate_sessions(model, self.trie, **inputs, num_beams=sessions.shape[1], **search)
             sessions[rows, : found.items.shape[1]] = found.items.cpu()
             token_ids[rows, : found.items.shape[1]] = found.token_ids.cpu()
-            if measured:
-                divergence[rows] = self.divergence(model, seed_model, judged, noise)
-        return sessions, token_ids, divergence
+        return sessions, token_ids
+
+    def guided_sessions(
+        self, model: OneRecForConditionalGeneration, scorer: SessionScorer, name: str = "policy", **search
+    ) -> torch.LongTensor:
+        """The judged cases' best sessions (users, m) of a search that the scorer guides; `search` as of [`generate`],
+        with `num_beams`."""
+        sessions = torch.full((len(self.judged), model.config.session_items), -1)
+        for rows, judged in self._judged_batches(model, f"guided sessions, {name}"):
+            search |= {"search": "guided_beam", "guide": scorer.guide(judged), "num_return": 1}
+            found = generate_sessions(model, self.trie, **self.inputs(model, judged), **search)
+            sessions[rows] = found.items[:, 0].cpu()
+        return sessions
 
     def divergence(
-        self,
-        model: OneRecForConditionalGeneration,
-        seed_model: OneRecForConditionalGeneration,
-        rows: Sequence[Mapping],
-        noise: torch.Generator,
+        self, model: OneRecForConditionalGeneration, seed_model: OneRecForConditionalGeneration, name: str = "policy"
     ) -> np.ndarray:
-        """KL of a user's session distribution from the seed model's, (users,) [nats a session], estimated from
-        sessions drawn from the model; both policies are normalised over the items that the user may be given."""
-        found = draw_sessions(model, self.trie, self.options.divergence_sessions, noise, **self.inputs(model, rows))
-        with evaluation_mode(seed_model):
-            seed = session_log_probs(seed_model, self.trie, found.items, **self.inputs(seed_model, rows))
-        return sampled_divergence(found.scores, seed).cpu().numpy()
+        """KL of the judged cases' session distribution from the seed model's, (users,) [nats a session], estimated
+        from sessions drawn from the model; both policies are normalised over the items that the user may be given.
+        0 of the seed model itself, NaN where no session is to be drawn."""
+        if seed_model is model:
+            return np.zeros(len(self.judged))
+        divergence, count = np.full(len(self.judged), np.nan), self.options.divergence_sessions
+        noise = torch.Generator(model.device).manual_seed(self.options.seed)
+        for rows, judged in self._judged_batches(model, f"divergence, {name}") if count else ():
+            with evaluation_mode(model), evaluation_mode(seed_model):
+                found = draw_sessions(model, self.trie, count, noise, **self.inputs(model, judged))
+                seed = session_log_probs(seed_model, self.trie, found.items, **self.inputs(seed_model, judged))
+            divergence[rows] = sampled_divergence(found.scores, seed).cpu().numpy()
+        return divergence
+
+    def _judged_batches(
+        self, model: OneRecForConditionalGeneration, title: str
+    ) -> Iterator[tuple[np.ndarray, list[Mapping]]]:
+        """Places among the judged cases, and their rows."""
+        histories = [self.histories[row] for row in self.judged]
+        for rows in _batches(histories, model.config.history_items, 512, title):
+            yield rows, [self.judged_rows[row] for row in rows]
 
     def inputs(self, model: OneRecForConditionalGeneration, rows: Sequence[Mapping]) -> dict[str, torch.Tensor | None]:
         """[`generation_inputs`] of rows by catalogue index."""

@@ -76,6 +76,30 @@ REWARD_FIGURES = {
     "<objective>_estimate_mean": "Mean estimate, in [0, 1].",
     "<objective>_labels": "Number of known labels.",
 }
+SERVED = {
+    "method": "onerec; cascade, of a retriever and the reward model; a baseline, whose first items are served; or "
+    "oracle, which builds sessions by the simulated truth.",
+    "retriever": "What finds candidates: a ranking of items; of OneRec beam, diverse_beam or its own ranked_list.",
+    "candidates": "Items, or of OneRec sessions, that the reward model sees, beams where it guides; null without it.",
+    "ranker": "item: those of highest reward alone; session: built greedily by reward; best_session: of whole ones.",
+    "guided": "Whether the reward model takes part in OneRec's search.",
+    "round": "Round of alignment that OneRec's model is of; null for other methods.",
+    "recall": "Of the user's next positive items, as many as a session has, the share that the session holds.",
+    "coverage": "Share of the catalogue in at least one served session.",
+    "diversity": "Mean cosine distance of the items of a session.",
+    "popular_item_share": POLICY["popular_item_share"],
+    "milliseconds": "Time for a user, of a cascade both parts'; null for the oracle.",
+    "judges": {"<judge>": {"reward": "Mean reward of the session.", "interval": "Its 95% bootstrap interval."}},
+    "oracle_share": "How much of the way from the first popular items to the oracle it is, by the truth.",
+    "replay": {
+        "items": "Served items that the log showed to the same user in the evaluated period; replay is null where it "
+        "has no exposures.",
+        "share": "Their share of the served items.",
+        "feedback": {
+            "<objective>": {"mean": "Mean label of them by user.", "interval": "Its 95% bootstrap interval."}
+        },
+    },
+}
 TRAINED_ON = "Runs of exposures that it was trained on; the other figures are those on later sessions or exposures."
 BEFORE_POLICY = "The same before the collision policy."
 ERROR = "Squared error of the embeddings' reconstruction, as a share of their variance."
@@ -152,6 +176,7 @@ METRICS: dict[str, Any] = {
     },
     "onerec": POLICY,
     "baselines": {"<baseline>": BASELINE},
+    "served": [SERVED],
     "alignment": [ROUND],
     "reward_models": {"<judge>": {**REWARD_FIGURES, "num_runs": TRAINED_ON, "exposures": REWARD_FIGURES}},
     "timings": {"<stage>": "Time that the stage took [s]."},

@@ -29,15 +29,17 @@ from .alignment_report import (
     shown_name,
     text_tables,
 )
+from .served_report import BASELINE_NAMES, served_section, served_text
 from .tables import Measured, Table, fact_rows, number, signed_percent
 
-PARTS = {"dataset": {}, "tokenizer": {}, "onerec": {}, "baselines": {}, "alignment": [], "reward_models": {}}
-METHOD_NAMES = {
-    "popularity": "Popularity",
-    "item_knn": "Item-KNN",
-    "ease": "EASE",
-    "sasrec": "SASRec",
-    "fused": "Fused",
+PARTS = {
+    "dataset": {},
+    "tokenizer": {},
+    "onerec": {},
+    "baselines": {},
+    "alignment": [],
+    "reward_models": {},
+    "served": [],
 }
 RANKING_COLUMNS = ("recall@5", "recall@10", "recall@50", "ndcg@5", "ndcg@10", "ndcg@50", "coverage")
 SESSION_COLUMNS = ("intra_session_diversity", "illegal_rate", "duplicate_rate")
@@ -112,6 +114,7 @@ def write_report(
     details, metrics = _details_section({"settings": settings, **metrics}), PARTS | metrics
     sections = [
         ("Recommendation quality", _quality_section(metrics)),
+        ("Served sessions", served_section(metrics["served"])),
         ("Rewards by alignment round", reward_section(metrics["alignment"])),
         ("On the logged exposures", log_section(metrics["alignment"])),
         ("Reward models", _reward_model_section(metrics["reward_models"], reliability_plots or {})),
@@ -139,13 +142,15 @@ def write_report(
 
 
 def print_table(metrics: Mapping[str, Any]) -> str:
-    """The run's figures as plain text for a terminal: methods, then rounds, judges and the log."""
+    """The run's figures as plain text for a terminal: methods, served sessions, rounds, judges and the log."""
     metrics, columns = PARTS | metrics, ("recall@10", "recall@50", "ndcg@10", "coverage")
     rows = [[name, *(row.get(column) for column in columns)] for name, row in _methods(metrics)]
     blocks, onerec = [Table(["", *columns], rows).text()], metrics["onerec"]
     rates = [f"{name.replace('_', ' ')} {number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
     if rates:
         blocks.append("Sessions: " + ", ".join(rates))
+    if metrics["served"]:
+        blocks.append("Served sessions, one by user:\n" + served_text(metrics["served"]))
     return "\n\n".join([*blocks, *text_tables(metrics["alignment"])])
 
 
@@ -156,7 +161,7 @@ def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
         rows.append(("OneRec, aligned" if aligned else "OneRec", metrics["onerec"]))
     if aligned:
         rows.append(("OneRec, pre-trained", metrics["alignment"][0]))
-    return rows + [(METHOD_NAMES.get(name, name), values) for name, values in metrics["baselines"].items()]
+    return rows + [(BASELINE_NAMES.get(name, name), values) for name, values in metrics["baselines"].items()]
 
 
 def _is_aligned(alignment: Sequence[Mapping[str, Any]]) -> bool:
@@ -180,7 +185,7 @@ def _cards(metrics: Mapping[str, Any]) -> str:
     baselines = {name: row["recall@10"] for name, row in metrics["baselines"].items() if "recall@10" in row}
     if baselines:
         best = max(baselines, key=baselines.__getitem__)
-        cards.append((number(baselines[best]), f"Recall@10 of the best baseline, {METHOD_NAMES.get(best, best)}"))
+        cards.append((number(baselines[best]), f"Recall@10 of the best baseline, {BASELINE_NAMES.get(best, best)}"))
     if _is_aligned(alignment):
         for judge in judges_of(alignment)[1:]:
             change = judge_change(last_kept(alignment), judge, "reward_mean")
@@ -285,7 +290,7 @@ def _reward_model_section(reward_models: Mapping[str, Any], plots: Mapping[str, 
 
 
 def _details_section(parts: Mapping[str, Any]) -> str:
-    text, shown = "", ("onerec", "baselines", "tokenizer")
+    text, shown = "", ("onerec", "baselines", "tokenizer", "served")
     for key, value in parts.items():
         title = key.replace("_", " ")
         rows = fact_rows(value if isinstance(value, Mapping) else {title: value})

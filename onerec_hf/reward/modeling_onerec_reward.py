@@ -55,6 +55,19 @@ class _Items(NamedTuple):
     vectors: torch.Tensor  # (B, Q, H), v of the paper
 
 
+class EncodedBehaviour(NamedTuple):
+    """A user's behaviour as [`OneRecRewardModel.encode_behaviour`] makes it, for any number of sessions after it."""
+
+    items: _Items
+    states: torch.Tensor  # (B, n, H), the items with their feedback
+    signals: torch.Tensor  # (B, n, 2 S), the feedback's sums and counts
+    totals: torch.Tensor  # (B, 1 + n, 2 S), running sums of these, from those before the history
+
+    def of_users(self, users: slice) -> "EncodedBehaviour":
+        """Those of a part of the batch."""
+        return EncodedBehaviour(_Items(*(value[users] for value in self.items)), *(part[users] for part in self[1:]))
+
+
 @dataclass
 class OneRecRewardOutput(ModelOutput):
     """Output of [`OneRecRewardModel`], for B users, C candidate sessions each (no such axis when one session was
@@ -445,6 +458,29 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             probabilities = (probabilities - means) / probabilities.new_tensor(config.objective_deviations)
         return (probabilities * weights).sum(-1)
 
+    def encode_behaviour(
+        self,
+        history_ids: torch.LongTensor,
+        history_indices: torch.LongTensor | None = None,
+        history_signals: torch.FloatTensor | None = None,
+        user_totals: torch.FloatTensor | None = None,
+    ) -> EncodedBehaviour:
+        """What sessions are judged by, encoded once for calls with `behaviour`; arguments as of `forward`."""
+        items = self._item_vectors(history_ids, history_indices)
+        states, num_signals = items.vectors, len(self.config.signals)
+        if history_signals is None:
+            history_signals = states.new_full((*states.shape[:2], num_signals), torch.nan)
+        signals = history_signals.to(states.dtype)
+        counted = torch.cat([signals.nan_to_num(0.0), (~signals.isnan()).to(states.dtype)], dim=-1)
+        if num_signals:
+            states = states + self.signal_proj(counted)
+        counted = counted * items.mask[..., None]
+        # Everything before the session counts for the user's own rates, not only what it attends to.
+        totals = F.pad(counted.cumsum(1), (0, 0, 1, 0))
+        if user_totals is not None:
+            totals = totals + user_totals[:, None].to(totals.dtype)
+        return EncodedBehaviour(items, states, counted, totals)
+
     def _check_inputs(
         self, history_ids: torch.Tensor, session_ids: torch.Tensor, history_prefixes: torch.Tensor | None
     ):
@@ -474,8 +510,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        history_ids: torch.LongTensor,
-        session_ids: torch.LongTensor,
+        history_ids: torch.LongTensor | None = None,
+        session_ids: torch.LongTensor | None = None,
         labels: torch.FloatTensor | None = None,
         history_indices: torch.LongTensor | None = None,
         session_indices: torch.LongTensor | None = None,
@@ -486,6 +522,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         history_prefixes: torch.LongTensor | None = None,
         session_offsets: torch.LongTensor | None = None,
         whole_sessions: bool = True,
+        behaviour: EncodedBehaviour | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
         """The history is encoded once for all of a user's candidate sessions, which may be as short as one item. What
@@ -508,22 +545,26 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 sees; by default all.
             session_offsets: (B,) or (B, C) how many of the latest behaviours are the session's own earlier part.
             whole_sessions: Whether the sessions are whole ones, and not lone exposures, which are calibrated apart.
+            behaviour: Of [`encode_behaviour`], in place of the history, its signals and `user_totals`.
 
         Raises:
             ValueError: on inputs of another shape, or longer than `history_items` or `session_items`.
         """
-        self._check_inputs(history_ids, session_ids, history_prefixes)
+        if behaviour is None:
+            self._check_inputs(history_ids, session_ids, history_prefixes)
+            behaviour = self.encode_behaviour(history_ids, history_indices, history_signals, user_totals)
+        else:
+            self._check_inputs(behaviour.items.code_ids, session_ids, history_prefixes)
         single = session_ids.dim() == 3
         session_ids, session_indices, session_totals, history_prefixes, session_offsets = (
             tensor[:, None] if single and tensor is not None else tensor
             for tensor in (session_ids, session_indices, session_totals, history_prefixes, session_offsets)
         )
-        history = self._item_vectors(history_ids, history_indices)
         items = self._item_vectors(session_ids.flatten(1, 2), session_indices)
         session_mask = items.mask.unflatten(1, session_ids.shape[1:3])
-        recency, seen = self._before_sessions(history.mask, history_prefixes, session_mask.shape[2])
-        known = self._repetition(items, history, recency, session_offsets, session_mask.shape[1:])
-        states, rates = self._past_rates(items, history, recency, seen, history_signals, user_totals, session_totals)
+        recency, seen = self._before_sessions(behaviour.items.mask, history_prefixes, session_mask.shape[2])
+        known = self._repetition(items, behaviour.items, recency, session_offsets, session_mask.shape[1:])
+        rates, states = self._past_rates(items, behaviour, recency, seen, session_totals), behaviour.states
         fused = self._target_attention(items, states, recency, [*rates, *known], user_values, **kwargs)
         sessions = self._session_attention(fused, session_mask, **kwargs)
         member_logits = torch.stack([tower(sessions) for tower in self.towers.values()], dim=-1)
@@ -579,32 +620,21 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
     def _past_rates(
         self,
         items: _Items,
-        history: _Items,
+        behaviour: EncodedBehaviour,
         recency: torch.LongTensor,
         seen: torch.LongTensor,
-        signals: torch.FloatTensor | None,
-        user_totals: torch.FloatTensor | None,
         item_totals: torch.FloatTensor | None,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The behaviour `(B, n, H)` with its feedback, and smoothed rates of the past, each `(B, Q, 2 S)`: of the
-        user, of the item, of the user with the same item and with items of the same value of each feature."""
-        config, states = self.config, history.vectors
+    ) -> list[torch.Tensor]:
+        """Smoothed rates of the past, each `(B, Q, 2 S)`: of the user, of the item, of the user with the same item and
+        with items of the same value of each feature."""
+        config, totals, counted = self.config, behaviour.totals, behaviour.signals
         if not config.signals:
-            return states, []
-        if signals is None:
-            signals = states.new_full((*states.shape[:2], len(config.signals)), torch.nan)
-        signals = signals.to(states.dtype)
-        counted = torch.cat([signals.nan_to_num(0.0), (~signals.isnan()).to(states.dtype)], dim=-1)
-        states = states + self.signal_proj(counted)
-        counted = counted * history.mask[..., None]
-        # Everything before the session counts for the user's own rates, not only what it attends to.
-        totals = F.pad(counted.cumsum(1), (0, 0, 1, 0))
-        if user_totals is not None:
-            totals = totals + user_totals[:, None].to(totals.dtype)
+            return []
         of_user = totals.gather(1, seen[..., None].expand(-1, -1, totals.shape[-1]))
         of_item = self.item_table.totals[items.rows] if item_totals is None else item_totals.flatten(1, 2)
-        same = [(equal & (recency >= 0)).to(counted.dtype) @ counted for equal in self._same_features(items, history)]
-        return states, [
+        pairs = self._same_features(items, behaviour.items)
+        same = [(equal & (recency >= 0)).to(counted.dtype) @ counted for equal in pairs]
+        return [
             self._rates(of_user, config.rate_prior).expand(-1, items.mask.shape[1], -1),
             self._rates(of_item.to(of_user.dtype), config.rate_prior),
             *(self._rates(sums, config.match_prior) for sums in same),

@@ -1,5 +1,6 @@
 """Rewards of whole sessions given as catalogue indices."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,10 @@ class SessionScorer:
         """The reward `(...)` of objectives' probabilities `(..., O)`, such as a simulated feed's true ones."""
         return self.model.scalar(probabilities)
 
+    def guide(self, rows: Sequence[Mapping[str, Any]]) -> "RewardGuide":
+        """What guides a search of these users' sessions; rows as of [`score`]."""
+        return RewardGuide(self.model, self._encoder, rows)
+
     @renamed_arguments(progress="show_progress")
     @torch.no_grad()
     def score(
@@ -90,3 +95,39 @@ class SessionScorer:
             probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
         self.model.train(was_training)
         return SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))
+
+
+class RewardGuide:
+    """Rewards of sessions while they are searched for (see [`SessionGuide`]): users' behaviour is encoded once, and
+    sessions come and go on the model's device.
+
+    Args:
+        model: in evaluation mode.
+        encoder: of the model and its tokenizer.
+        rows: as of [`SessionScorer.score`].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: OneRecRewardModel, encoder: ExposureEncoder, rows: Sequence[Mapping[str, Any]]):
+        self.model, self.item_token_ids = model, encoder.item_token_ids.to(model.device)
+        inputs = encoder(rows, model.config.history_items)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        self.user_values = inputs.pop("user_values", None)
+        self.behaviour = model.encode_behaviour(**inputs)
+
+    @torch.no_grad()
+    def __call__(self, items: torch.LongTensor) -> torch.Tensor:
+        """Rewards (B, C) of sessions (B, C, n), catalogue indices, -1 after the last one; NaN of empty ones."""
+        codes = self.item_token_ids[items.clamp(min=0)]
+        codes = codes.masked_fill((items < 0)[..., None], self.model.config.pad_token_id)
+        output = self.model(
+            session_ids=codes, session_indices=items, behaviour=self.behaviour, user_values=self.user_values
+        )
+        return output.reward.float().masked_fill((items < 0).all(-1), torch.nan)
+
+    def of_users(self, users: slice) -> "RewardGuide":
+        """The same for a part of the users."""
+        part = copy.copy(self)
+        part.behaviour = self.behaviour.of_users(users)
+        part.user_values = None if self.user_values is None else self.user_values[users]
+        return part

@@ -1,7 +1,7 @@
 """Generating sessions and ranked items by catalogue index, under the item constraint."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ _TOKENS_AT_ONCE = 2**15  # of found sessions that are scored together
 @dataclass
 class SessionBeams:
     """Sessions, best first (by stochastic beam search and sampling: in the order in which they were drawn; by diverse
-    beam search: best first within each group, group by group, and groups may have sessions in common).
+    beam search: best first within each group, group by group, and groups may have sessions in common; by guided beam
+    search: highest first by the sum of log-probability and weighted value).
 
     Args:
         items: (batch, sessions, num_items) catalogue indices. -1 throughout where fewer sessions exist than were asked
@@ -67,8 +68,10 @@ def _session_searches(
         raise ValueError(f"With several semantic IDs per item sessions are found by 'beam', not by {search.search!r}.")
     histories = encoded_histories(model, **options)
     constraints = [ItemConstraint(of_id, len(histories.hidden_states), excluded, allowed) for of_id in trie.of_ids]
-    for chunk, of_users in user_chunks(histories, constraints):
-        yield [SessionSearch(model, chunk, own, search, normalization, num_items) for own in of_users]
+    for users, chunk, of_users in user_chunks(histories, constraints):
+        guide = None if search.guide is None else search.guide.of_users(users)
+        of_chunk = replace(search, guide=guide)
+        yield [SessionSearch(model, chunk, own, of_chunk, normalization, num_items) for own in of_users]
 
 
 @torch.no_grad()
@@ -142,8 +145,7 @@ def _found_sessions(search: SessionSearch, num_return: int) -> tuple[torch.Tenso
     scores = nn.functional.pad(found.scores, padding, value=-torch.inf)[:, :num_return]
     positions = nn.functional.pad(found.positions, (0, 0, *padding), value=trie.num_positions)[:, :num_return]
     token_ids = nn.functional.pad(found.token_ids, (0, 0, 0, 0, *padding))[:, :num_return]
-    items = trie.order[positions.clamp(max=trie.num_positions - 1)].long()
-    items = items.masked_fill((positions == trie.num_positions) | scores.isneginf()[..., None], -1)
+    items = search.items(positions).masked_fill(scores.isneginf()[..., None], -1)
     scores = scores.masked_fill(items[..., 0] < 0, -torch.inf)
     return items, scores, token_ids.masked_fill(items[..., None] < 0, search.config.pad_token_id)
 

@@ -55,12 +55,12 @@ def session_log_probs(
         raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
     encoded = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
     constraints = [ItemConstraint(of_id, batch, excluded, allowed) for of_id in trie.of_ids]
-    found, start = [], 0
-    for histories, of_users in user_chunks(encoded, constraints):
-        rows = slice(start, start + len(histories.hidden_states))
-        start = rows.stop
-        found.append(forced_log_probs(model, sessions[rows], histories, of_users, normalization))
-    return torch.cat(found)
+    return torch.cat(
+        [
+            forced_log_probs(model, sessions[users], histories, of_users, normalization)
+            for users, histories, of_users in user_chunks(encoded, constraints)
+        ]
+    )
 
 
 def forced_log_probs(

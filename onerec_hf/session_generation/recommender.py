@@ -30,8 +30,8 @@ class Recommender:
     Args:
         model: The trained [`OneRecForConditionalGeneration`].
         tokenizer: The [`OneRecTokenizer`] saved with it.
-        scorer: A [`SessionScorer`] whose reward model chooses a user's session among those that the search finds;
-            without one it is the likeliest. Its tokenizer has the same catalogue.
+        scorer: A [`SessionScorer`] whose reward model chooses a user's session among those that the search finds, or
+            guides the search; without one it is the likeliest. Its tokenizer has the same catalogue.
 
     Raises:
         ValueError: If the scorer's catalogue is another.
@@ -74,7 +74,9 @@ class Recommender:
                 `item_share`, `search` and `temperature` as [`generate_sessions`] has them, where with
                 `"stochastic_beam"` the ranked list is a draw without replacement, and `"diverse_beam"` is for
                 sessions, and the list by plain beams; `num_beam_groups` and `diversity_penalty` of the latter, for
-                which beams are added to make the groups equal; `seed`, which makes draws repeatable.
+                which beams are added to make the groups equal; `"guided_beam"`, for sessions too, in which the scorer
+                takes part, with `guidance_weight` and `num_item_beams`, by which the beams are divided among sessions;
+                `seed`, which makes draws repeatable.
 
         Returns:
             Per user `session`, the item ids of the best (or first drawn) session, or of the one that the scorer chose;
@@ -125,13 +127,19 @@ class Recommender:
             raise ValueError("Independent samples make no ranked list: draw without repeats by 'stochastic_beam'.")
         if wanted == "diverse_beam":
             added = -num_beams % max(options.get("num_beam_groups", SearchOptions.num_beam_groups), 1)
-        sessions = SearchOptions(num_beams + added, generator=generator, **options)
-        options["search"] = "beam" if wanted == "diverse_beam" else wanted
-        ranking = SearchOptions(num_beams, generator=generator, **options)
+        sessions = {"num_beams": num_beams + added, "generator": generator, **options}
+        if wanted == "guided_beam":
+            if self.scorer is None:
+                raise ValueError("'guided_beam' is guided by a reward model: give the Recommender a scorer.")
+            item_beams = options.get("num_item_beams", SearchOptions.num_item_beams)
+            sessions["num_beams"] = max(num_beams // max(item_beams, 1), 1)
+        ranking = {"num_beams": num_beams, "generator": generator, **options}
+        if wanted in ("diverse_beam", "guided_beam"):
+            ranking["search"] = "beam"
         shared = {"allowed": allowed, "normalization": normalization, "item_share": item_share}
         return (
-            {"num_return": min(top_k, num_beams), **shared, **vars(ranking)},
-            {"num_return": 1 if self.scorer is None else None, **shared, **vars(sessions)},
+            {"num_return": min(top_k, num_beams), **shared, **ranking},
+            {"num_return": 1 if self.scorer is None or wanted == "guided_beam" else None, **shared, **sessions},
         )
 
     def _allowed(self, blocked_items: Iterable | None, allowed_items: Iterable | None) -> torch.BoolTensor | None:
@@ -197,9 +205,11 @@ class Recommender:
             "excluded": excluded_items([row["history"] for row in rows], model.device) if exclude_consumed else None,
         }
         ranked = generate_sessions(model, trie, num_items=1, **users, **ranking)
-        found = generate_sessions(model, trie, **users, **sessions).items.cpu()
+        guided = sessions.get("search") == "guided_beam"
+        guide = {"guide": self.scorer.guide(rows)} if guided else {}
+        found = generate_sessions(model, trie, **users, **sessions, **guide).items.cpu()
         chosen = found[:, 0]
-        if self.scorer is not None:
+        if self.scorer is not None and not guided:
             rewards = self.scorer.score(rows, found).reward
             chosen = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
         # Draws come in their own order; the list is by score.

@@ -1,7 +1,7 @@
 """The searches: which of the candidates of a step become the new beams."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -26,6 +26,17 @@ class Candidates(NamedTuple):
         return log_softmax_over(logits / temperature, self.available)
 
 
+class SessionGuide(Protocol):
+    """What values sessions while they are searched for, such as a reward model."""
+
+    def __call__(self, items: torch.LongTensor) -> torch.Tensor:
+        """Values (batch, beams), on the device of `items` (batch, beams, items so far), catalogue indices, -1 for
+        nothing; NaN of an empty session."""
+
+    def of_users(self, users: slice) -> "SessionGuide":
+        """The guide of a part of the batch."""
+
+
 class BeamSearch:
     """The best candidates of all beams. A search is called once per step and gives the chosen candidates as indices
     (batch, new beams) into beams and fan-out taken together."""
@@ -38,6 +49,43 @@ class BeamSearch:
     def __call__(self, candidates: Candidates) -> torch.LongTensor:
         scores = candidates.scores.flatten(1)
         return scores.topk(min(self.options.num_beams, scores.shape[1])).indices
+
+    def kept_sessions(self, scores: torch.Tensor, items: torch.LongTensor) -> torch.LongTensor | None:
+        """Which of the beams go on after an item, (batch, beams) places among them; all of them where it is None.
+
+        Args:
+            scores: (batch, beams) their log-probabilities, -inf of dead ones.
+            items: (batch, beams, items so far) catalogue indices, -1 for nothing.
+        """
+        return None
+
+
+class GuidedBeamSearch(BeamSearch):
+    """Beams of sessions, each extended by beams of its own for the next item, of which those sessions go on that have
+    the highest log-probability together with the guide's value, weighted."""
+
+    reads = ("guide", "guidance_weight", "num_item_beams")
+
+    def __init__(self, options: "SearchOptions"):
+        super().__init__(options)
+        self.sessions, self.between_items = 1, True
+
+    def __call__(self, candidates: Candidates) -> torch.LongTensor:
+        batch, parents, fan_out = candidates.scores.shape
+        if self.between_items:
+            self.sessions, self.between_items = parents, False
+        own = candidates.scores.view(batch, self.sessions, -1)
+        # The first items come from the one empty session, and are as many as those of all sessions later on.
+        count = min(self.options.most_beams // self.sessions, own.shape[2])
+        start = torch.arange(self.sessions, device=own.device)[:, None] * own.shape[2]
+        return (own.topk(count).indices + start).flatten(1)
+
+    def kept_sessions(self, scores: torch.Tensor, items: torch.LongTensor) -> torch.LongTensor:
+        self.between_items = True
+        value = self.options.guide(items).to(scores).nan_to_num(0.0)
+        return (
+            (scores + self.options.guidance_weight * value).topk(min(self.options.num_beams, scores.shape[1])).indices
+        )
 
 
 class DiverseBeamSearch(BeamSearch):
@@ -116,6 +164,7 @@ def _gumbel(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
 
 SEARCHES = {
     "beam": BeamSearch,
+    "guided_beam": GuidedBeamSearch,
     "diverse_beam": DiverseBeamSearch,
     "sample": Sampling,
     "stochastic_beam": StochasticBeamSearch,
@@ -130,12 +179,15 @@ class SearchOptions:
         num_beams: Beams per user; with `"sample"` sessions drawn.
         search: `"beam"`; `"diverse_beam"`, groups of beams that avoid each other's codes; `"sample"`, independent
             sessions; `"stochastic_beam"`, sessions drawn without replacement. The latter two draw from the codes that
-            an available item follows.
+            an available item follows. `"guided_beam"`, in which a value of the session so far takes part.
         temperature: Of the distribution that is drawn from.
         top_k, top_p: For `"sample"`: only the likeliest codes are drawn, so many of them (0 keeps all) or as many as
             make up this probability.
         num_beam_groups, diversity_penalty: For `"diverse_beam"`: into how many groups the beams are cut, and what a
             group's beams lose, in nats, for each beam of former groups with the same code at the same step.
+        guide, guidance_weight, num_item_beams: For `"guided_beam"`: gives the values of sessions so far, see
+            [`SessionGuide`]; what a value of 1 is worth in nats; and the items with which each of the `num_beams`
+            sessions is extended before those with the highest sum of both are kept.
         generator: Source of the draws, on the model's device.
 
     Raises:
@@ -149,6 +201,9 @@ class SearchOptions:
     top_p: float | None = None
     num_beam_groups: int = 4
     diversity_penalty: float = 0.5
+    guide: "SessionGuide | None" = None
+    guidance_weight: float = 1.0
+    num_item_beams: int = 8
     generator: torch.Generator | None = None
 
     def __post_init__(self):
@@ -174,6 +229,19 @@ class SearchOptions:
                 f"'diverse_beam' needs at least 2 num_beam_groups of equal size and a diversity_penalty above 0, got "
                 f"{groups} groups of {self.num_beams} beams and {penalty}."
             )
+
+        if (self.search == "guided_beam") != (self.guide is not None):
+            raise ValueError("'guided_beam' needs a guide, and no other search reads one.")
+        if self.guidance_weight < 0 or self.num_item_beams < 1:
+            raise ValueError(
+                f"guidance_weight must be at least 0 and num_item_beams at least 1, got {self.guidance_weight} and "
+                f"{self.num_item_beams}."
+            )
+
+    @property
+    def most_beams(self) -> int:
+        """Beams of a user at most, at any step."""
+        return self.num_beams * (self.num_item_beams if self.search == "guided_beam" else 1)
 
     @classmethod
     def read_from(cls, settings: Any, search: str, num_beams: int, generator: torch.Generator | None = None):

@@ -78,17 +78,17 @@ def encoded_histories(
 
 def user_chunks(
     histories: EncodedHistories, constraints: list[ItemConstraint]
-) -> Iterator[tuple[EncodedHistories, list[ItemConstraint]]]:
-    """Users who are searched for together: all of them, or with an item head as many as its tables have room for; with
-    their constraints in each semantic ID's trie."""
+) -> Iterator[tuple[slice, EncodedHistories, list[ItemConstraint]]]:
+    """Users who are searched for together, all of them or with an item head as many as its tables have room for: which
+    ones, and their histories and constraints in each semantic ID's trie."""
     count = len(histories.hidden_states)
     size = count if histories.item_queries is None else min(users_at_a_time(constraints[0].trie), count)
     if size == count:
-        yield histories, constraints
+        yield slice(count), histories, constraints
         return
     for start in range(0, count, size):
         users = slice(start, start + size)
-        yield histories.of_users(users), [constraint.of_users(users) for constraint in constraints]
+        yield users, histories.of_users(users), [constraint.of_users(users) for constraint in constraints]
 
 
 class SessionSearch:
@@ -114,7 +114,7 @@ class SessionSearch:
         batch, device = len(hidden_states), hidden_states.device
         # The codes of a session's last item are never read again.
         num_tokens = num_items * config.tokens_per_item - 1
-        self.paths = BeamPaths(batch, options.num_beams, num_tokens, device)
+        self.paths = BeamPaths(batch, options.most_beams, num_tokens, device)
         # Made once, since every making of it asks the device whether anything is padded; all queries share it.
         attention_mask = create_bidirectional_mask(
             config=self.decoder.config,
@@ -146,6 +146,9 @@ class SessionSearch:
             for level in range(levels):
                 node = self._extend(self._candidates(node, level, exhausted[..., None]), level)
             self.used = torch.cat([self.used, self._taken_positions(node, exhausted)[..., None]], dim=-1)
+            kept = self.choose.kept_sessions(self.scores, self.items(self.used))
+            if kept is not None:
+                self._keep(kept)
             yield Beams(self.scores, self.used, self.generated.view(*self.used.shape, levels))
             bos = self.tokens.new_full(self.tokens.shape, self.code_scores.bos_token_id)
             self.tokens = torch.cat([self.tokens, bos], dim=1)
@@ -194,6 +197,21 @@ class SessionSearch:
         self.paths.follow((parent + self.first_row * parents).flatten())
         self.tokens = token.view(-1, 1)
         return candidates.nodes.flatten(1).gather(1, chosen)
+
+    def items(self, positions: torch.LongTensor) -> torch.LongTensor:
+        """Catalogue indices of trie positions, -1 where there is none."""
+        items = self.trie.order[positions.clamp(max=self.trie.num_positions - 1)].long()
+        return items.masked_fill(positions == self.trie.num_positions, -1)
+
+    def _keep(self, kept: torch.LongTensor):
+        """Goes on with some of the beams (batch, kept)."""
+        beams = self.scores.shape[1]
+        rows = (kept + self.first_row * beams).flatten()
+        self.scores = self.scores.gather(1, kept)
+        self.used = self.used.take_along_dim(kept[..., None], dim=1)
+        self.generated = self.generated.take_along_dim(kept[..., None], dim=1)
+        self.tokens = self.tokens[rows]
+        self.paths.follow(rows)
 
     def _taken_positions(self, leaf: torch.LongTensor, exhausted: torch.BoolTensor) -> torch.LongTensor:
         """The item that each beam takes of its leaf: the first that it may, and none where there is none. A mixture's

@@ -19,7 +19,7 @@ from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments, pretraining_sessions
 from ..evaluation import PolicyResults
 from ..reporting import comparison_figure, comparison_table
-from ..reporting.report import METHOD_NAMES
+from ..reporting.served_report import BASELINE_NAMES
 from ..staged_files import staged_file
 from .align_stage import align_stage, run_align
 from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
@@ -140,7 +140,7 @@ ABLATIONS = {
 
 TABLE_1 = "table1"
 TIGER, ONEREC, IPA = "tiger", "onerec", "ipa"
-TABLE_1_NAMES = {**METHOD_NAMES, TIGER: "TIGER-like", ONEREC: "OneRec"} | {
+TABLE_1_NAMES = {**BASELINE_NAMES, TIGER: "TIGER-like", ONEREC: "OneRec"} | {
     name.lower().replace("-", ""): f"OneRec + {name}"
     for name in ("DPO", "IPO", "cDPO", "rDPO", "CPO", "SimPO", "S-DPO", "IPA")
 }

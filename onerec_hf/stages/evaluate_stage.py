@@ -1,8 +1,8 @@
 """Stage `evaluate`: item-level ranking on the full catalogue beside tuned baselines, and generated sessions before and
 after every round under judges that the alignment has not seen.
 
-Two stages of their own go before it, so that another alignment of the same seed model is evaluated without them:
-`baselines`, and `evaluate_seed` with the seed model's results.
+Stages of their own go before it: `baselines` and `evaluate_seed`, with the seed model's results, so that another
+alignment of the same seed model is evaluated without them; and `serve`, the sessions that users are given.
 """
 
 import math
@@ -30,6 +30,7 @@ from .evaluated_run import EvaluatedRun
 from .pretrain_stage import MODEL
 from .recipe_arguments import EvaluateArguments, RecipeArguments
 from .reward_stage import REWARD_MODEL
+from .serve_stage import SERVE_STAGE, run_serve, served_entries
 from .stage_runner import Stage, completed_stage, read_json, run_stage, write_json
 from .tokenize_stage import semantic_id_pictures
 
@@ -47,6 +48,9 @@ def run_evaluate(args: RecipeArguments) -> Path:
     run = EvaluatedRun(args, "evaluate", aligned)
     run_baselines(baseline_stage(args), run)
     run_evaluate_seed(run)
+    if aligned:
+        run_serve(run)
+        reads.append(SERVE_STAGE)
 
     def work(folder: Path) -> None:
         if PartialState().is_main_process:
@@ -146,6 +150,8 @@ def run_metrics(
         "timings": {name: stage["seconds"] for name, stage in stages.items()},
         "environment": environment(),
     }
+    if run.judged:
+        metrics["served"] = served_entries(run)
     if len(entries) > 1:
         metrics["reward_models"] = {
             name: {"num_runs": entry["num_runs"]}
@@ -159,7 +165,9 @@ def run_metrics(
 def run_results(folder: Path, run: EvaluatedRun) -> dict[str, Any]:
     """The report's arguments; writes the model cards beside the checkpoints that they describe."""
     args = run.args
-    completed = {name: completed_stage(args.output_dir, name) for name in (*STAGES, BASELINE_STAGE, SEED_STAGE)}
+    completed = {
+        name: completed_stage(args.output_dir, name) for name in (*STAGES, BASELINE_STAGE, SEED_STAGE, SERVE_STAGE)
+    }
     stages = {name: stage for name, stage in completed.items() if stage is not None}
     model = run.load(final_model(args))
     metrics = run_metrics(round_entries(folder, run), run, stages, model)

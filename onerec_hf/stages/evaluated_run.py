@@ -8,7 +8,15 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..evaluation import EvaluationOptions, LoggedExposures, PolicyEvaluator, popular_items
+from ..data import positive_mask
+from ..evaluation import (
+    EvaluationOptions,
+    LoggedExposures,
+    PolicyEvaluator,
+    Replay,
+    ServedSessions,
+    popular_items,
+)
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
@@ -96,6 +104,21 @@ class EvaluatedRun:
             max_users=args.counterfactual_users,
             seed=args.seed,
         )
+
+    @cached_property
+    def served(self) -> ServedSessions:
+        """What judges the session that each judged user is served, and replays it where the evaluated period shows
+        more than what an outcome has chosen."""
+        shown, session_items = self.prepared.split.evaluation, self.args.session_items
+        users = np.asarray(self.evaluator.cases["user_id"][:])[self.evaluator.judged]
+        positive = shown[positive_mask(shown, self.prepared.feed.positive_feedback)]
+        positive = positive[positive["user_id"].isin(users)].drop_duplicates(["user_id", "item_id"])
+        groups = positive.groupby("user_id").head(session_items).groupby("user_id")["item_id"]
+        following = [self.tokenizer.item_index(groups.get_group(user)) for user in users]
+        replay = None
+        if self.args.split_method == "time" and self.prepared.feed.positive_feedback:
+            replay = Replay(users, shown, self.scorers[INDEPENDENT_JUDGE])
+        return ServedSessions(self.evaluator, following, replay)
 
     @cached_property
     def seed_model(self) -> OneRecForConditionalGeneration:

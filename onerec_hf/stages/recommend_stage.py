@@ -47,6 +47,9 @@ def run_recommend(args: RecipeArguments) -> Path:
         if options.recommend_reward_model is not None:
             scorer = SessionScorer.from_pretrained(options.recommend_reward_model, state.device)
         recommender = Recommender(model, tokenizer, scorer)
+        search = {"search": options.recommend_search}
+        if options.recommend_search == "guided_beam":
+            search |= {"guidance_weight": options.guidance_weight, "num_item_beams": options.num_item_beams}
         ids = pa.list_(pa.int64() if tokenizer.item_ids.dtype == np.int64 else pa.string())
         types = {"session": ids, "items": ids, "scores": pa.list_(pa.float32())}
         hidden = not state.is_main_process
@@ -60,7 +63,7 @@ def run_recommend(args: RecipeArguments) -> Path:
                         num_beams=options.ranking_beams,
                         exclude_consumed=options.exclude_consumed,
                         unknown_items=options.unknown_items,
-                        search=options.recommend_search,
+                        **search,
                     )
                     columns = {name: pa.array([row[name] for row in found], kind) for name, kind in types.items()}
                     with staged_file(part) as partial:

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 
 from onerec_hf.evaluation import PolicyResults, bootstrap_interval, user_metrics
 from onerec_hf.reporting import Table
-from onerec_hf.reporting.report import METHOD_NAMES
+from onerec_hf.reporting.served_report import BASELINE_NAMES
 from onerec_hf.reporting.tables import number
 from onerec_hf.staged_files import staged_file
 from onerec_hf.stages import parse_recipe_arguments, run_evaluate, run_pretrain, run_tokenize
@@ -42,7 +42,7 @@ from onerec_hf.stages.recipe_arguments import RecipeArguments
 from onerec_hf.stages.stage_runner import read_json
 
 ONEREC = "onerec"
-NAMES = {ONEREC: "OneRec", **METHOD_NAMES}
+NAMES = {ONEREC: "OneRec", **BASELINE_NAMES}
 FIGURES = {"recall@5": "R@5", "ndcg@5": "N@5", "recall@10": "R@10", "ndcg@10": "N@10"}
 COMPARED = ("recall@10", "ndcg@10")
 FACTS = ("minutes", "parameters", "users_per_second")

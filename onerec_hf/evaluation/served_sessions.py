@@ -1,0 +1,100 @@
+"""The one session that a user is served, by any method: what the judges and the log say of it, and what it costs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .bootstrap import bootstrap_interval
+from .policy_evaluator import TRUTH, PolicyEvaluator
+from .policy_results import popular_item_share
+from .ranking_metrics import intra_session_diversity
+from .replay import Replay
+from .session_judges import REWARD
+
+ONEREC, CASCADE, ORACLE = "onerec", "cascade", "oracle"
+BEAMS, DIVERSE_BEAMS, RANKED_LIST = "beam", "diverse_beam", "ranked_list"
+BEST_SESSION = "best_session"
+
+
+@dataclass(frozen=True)
+class ServedMethod:
+    """How sessions came about; None for what a method does not have.
+
+    Args:
+        method: `onerec`; `cascade`; a baseline's name, whose first ranked items are served; `oracle`, which builds
+            sessions by the simulated truth.
+        retriever: what finds the candidates: of a cascade or a baseline what ranks items, of OneRec `beam`,
+            `diverse_beam` or its own `ranked_list`.
+        candidates: how many of them the reward model sees, items of a cascade and sessions of OneRec.
+        ranker: what the reward model does with them: `item` or `session` (see [`cascade_sessions`]), or, of whole
+            sessions, `best_session`, which takes the one of highest reward.
+        guided: whether the reward model takes part in OneRec's search itself.
+        round: of alignment, of which OneRec's model is.
+    """
+
+    method: str
+    retriever: str | None = None
+    candidates: int | None = None
+    ranker: str | None = None
+    guided: bool = False
+    round: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of a file."""
+        parts = [self.method, self.retriever if self.retriever != self.method else None]
+        parts += [self.candidates, self.ranker, "guided" if self.guided else None]
+        parts += [None if self.round is None else f"round_{self.round}"]
+        return "_".join(str(part) for part in parts if part is not None)
+
+
+class ServedSessions:
+    """Judges what methods serve to the judged users of an evaluator.
+
+    Args:
+        evaluator: with one judge at least.
+        following: of each judged user the next positive items (catalogue indices), as many as a session has at most.
+        replay: the log's answers to these users' sessions; None where the period shows what was positive alone.
+    """
+
+    def __init__(self, evaluator: PolicyEvaluator, following: Sequence[np.ndarray], replay: Replay | None = None):
+        self.evaluator, self.following, self.replay = evaluator, following, replay
+
+    def entry(self, method: ServedMethod, sessions: torch.LongTensor, milliseconds: float | None) -> dict[str, Any]:
+        """An entry of "served" in metrics.json, which `reporting.metrics_schema` describes.
+
+        Args:
+            sessions: (judged users, m) catalogue indices, -1 for nothing.
+            milliseconds: that the method takes for a user.
+        """
+        evaluator = self.evaluator
+        recall = np.array([np.isin(*pair).mean() for pair in zip(self.following, sessions.numpy(), strict=True)])
+        judges = {}
+        for judge, values in evaluator.judge(sessions[:, None]).items():
+            if REWARD in values:
+                rewards = values[REWARD][:, 0]
+                judges[judge] = {REWARD: float(np.nanmean(rewards)), "interval": list(bootstrap_interval(rewards))}
+        return {
+            **asdict(method),
+            "recall": float(recall.mean()),
+            "recall_interval": list(bootstrap_interval(recall)),
+            "coverage": len(torch.unique(sessions[sessions >= 0])) / evaluator.trie.num_items,
+            "diversity": intra_session_diversity(sessions, evaluator.item_embeddings),
+            "popular_item_share": float(np.nanmean(popular_item_share(sessions, evaluator.popular))),
+            "milliseconds": milliseconds,
+            "judges": judges,
+            "replay": None if self.replay is None else self.replay.of(sessions),
+        }
+
+
+def add_oracle_shares(entries: Sequence[dict[str, Any]]) -> None:
+    """Where there is an oracle, adds to every entry `oracle_share`, how much of the way from the first popular items
+    (0) to the oracle (1) its sessions are, by the truth."""
+    ends = [entry for name in ("popularity", ORACLE) for entry in entries if entry["method"] == name]
+    if len(ends) == 2:
+        low, high = (entry["judges"][TRUTH][REWARD] for entry in ends)
+        for entry in entries:
+            entry["oracle_share"] = (entry["judges"][TRUTH][REWARD] - low) / (high - low)
