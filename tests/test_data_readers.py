@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from onerec_hf.data import (
     DataArguments,
@@ -21,6 +22,7 @@ from onerec_hf.data import (
     split_feed,
 )
 from onerec_hf.data.readers import KUAIRAND_USER_COLUMNS
+from onerec_hf.data.schema import feedback_columns
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 KUAIRAND, AMAZON = SHARED_DATA / "kuairand_pure", SHARED_DATA / "amazon_beauty"
@@ -63,7 +65,6 @@ def test_kuairand_csv_and_parquet_give_the_same_feed(kuairand_frames, tmp_path):
     official = log.rename(columns={"item_id": "video_id"})
     official[20:].to_csv(csv / "log_standard_4_08_to_4_21_pure.csv", index=False)
     official[:20].to_csv(csv / "log_standard_4_22_to_5_08_pure.csv", index=False)
-    official[:5].assign(video_id=77).to_csv(csv / "log_random_4_22_to_5_08_pure.csv", index=False)
     items.rename(columns={"item_id": "video_id"}).to_csv(csv / "video_features_basic_pure.csv", index=False)
     users = pd.DataFrame({"user_id": np.arange(4)}).assign(**{name: [1, 2, 2, 3] for name in KUAIRAND_USER_COLUMNS})
     users["onehot_feat4"] = [1.0, np.nan, 2.0, 1.0]
@@ -75,6 +76,33 @@ def test_kuairand_csv_and_parquet_give_the_same_feed(kuairand_frames, tmp_path):
     assert feed.items["music_type"].tolist()[0] == "4"
     assert feed.users["onehot_feat4"].isna().tolist() == [False, True, False, False]
     assert feed.users["onehot_feat4"][0] == "1" and feed.users["user_id"].tolist() == [0, 1, 2, 3]
+
+
+def test_kuairand_knows_the_chances_of_its_random_exposures(kuairand_frames, tmp_path):
+    log, items = kuairand_frames
+    official = log.rename(columns={"item_id": "video_id"})
+    official[10:].to_csv(tmp_path / "log_standard_4_22_to_5_08_pure.csv", index=False)
+    drawn = official[:10].assign(video_id=[2, 4, 6, 8, 0] * 2)
+    drawn.to_csv(tmp_path / "log_random_4_22_to_5_08_pure.csv", index=False)
+    items.rename(columns={"item_id": "video_id"}).to_csv(tmp_path / "video_features_basic_pure.csv", index=False)
+    feed = read_kuairand(tmp_path)
+    random = feed.interactions[feed.interactions["propensity"].notna()]
+    assert (random["propensity"] == 1 / 5).all() and sorted(random["timestamp"]) == sorted(drawn["time_ms"] / 1000)
+    assert len(feed.interactions) == 40 and "propensity" not in feedback_columns(feed.interactions)
+    save_feed(feed, tmp_path / "saved")
+    assert_same_feed(load_saved_feed(tmp_path / "saved"), feed)
+
+
+def test_a_mapped_propensity_is_checked(tmp_path):
+    log = pd.DataFrame({"u": [1, 1, 2], "i": [1, 2, 1], "t": [1.0, 2.0, 3.0], "p": [0.5, None, 1.0]})
+    log.to_csv(tmp_path / "log.csv", index=False)
+    columns = {"user_id": "u", "item_id": "i", "timestamp": "t", "propensity": "p"}
+    mapping = tmp_path / "mapping.yaml"
+    mapping.write_text(yaml.safe_dump({"interactions": {"file": "log.csv", "columns": columns}}))
+    np.testing.assert_array_equal(read_table(tmp_path, mapping).interactions["propensity"], [0.5, np.nan, 1.0])
+    log.assign(p=[0.5, 0.0, 1.0]).to_csv(tmp_path / "log.csv", index=False)
+    with pytest.raises(DataError, match=r"'propensity' is outside \(0, 1\], first at row 1"):
+        read_table(tmp_path, mapping)
 
 
 def test_kuairand_history_goes_before_the_log(kuairand_frames, tmp_path):

@@ -131,6 +131,15 @@ def test_an_objective_without_labels_leaves_the_scalar_out_only_if_it_counts(sho
     assert np.isnan(labels["reward"]).all()
 
 
+def test_exposures_drawn_by_known_chances_are_the_log_where_there_are_any(shown):
+    chances = np.full(len(shown), np.nan)
+    chances[[3, 14, 15]] = [0.25, 0.5, 0.125]
+    log = make_log(make_scorer("vtr"), shown.assign(propensity=chances))
+    np.testing.assert_array_equal(log.feedback.propensities[:, :3], [[0.25, np.nan, np.nan], [0.5, 0.125, np.nan]])
+    assert log.feedback.known_propensities and not make_log(make_scorer("vtr"), shown).feedback.known_propensities
+    assert (log.items[:, 0] == shown["item_id"].to_numpy()[[3, 14]] - 100).all()
+
+
 def test_a_logs_users_are_drawn_by_seed(shown):
     few = make_log(make_scorer("vtr"), shown, max_users=3, seed=5)
     assert few.items.shape == (3, 8) and len(few.rows) == 3

@@ -16,6 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
 from onerec_hf.reporting import number
+from onerec_hf.reporting.served_report import served_name
 from onerec_hf.stages import parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +70,7 @@ def killed_and_resumed(tmp_path_factory):
         "align.partial/round_1/aligned.json",
         "recommend.partial/settings.json",
         "baselines.partial/item_knn.json",
+        "serve.partial/popularity.safetensors",
         "evaluate.partial/round_1.safetensors",
     ):
         kill_when(point, *arguments)
@@ -96,6 +98,7 @@ KEPT = [
     "recommend/stage.json",
     "baselines/item_knn.json",
     "evaluate_seed/stage.json",
+    "serve/popularity.safetensors",
     "evaluate/round_1.safetensors",
 ]
 
@@ -129,6 +132,13 @@ def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed)
             assert judge["reward_max"] >= judge["reward_mean"] > 0
             assert {"swt_mean", "vtr_max", "wtr_mean", "ltr_max"} <= set(judge)
     assert metrics["tokenizer"]["collision_rate"] == 0
+    served = {served_name(entry): entry for entry in metrics["served"]}
+    some = {"EASE's 32, session by reward", "OneRec's 128, items by reward", "OneRec 2, guided, 128 beams"}
+    assert some < set(served)
+    assert len(served) == len(metrics["served"]) and served["The truth's own"]["oracle_share"] == 1
+    truth = {name: entry["judges"]["truth"]["reward"] for name, entry in served.items()}
+    assert max(truth, key=truth.get) == "The truth's own"
+    assert all("interval" in entry["judges"]["independent_judge"] for entry in served.values())
 
     model = AutoModelForSeq2SeqLM.from_pretrained(output_dir / "align" / "model")
     tokenizer = AutoTokenizer.from_pretrained(output_dir / "align" / "model")

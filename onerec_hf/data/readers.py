@@ -17,6 +17,7 @@ interactions:
     item_id: video
     timestamp: time                    # or `position: rank` where there are no times, or both
     session_id: request                # optional
+    propensity: chance                 # optional, of exposures that were drawn by known chances
   timestamp_unit: ms                   # s (default), ms, us, ns or iso
   feedback:                            # optional; name: column, or {column: ..., scale: factor}
     watch_time: {column: play_ms, scale: 0.001}
@@ -66,7 +67,7 @@ from .public_sets import (
     read_otto,
     read_yambda,
 )
-from .schema import KEY_COLUMNS, DataError, require_columns
+from .schema import KEY_COLUMNS, PROPENSITY, DataError, require_columns
 from .simulated_feed import SimulatedFeed
 
 KUAIRAND_POSITIVE = ["view", "like", "follow", "comment", "forward"]
@@ -83,7 +84,7 @@ KUAIRAND_TIMEZONE = "Asia/Shanghai"
 TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000, "iso": None}
 DURATION_COLUMN = "video_duration"
 SOURCE_PATTERNS = {
-    "kuairand": ("log_standard_*.csv", "video_features_basic_*.csv", "user_features_*.csv", "*.parquet"),
+    "kuairand": ("log_*.csv", "video_features_basic_*.csv", "user_features_*.csv", "*.parquet"),
     "amazon": ("interactions.parquet", "items.parquet"),
     "amazon_reviews": ("*.csv", "*.csv.gz", "meta_*.jsonl", "meta_*.jsonl.gz"),
     "movielens": ("ratings.*", "movies.*", "users.dat"),
@@ -133,8 +134,9 @@ def read_kuairand(data_dir: str | Path) -> Feed:
 
     Parquet: interactions.parquet, items.parquet and optionally history.parquet (behaviours before the log, in order
     but without times, with long_view and is_like only) and users.parquet. Official download, of any size:
-    log_standard_*.csv, video_features_basic_*.csv and optionally user_features_*.csv; the log of random exposures is
-    not read. `view` is long_view. Times are time_ms; the columns date and hourmin run some minutes ahead, so that by
+    log_standard_*.csv, video_features_basic_*.csv and optionally user_features_*.csv and log_random_*.csv, exposures
+    in place of which any of that log's videos could have been drawn: their `propensity` is one over the number of
+    these. `view` is long_view. Times are time_ms; the columns date and hourmin run some minutes ahead, so that by
     them the last behaviours of a day belong to the next. Days end at Beijing's midnight.
 
     Raises:
@@ -156,11 +158,15 @@ def read_kuairand(data_dir: str | Path) -> Feed:
         history = read_columns(folder / "history.parquet", ["user_id", "position", "item_id", "long_view", "is_like"])
         parts.append((history.rename(columns={"long_view": "view", "is_like": "like"}), "history.parquet"))
     columns = ["user_id", item_column, "time_ms", "play_time_ms", "duration_ms", *KUAIRAND_FEEDBACK.values()]
-    for path in logs:
-        raw = read_columns(path, columns)
+    random_logs = sorted(folder.glob("log_random_*.csv")) if item_column == "video_id" else []
+    randomised = [read_columns(path, columns) for path in random_logs]
+    chance = 1 / max(pd.concat([raw[item_column] for raw in randomised]).nunique(), 1) if randomised else np.nan
+    read = [(path, read_columns(path, columns), np.nan) for path in logs]
+    for path, raw, propensity in [*read, *((*pair, chance) for pair in zip(random_logs, randomised, strict=True))]:
         frame = {"user_id": raw["user_id"], "item_id": raw[item_column], "timestamp": raw["time_ms"] / 1000}
         frame |= {"watch_time": raw["play_time_ms"] / 1000, "duration": raw["duration_ms"] / 1000}
         frame |= {name: raw[column] for name, column in KUAIRAND_FEEDBACK.items()}
+        frame |= {PROPENSITY: propensity} if randomised else {}
         parts.append((pd.DataFrame(frame), path.name))
     # Music is unique to nearly every video, so it says nothing of what videos share.
     categorical = ["author_id", "video_type", "upload_type", "music_type"]

@@ -9,6 +9,7 @@ Interactions (one row per exposure of an item to a user, sorted by user and then
 | timestamp | float64 [s] | Unix time, NaN where unknown |
 | position | int64 | 0, 1, 2, ... within the user, over all of the user's rows; rows without a time come first |
 | session_id | int64 or string, optional | the request that exposed the item, null where unknown |
+| propensity | float64 in (0, 1], optional | the chance by which this item was drawn, NaN where it is not known |
 | watch_time, duration | float32 [s], optional | seconds watched, length of the video |
 | view, follow, like | float32 in [0, 1], optional | effective view, follow, like |
 | any other | float32, optional | any other named feedback (comment, rating, ...) |
@@ -71,7 +72,8 @@ from datasets import Features, List, Value
 
 SECONDS_COLUMNS = ("watch_time", "duration")
 PROBABILITY_COLUMNS = ("view", "follow", "like")
-KEY_COLUMNS = ("user_id", "item_id", "timestamp", "position", "session_id")
+PROPENSITY = "propensity"
+KEY_COLUMNS = ("user_id", "item_id", "timestamp", "position", "session_id", PROPENSITY)
 
 
 class DataError(ValueError):
@@ -94,6 +96,8 @@ def interaction_features(interactions: pd.DataFrame) -> Features:
     features |= {"timestamp": Value("float64"), "position": Value("int64")}
     if "session_id" in interactions:
         features["session_id"] = Value(id_type(interactions["session_id"]))
+    if PROPENSITY in interactions:
+        features[PROPENSITY] = Value("float64")
     return Features(features | {column: Value("float32") for column in feedback_columns(interactions)})
 
 
@@ -207,8 +211,8 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     both: they are then NaN.
 
     Raises:
-        DataError: missing column, wrong dtype, missing id, negative watch time or duration, a view, follow or like
-            outside [0, 1], no rows.
+        DataError: missing column, wrong dtype, missing id, negative watch time or duration, a view, follow, like or
+            propensity out of range, no rows.
     """
     require_columns(frame, ("user_id", "item_id"), source)
     if not len(frame):
@@ -228,6 +232,10 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     refuse(source, "timestamp", unordered, columns["timestamp"], "and 'position' are both empty", remedy)
     if "session_id" in frame:
         columns["session_id"] = canonical_ids(frame["session_id"], "session_id", source, nullable=True)
+    if PROPENSITY in frame:
+        columns[PROPENSITY] = canonical_numbers(frame[PROPENSITY], PROPENSITY, source, "float64")
+        values, remedy = columns[PROPENSITY].to_numpy(), "Leave it empty where the chance is not known."
+        refuse(source, PROPENSITY, (values <= 0) | (values > 1), frame[PROPENSITY], "is outside (0, 1]", remedy)
     for name in frame.columns:
         if name in KEY_COLUMNS:
             continue

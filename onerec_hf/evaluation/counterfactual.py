@@ -7,11 +7,12 @@ pi would have earned E_mu[w r] with w = pi(a | x) / mu(a | x).
 - Doubly robust (Dudik et al. 2011), its correction self-normalised: mean of E_(a ~ pi) q(x, a), plus
   sum w (r - q(x, a)) / sum w, with a model q of the feedback: right where the propensities or the model are.
 
-Weights are cut at a limit, which trades variance for a bias towards the logging policy. A production log seldom tells
-its propensities. They are estimated here by the items' smoothed shares of the week of exposures before, the same for
-all users: where the logging policy was personal, the weights miss that. A mean weight far from 1, its value under
-the true propensities, says so, and the effective sample size, (sum w)^2 / sum w^2, how much of the log bears on the
-policy.
+Weights are cut at a limit, which trades variance for a bias towards the logging policy. A log with exposures that
+were drawn by known chances tells their propensities (the column `propensity`), and these exposures alone are then
+weighed. A production log seldom has any. Propensities are then estimated by the items' smoothed shares of the week of
+exposures before, the same for all users: where the logging policy was personal, the weights miss that. A mean weight
+far from 1, its value under the true propensities, says so, and the effective sample size, (sum w)^2 / sum w^2, how
+much of the log bears on the policy.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class LoggedFeedback:
         labels: by objective (U, K), feedback in [0, 1]; NaN where nothing was shown or the feedback is unknown.
         predicted: by objective (U, K), q(x, a) of what was shown.
         clip: largest weight.
+        known_propensities: whether the propensities are those by which the exposures were drawn, and not estimated.
     """
 
     propensities: np.ndarray
     labels: Mapping[str, np.ndarray]
     predicted: Mapping[str, np.ndarray]
     clip: float
+    known_propensities: bool = False
 
     def weights(self, policy: PolicyOnLog) -> np.ndarray:
         """w (U, K), cut at `clip`; NaN where nothing was shown."""
@@ -103,6 +106,7 @@ class LoggedFeedback:
         effective, mean_weight = float(total**2 / squares), float(total / shown.sum())
         result: dict[str, Any] = {
             "exposures": int(shown.sum()),
+            "known_propensities": self.known_propensities,
             "effective_sample_size": effective,
             "mean_weight": mean_weight,
             "clipped_share": float((weights[shown] >= self.clip).mean()),

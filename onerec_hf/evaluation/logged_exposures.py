@@ -5,6 +5,7 @@ import pandas as pd
 import torch
 from datasets import Dataset
 
+from ..data.schema import PROPENSITY
 from ..reward import SessionScorer, objective_labels
 from ..reward.reward_objectives import DURATION
 from .counterfactual import LoggedFeedback, exposure_shares
@@ -23,8 +24,10 @@ class LoggedExposures:
         users: rows of [`index_sessions`] with `user_id`, `history` and what the scorer reads, as of the end of the
             fitted period; others are left out of the log.
         shown: the evaluated period's exposures, a user's together and in order of time: `user_id`, `item_id` and the
-            feedback columns that the scorer's objectives need. What is missing or NaN is unknown.
-        earlier_items: catalogue indices of the exposures before, whose shares are the propensities.
+            feedback columns that the scorer's objectives need. What is missing or NaN is unknown. With a `propensity`
+            that is known of any, those of which it is are the log; others were chosen by who knows what.
+        earlier_items: catalogue indices of the exposures before, whose shares are the propensities where none is
+            known.
         scorer: the model of the feedback, and whose objectives are labelled.
         clip: largest weight of an exposure.
         max_users: so many users at most, drawn by `seed`.
@@ -47,6 +50,9 @@ class LoggedExposures:
         seed: int = 0,
     ):
         self.scorer, tokenizer = scorer, scorer.tokenizer
+        known_chances = PROPENSITY in shown and bool(shown[PROPENSITY].notna().any())
+        if known_chances:
+            shown = shown[shown[PROPENSITY].notna()]
         user_row = shown["user_id"].map(pd.Series(np.arange(len(users)), index=users["user_id"][:]))
         known = np.unique(user_row.dropna()).astype(np.int64)
         chosen = np.sort(np.random.default_rng(seed).permutation(known)[:max_users])
@@ -57,14 +63,17 @@ class LoggedExposures:
 
         self.items = np.full((len(chosen), LOG_EXPOSURES), -1)
         self.items[spot] = tokenizer.item_index(shown["item_id"])
-        shares = exposure_shares(earlier_items, len(tokenizer.item_ids))
-        propensities = np.where(self.items >= 0, shares[self.items], np.nan)
+        propensities = np.full(self.items.shape, np.nan)
+        if known_chances:
+            propensities[spot] = shown[PROPENSITY]
+        else:
+            propensities[spot] = exposure_shares(earlier_items, len(tokenizer.item_ids))[self.items[spot]]
         labels = {}
         for name, values in exposure_labels(scorer, shown).items():
             labels[name] = np.full(self.items.shape, np.nan)
             labels[name][spot] = values
         predicted = judge_by_model(scorer, self.rows, torch.from_numpy(self.items)[..., None])
-        self.feedback = LoggedFeedback(propensities, labels, predicted, clip)
+        self.feedback = LoggedFeedback(propensities, labels, predicted, clip, known_chances)
 
 
 def exposure_labels(scorer: SessionScorer, shown: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -143,10 +143,8 @@ def log_section(alignment: Sequence[Entry]) -> str:
     text = (
         '<p class="note">What the next exposures would have earned had the policy chosen them, estimated from the '
         "evaluated period's logged exposures: by self-normalised inverse propensity scores (SNIPS), and doubly robust "
-        "(DR) with the independent judge as the model of feedback. Propensities are the items' smoothed shares of "
-        "the week of exposures before, the same for all users: a mean weight far from 1 says that they miss what the "
-        "logging policy did. In brackets 95% bootstrap intervals over users; differences are to round 0, paired by "
-        "user.</p>"
+        f"(DR) with the independent judge as the model of feedback. {_propensities(entries[0])} In brackets 95% "
+        "bootstrap intervals over users; differences are to round 0, paired by user.</p>"
     )
     text += _paragraphs(log_sentences(alignment))
     classes = _classes(entries)
@@ -159,6 +157,15 @@ def log_section(alignment: Sequence[Entry]) -> str:
         rows = [[round_name(entry), *_estimates(entry["on_log"]["heads"][objective])] for entry in entries]
         text += f"<h3>{escape(shown_name(objective))}</h3>" + Table(["round", *ESTIMATES], rows, classes).html()
     return text
+
+
+def _propensities(entry: Entry) -> str:
+    if entry["on_log"].get("known_propensities"):
+        return "The exposures are those that were drawn by known chances, which are their propensities."
+    return (
+        "Propensities are the items' smoothed shares of the week of exposures before, the same for all users: a mean "
+        "weight far from 1 says that they miss what the logging policy did."
+    )
 
 
 def _estimates(values: Mapping[str, Any]) -> list[Any]:

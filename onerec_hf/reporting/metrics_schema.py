@@ -59,6 +59,7 @@ ROUND = {
     },
     "on_log": {
         "exposures": "Logged exposures that are reweighted.",
+        "known_propensities": "Whether these were drawn by known chances; otherwise propensities are estimated.",
         "effective_sample_size": "(sum w)^2 / sum w^2 of their weights w: as how many exposures they count.",
         "mean_weight": "Mean of w; 1 under true propensities.",
         "clipped_share": "Share of the weights that were cut.",
