@@ -1,7 +1,8 @@
 """Rewards of whole sessions given as catalogue indices."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,21 +81,30 @@ class SessionScorer:
         """
         if len(rows) != len(sessions):
             raise ValueError(f"Got {len(rows)} rows for {len(sessions)} users' sessions: give one for each.")
-        was_training, device = self.model.training, self.model.device
-        self.model.eval()
-        sessions = sessions.cpu()
+        device, sessions = self.model.device, sessions.cpu()
         shape = (0, sessions.shape[1])
         reward, probabilities = [torch.empty(shape)], [torch.empty(*shape, len(self.objectives))]
         for start in tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not show_progress):
             batch = sessions[start : start + batch_size]
             inputs = self._encoder(rows[start : start + batch_size], self.model.config.history_items)
             inputs |= {"session_ids": self._encoder.codes(batch.numpy()), "session_indices": batch}
-            output = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+            with _evaluation_mode(self.model):
+                output = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
             empty = (batch < 0).all(-1)
             reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
             probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
-        self.model.train(was_training)
         return SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))
+
+
+@contextmanager
+def _evaluation_mode(model: OneRecRewardModel) -> Iterator[None]:
+    """Without dropout; afterwards the model is in its former mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class RewardGuide:
@@ -102,7 +112,7 @@ class RewardGuide:
     sessions come and go on the model's device.
 
     Args:
-        model: in evaluation mode.
+        model: whose training mode is left as it was.
         encoder: of the model and its tokenizer.
         rows: as of [`SessionScorer.score`].
     """
@@ -113,16 +123,18 @@ class RewardGuide:
         inputs = encoder(rows, model.config.history_items)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         self.user_values = inputs.pop("user_values", None)
-        self.behaviour = model.encode_behaviour(**inputs)
+        with _evaluation_mode(model):
+            self.behaviour = model.encode_behaviour(**inputs)
 
     @torch.no_grad()
     def __call__(self, items: torch.LongTensor) -> torch.Tensor:
         """Rewards (B, C) of sessions (B, C, n), catalogue indices, -1 after the last one; NaN of empty ones."""
+        items = items.to(self.model.device)
         codes = self.item_token_ids[items.clamp(min=0)]
         codes = codes.masked_fill((items < 0)[..., None], self.model.config.pad_token_id)
-        output = self.model(
-            session_ids=codes, session_indices=items, behaviour=self.behaviour, user_values=self.user_values
-        )
+        given = {"behaviour": self.behaviour, "user_values": self.user_values}
+        with _evaluation_mode(self.model):
+            output = self.model(session_ids=codes, session_indices=items, **given)
         return output.reward.float().masked_fill((items < 0).all(-1), torch.nan)
 
     def of_users(self, users: slice) -> "RewardGuide":
