@@ -110,8 +110,7 @@ class PreferenceSampling:
             "search": GUIDED,
             "guide": scorer.guide(rows),
             "guidance_weight": self.guidance_weight,
-            "num_item_beams": self.num_item_beams,
-            "num_beams": max(self.guided_beams // self.num_item_beams, 1),
+            **SearchOptions.divided(self.guided_beams, self.num_item_beams),
             "num_return": 1,
         }
 

@@ -75,7 +75,7 @@ class Recommender:
                 `"stochastic_beam"` the ranked list is a draw without replacement, and `"diverse_beam"` is for
                 sessions, and the list by plain beams; `num_beam_groups` and `diversity_penalty` of the latter, for
                 which beams are added to make the groups equal; `"guided_beam"`, for sessions too, in which the scorer
-                takes part, with `guidance_weight` and `num_item_beams`, by which the beams are divided among sessions;
+                takes part, with `guidance_weight` and `num_item_beams`, the beams that each of its sessions has;
                 `seed`, which makes draws repeatable.
 
         Returns:
@@ -131,8 +131,7 @@ class Recommender:
         if wanted == "guided_beam":
             if self.scorer is None:
                 raise ValueError("'guided_beam' is guided by a reward model: give the Recommender a scorer.")
-            item_beams = options.get("num_item_beams", SearchOptions.num_item_beams)
-            sessions["num_beams"] = max(num_beams // max(item_beams, 1), 1)
+            sessions |= SearchOptions.divided(num_beams, options.get("num_item_beams", SearchOptions.num_item_beams))
         ranking = {"num_beams": num_beams, "generator": generator, **options}
         if wanted in ("diverse_beam", "guided_beam"):
             ranking["search"] = "beam"

@@ -202,8 +202,8 @@ class SearchOptions:
     num_beam_groups: int = 4
     diversity_penalty: float = 0.5
     guide: "SessionGuide | None" = None
-    guidance_weight: float = 1.0
-    num_item_beams: int = 8
+    guidance_weight: float = 30.0
+    num_item_beams: int = 128
     generator: torch.Generator | None = None
 
     def __post_init__(self):
@@ -237,6 +237,15 @@ class SearchOptions:
                 f"guidance_weight must be at least 0 and num_item_beams at least 1, got {self.guidance_weight} and "
                 f"{self.num_item_beams}."
             )
+
+    @staticmethod
+    def divided(beams: int, num_item_beams: int) -> dict[str, int]:
+        """`num_beams` and `num_item_beams` of a `"guided_beam"` that has so many beams in all: `num_item_beams` for
+        each session, of which there is one at least."""
+        if num_item_beams < 1:
+            raise ValueError(f"num_item_beams must be at least 1, got {num_item_beams}.")
+        num_item_beams = min(num_item_beams, beams)
+        return {"num_beams": beams // num_item_beams, "num_item_beams": num_item_beams}
 
     @property
     def most_beams(self) -> int:

@@ -289,11 +289,19 @@ class ConsumedItems(StageArguments):
 
 
 @dataclass
-class Guidance:
+class Guidance(StageArguments):
     """How the reward model guides the search of sessions."""
 
-    guidance_weight: float = option(10.0, "What a reward of 1 is worth in the search of guided_beam [nats].")
-    num_item_beams: int = option(8, "Items by which guided_beam extends a session before some are kept.")
+    guidance_weight: float = option(30.0, "What a reward of 1 is worth in the search of guided_beam [nats].")
+    num_item_beams: int = option(128, "Items by which guided_beam extends a session before some are kept.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.guidance_weight < 0 or self.num_item_beams < 1:
+            raise ValueError(
+                f"guidance_weight must be at least 0 and num_item_beams at least 1, got {self.guidance_weight} and "
+                f"{self.num_item_beams}."
+            )
 
 
 @dataclass

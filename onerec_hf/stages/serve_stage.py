@@ -213,9 +213,8 @@ class OneRecServing:
                 model,
                 self.run.scorers[REWARD_MODEL],
                 f"round {self.number}, {count} beams",
-                num_beams=max(count // args.num_item_beams, 1),
-                num_item_beams=args.num_item_beams,
                 guidance_weight=args.guidance_weight,
+                **SearchOptions.divided(count, args.num_item_beams),
             )
         return Served(sessions, 1000 * (time.monotonic() - started) / len(sessions))
 
