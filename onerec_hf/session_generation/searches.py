@@ -30,8 +30,8 @@ class SessionGuide(Protocol):
     """What values sessions while they are searched for, such as a reward model."""
 
     def __call__(self, items: torch.LongTensor) -> torch.Tensor:
-        """Values (batch, beams), on the device of `items` (batch, beams, items so far), catalogue indices, -1 for
-        nothing; NaN of an empty session."""
+        """Values (batch, beams), each the mean over a session's items, of sessions (batch, beams, items so far) by
+        catalogue index, -1 for nothing; NaN of an empty one. On the device of `items`."""
 
     def of_users(self, users: slice) -> "SessionGuide":
         """The guide of a part of the batch."""
@@ -82,10 +82,10 @@ class GuidedBeamSearch(BeamSearch):
 
     def kept_sessions(self, scores: torch.Tensor, items: torch.LongTensor) -> torch.LongTensor:
         self.between_items = True
-        value = self.options.guide(items).to(scores).nan_to_num(0.0)
-        return (
-            (scores + self.options.guidance_weight * value).topk(min(self.options.num_beams, scores.shape[1])).indices
-        )
+        # A value is a session's mean over its items: what counts is their sum, as of the log-probabilities.
+        value = items.shape[-1] * self.options.guide(items).to(scores).nan_to_num(0.0)
+        total = scores + self.options.guidance_weight * value
+        return total.topk(min(self.options.num_beams, scores.shape[1])).indices
 
 
 class DiverseBeamSearch(BeamSearch):
@@ -186,8 +186,8 @@ class SearchOptions:
         num_beam_groups, diversity_penalty: For `"diverse_beam"`: into how many groups the beams are cut, and what a
             group's beams lose, in nats, for each beam of former groups with the same code at the same step.
         guide, guidance_weight, num_item_beams: For `"guided_beam"`: gives the values of sessions so far, see
-            [`SessionGuide`]; what a value of 1 is worth in nats; and the items with which each of the `num_beams`
-            sessions is extended before those with the highest sum of both are kept.
+            [`SessionGuide`]; what a value of 1 is worth for each item of a session, in nats; and the items with which
+            each of the `num_beams` sessions is extended before those with the highest sum of both are kept.
         generator: Source of the draws, on the model's device.
 
     Raises:
@@ -202,7 +202,7 @@ class SearchOptions:
     num_beam_groups: int = 4
     diversity_penalty: float = 0.5
     guide: "SessionGuide | None" = None
-    guidance_weight: float = 30.0
+    guidance_weight: float = 8.0
     num_item_beams: int = 128
     generator: torch.Generator | None = None
 

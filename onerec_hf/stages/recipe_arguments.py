@@ -292,7 +292,7 @@ class ConsumedItems(StageArguments):
 class Guidance(StageArguments):
     """How the reward model guides the search of sessions."""
 
-    guidance_weight: float = option(30.0, "What a reward of 1 is worth in the search of guided_beam [nats].")
+    guidance_weight: float = option(8.0, "What a reward of 1 is worth in guided_beam [nats an item].")
     num_item_beams: int = option(128, "Items by which guided_beam extends a session before some are kept.")
 
     def __post_init__(self):
