@@ -94,6 +94,8 @@ class OneRecConfig(PreTrainedConfig):
             and projected from the content, or learned alone.
         item_loss_weight: Weight of the item head's loss beside eq 4.
         item_share: g, the item head's share in what is generated: P(item) = g P_item + (1 - g) P_codes.
+        session_item_share: g of sessions of several items, where it is another than of ranked lists. With 0 these are
+            of codes alone, which know the items before: they may be aligned while lists keep what the head recalls.
         item_gate: In place of `item_share`, each user's g is the sigmoid of a linear map of the state of its history,
             which [`fit_item_gate`] fits after training.
         item_negatives: In training the item head's softmax is over the whole catalogue, or, where that has more items
@@ -138,6 +140,7 @@ class OneRecConfig(PreTrainedConfig):
     item_encoders: list[str] | tuple[str, ...] | int = ("shared",)
     item_loss_weight: float = 1.0
     item_share: float = 0.5
+    session_item_share: float | None = None
     item_gate: bool = False
     item_negatives: int = 16384
     hidden_act: str = "silu"
@@ -216,8 +219,10 @@ class OneRecConfig(PreTrainedConfig):
             )
         if self.item_negatives < 0:
             raise ValueError(f"item_negatives must not be negative, got {self.item_negatives}.")
-        if not 0 <= self.item_share <= 1:
-            raise ValueError(f"item_share must lie in [0, 1], got {self.item_share}.")
+        for name in ("item_share", "session_item_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {share}.")
         if self.item_head not in ("none", "encoder"):
             raise ValueError(f"item_head must be 'none' or 'encoder', got {self.item_head!r}.")
         kinds = ("shared", "content", "learned")

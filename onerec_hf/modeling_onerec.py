@@ -962,9 +962,13 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
         return item_states[torch.arange(len(item_states), device=item_states.device), :, last]
 
-    def item_shares(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | float:
-        """g, the item head's share: of each user (batch,) by the gate, or the configuration's for all of them;
-        arguments as of [`latest_item_states`]."""
+    def item_shares(
+        self, item_states: torch.Tensor, mask: torch.Tensor | None = None, num_items: int = 1
+    ) -> torch.Tensor | float:
+        """g, the item head's share in sessions of `num_items`: of each user (batch,) by the gate, or the
+        configuration's for all of them; other arguments as of [`latest_item_states`]."""
+        if num_items > 1 and self.config.session_item_share is not None:
+            return self.config.session_item_share
         if not self.config.item_gate:
             return self.config.item_share
         return self.item_gate(self.latest_item_states(item_states, mask)[:, 0]).squeeze(-1).float().sigmoid()

@@ -215,3 +215,14 @@ def test_pairs_alone_are_those_of_the_first_round(prepared, undisturbed, monkeyp
     assert pairs.equals(pq.read_table(undisturbed / "round_1" / "pairs.parquet")) and not pushed
     run_sample_preferences(parse_recipe_arguments(recipe(run, hub_preferences_id="me/pairs")))
     assert pushed == {"me/pairs": pairs.to_pylist()}
+
+
+def test_without_the_encoder_a_round_changes_the_decoder_alone(prepared, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(prepared, run)
+    run_align(parse_recipe_arguments(recipe(run, align_rounds=1, align_encoder=False)))
+    before, after = (load_file(run / path / "model.safetensors") for path in ("pretrain/model", "align/model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("decoder" in name for name in changed - {"lm_head.weight"}), changed
+    with pytest.raises(ValueError, match="align_encoder is for whole weights"):
+        parse_recipe_arguments(recipe(run, align_encoder=False, align_lora=json.dumps({"r": 2})))

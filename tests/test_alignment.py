@@ -236,7 +236,7 @@ class TestTrainer:
         assert logs["checkpointing"] == pytest.approx(logs["plain"], abs=1e-5)
         assert logs["bf16"] == pytest.approx(logs["plain"], rel=0.03) and logs["bf16"] != logs["plain"]
 
-    @pytest.mark.parametrize("overrides", [{"item_share": 0.3}, {"item_gate": True}])
+    @pytest.mark.parametrize("overrides", [{"item_share": 0.3}, {"item_gate": True}, {"session_item_share": 0.0}])
     def test_with_an_item_head_a_session_has_the_mixtures_probability(self, tokenizer, tmp_path, overrides):
         head = {"history_positions": "item", "encoder_attention": "causal", "item_head": "encoder"}
         model = tiny_generator(**head, num_items=NUM_ITEMS - 1, **overrides)  # an item without a vector
@@ -252,10 +252,13 @@ class TestTrainer:
         torch.testing.assert_close(of_chosen, expected[:, 0])
         kept = batch["rejected_mask"]
         torch.testing.assert_close(of_rejected[kept], expected[:, 1:][kept])
-        # Both parts are trained.
+        # Both parts are trained, but for a head that has no share in sessions: its vectors in the histories alone.
         model.eval()
         trainer.compute_loss(model, batch).backward()
-        assert model.get_encoder().item_vectors.learned.weight.grad.any() and model.lm_head.weight.grad.any()
+        gradient = model.get_encoder().item_vectors.learned.weight.grad
+        assert gradient.any() and model.lm_head.weight.grad.any()
+        read = {item for pair in pairs for item in pair["history"]}
+        assert ("session_item_share" in overrides) == (set(gradient.any(1).nonzero().flatten().tolist()) <= read)
 
     def test_what_is_missing_is_named(self, tokenizer, tmp_path):
         with pytest.raises(

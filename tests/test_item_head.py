@@ -1,6 +1,7 @@
 """The item head: a softmax over the catalogue at every position of a causal encoder."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,6 +329,22 @@ def test_a_ranked_list_has_the_mixtures_probability_of_every_item(share, normali
     torch.testing.assert_close(again.exp(), expected)
     if normalization == "constrained":
         torch.testing.assert_close(again.exp().sum(1), torch.ones(3))
+
+
+def test_sessions_may_be_of_codes_alone_while_ranked_lists_and_guided_searches_have_the_head():
+    model, trie, inputs = mixture_case(item_share=0.6, session_item_share=0.0)
+    for num_items, share in ((1, 0.6), (2, 0.0)):
+        found = generate_sessions(model, trie, **inputs, num_items=num_items, num_beams=5)
+        expected = generate_sessions(model, trie, **inputs, num_items=num_items, num_beams=5, item_share=share)
+        assert torch.equal(found.items, expected.items) and torch.equal(found.scores, expected.scores)
+        log_probs = session_log_probs(model, trie, found.items, **inputs, normalization="level")
+        torch.testing.assert_close(log_probs, found.scores)
+    guide = SimpleNamespace(of_users=lambda users: lambda items: torch.zeros(items.shape[:2]))
+    options = {"search": "guided_beam", "guide": guide, "num_items": 2, "num_beams": 5, "num_item_beams": ITEMS}
+    found = generate_sessions(model, trie, **inputs, **options)
+    expected = generate_sessions(model, trie, **inputs, **options, item_share=0.6)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert not torch.allclose(found.scores, generate_sessions(model, trie, **inputs, **options, item_share=0).scores)
 
 
 def test_sessions_have_the_mixtures_probability_and_draws_follow_it():

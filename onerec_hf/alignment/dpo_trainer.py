@@ -239,14 +239,16 @@ def _mixture_log_probs(
         items: (rows, m) catalogue indices, -1 for none; row r has the history r modulo the batch.
         item_states, mask: of the batch's histories, from the encoder.
     """
-    levels = model.config.num_levels
+    levels, share = model.config.num_levels, model.item_shares(item_states, mask, items.shape[1])
+    if not torch.is_tensor(share) and not share:
+        return log_probs
     history = torch.arange(len(items), device=items.device)[:, None] % len(item_states)
     of_catalogue = F.pad(model.item_log_probs(item_states, mask), (0, 1), value=-torch.inf)
     # Items that are newer than the head have no probability by it.
     of_items = of_catalogue[history, items.clamp(0, of_catalogue.shape[1] - 1)]
     of_codes = F.pad(log_probs, (0, 1)).view(*items.shape, levels + 1)
     total = of_codes[..., :levels].sum(-1)
-    share = torch.as_tensor(model.item_shares(item_states, mask), dtype=total.dtype, device=total.device)
+    share = torch.as_tensor(share, dtype=total.dtype, device=total.device)
     share = share.expand(len(item_states))[history]
     mixed = torch.logaddexp(share.log() + of_items, (-share).log1p() + total)
     more = torch.where(items >= 0, mixed - total, 0.0)

@@ -66,7 +66,8 @@ def _session_searches(
     search = SearchOptions(num_beams, **{name: options.pop(name) for name in of_search})
     if config.num_semantic_ids > 1 and search.search != "beam":
         raise ValueError(f"With several semantic IDs per item sessions are found by 'beam', not by {search.search!r}.")
-    histories = encoded_histories(model, **options)
+    # What guides a search sees to a session's coherence: its candidates are those of a ranked list.
+    histories = encoded_histories(model, **options, num_items=1 if search.guide is not None else num_items)
     constraints = [ItemConstraint(of_id, len(histories.hidden_states), excluded, allowed) for of_id in trie.of_ids]
     for users, chunk, of_users in user_chunks(histories, constraints):
         guide = None if search.guide is None else search.guide.of_users(users)
@@ -112,8 +113,8 @@ def generate_sessions(
             level; `"constrained"`: the codes that an available item follows (`generate` with
             `renormalize_logits=True`); `"vocabulary"`: every token (plain `generate`). However sessions are searched
             for, `scores` have it without temperature, filters and penalty. With an item head `item_share`, g in
-            P(item) = g P_item + (1 - g) P_codes, or a tensor (batch,) of it by user, strictly between 0 and 1; the
-            configuration's by default; 0 leaves the head out.
+            P(item) = g P_item + (1 - g) P_codes, or a tensor (batch,) of it by user, strictly between 0 and 1; by
+            default the configuration's, that of a ranked list for a guided search too; 0 leaves the head out.
 
     Returns:
         [`SessionBeams`] of exactly `num_return` sessions.

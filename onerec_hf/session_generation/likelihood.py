@@ -53,7 +53,7 @@ def session_log_probs(
     positions = trie.position[sessions.clamp(0, trie.num_items - 1)]
     if sessions.numel() and (sessions.max() >= trie.num_items or ((sessions >= 0) & (positions < 0)).any()):
         raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
-    encoded = encoded_histories(model, input_ids, attention_mask, **encoder_inputs)
+    encoded = encoded_histories(model, input_ids, attention_mask, num_items=num_items, **encoder_inputs)
     constraints = [ItemConstraint(of_id, batch, excluded, allowed) for of_id in trie.of_ids]
     return torch.cat(
         [

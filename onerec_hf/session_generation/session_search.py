@@ -46,12 +46,13 @@ def encoded_histories(
     attention_mask=None,
     encoder_outputs=None,
     item_share: float | torch.Tensor | None = None,
+    num_items: int = 1,
     **encoder_inputs,
 ) -> EncodedHistories:
     """Encodes the histories, unless that is done already.
 
     Args:
-        item_share: g, or a tensor (batch,) of it by user; the model's by default.
+        item_share: g, or a tensor (batch,) of it by user; by default the model's for sessions of `num_items`.
 
     Raises:
         TypeError: For an input that the encoder does not have; it would go unnoticed there.
@@ -69,7 +70,7 @@ def encoded_histories(
     if model.config.item_head == "none":
         return histories
     states = encoder_outputs.item_states, histories.attention_mask
-    item_share = model.item_shares(*states) if item_share is None else item_share
+    item_share = model.item_shares(*states, num_items) if item_share is None else item_share
     if not torch.is_tensor(item_share) and not item_share:
         return histories
     queries = model.item_queries(*states)

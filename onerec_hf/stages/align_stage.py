@@ -191,6 +191,8 @@ class Alignment:
         set_seed(seed)  # of an adapter's weights
         if training_args.use_cpu:
             model.set_experts_implementation(CPU_EXPERTS)
+        if not options.align_encoder:
+            model.get_encoder().requires_grad_(False)
         trainer = OneRecDPOTrainer(
             model=model,
             args=training_args,

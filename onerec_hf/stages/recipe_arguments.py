@@ -349,6 +349,9 @@ class AlignArguments(PreferenceArguments):
     align_reference: str = option(
         "previous", "A round's reference: previous (where it starts) or sft (the seed model)."
     )
+    align_encoder: bool = option(
+        True, "Whether rounds train the encoder too: without, what its item head recalls stays as it was."
+    )
     align_lora: Nested = option(None, "LoraConfig fields; rounds train an adapter and merge it. Default: all weights.")
     align_holdout: int = option(512, "Sessions, of those held out of pretraining, that rounds are checked on.")
     max_recall_drop: float = option(
@@ -361,6 +364,8 @@ class AlignArguments(PreferenceArguments):
         super().__post_init__()
         self.align_lora = as_mapping(self.align_lora, "align_lora")
         lora_config(self.align_lora)
+        if self.align_lora and not self.align_encoder:
+            raise ValueError("align_encoder is for whole weights: with align_lora target_modules say what is trained.")
         self.check_choice("align_reference", "previous", "sft")
         if not 0 <= self.max_recall_drop <= 1:
             raise ValueError(f"max_recall_drop must lie in [0, 1], got {self.max_recall_drop}.")
