@@ -1,6 +1,7 @@
 """The session that a user is served: cascades, guided search, the oracle, replay, and what is reported of each."""
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +148,18 @@ def test_an_entry_says_what_was_served_and_how_far_it_is_from_the_truth(served):
     assert served[1]["replay"] is None and served[2]["round"] == 0 and served[1]["round"] is None
     add_oracle_shares(served)
     assert [round(entry["oracle_share"], 4) for entry in served] == [0, round(4 / 23, 4), round(-0.5 / 23, 4), 1]
+
+
+def test_nothing_served_is_an_entry_without_figures():
+    evaluator = make_evaluator(scorers={"reward_model": make_scorer("swt")})
+    following = [np.array([1])] * 10
+    entry = ServedSessions(evaluator, following).entry(ServedMethod("ease", "ease"), torch.full((10, 2), -1), 1.0)
+    assert entry["judges"] == {} and entry["recall"] == entry["coverage"] == 0
+    assert entry["diversity"] is entry["popular_item_share"] is None
+    assert json.loads(json.dumps(entry, allow_nan=False)) == entry
+    entries = [entry, {"method": "oracle", "judges": {}}]
+    add_oracle_shares(entries)
+    assert not any("oracle_share" in each for each in entries)
 
 
 def test_the_report_shows_every_method_and_joins_the_best(served):

@@ -74,16 +74,16 @@ class ServedSessions:
         recall = np.array([np.isin(*pair).mean() for pair in zip(self.following, sessions.numpy(), strict=True)])
         judges = {}
         for judge, values in evaluator.judge(sessions[:, None]).items():
-            if REWARD in values:
-                rewards = values[REWARD][:, 0]
+            rewards = values[REWARD][:, 0] if REWARD in values else np.array([np.nan])
+            if not np.isnan(rewards).all():
                 judges[judge] = {REWARD: float(np.nanmean(rewards)), "interval": list(bootstrap_interval(rewards))}
         return {
             **asdict(method),
             "recall": float(recall.mean()),
             "recall_interval": list(bootstrap_interval(recall)),
             "coverage": len(torch.unique(sessions[sessions >= 0])) / evaluator.trie.num_items,
-            "diversity": intra_session_diversity(sessions, evaluator.item_embeddings),
-            "popular_item_share": float(np.nanmean(popular_item_share(sessions, evaluator.popular))),
+            "diversity": _known_mean(intra_session_diversity(sessions, evaluator.item_embeddings)),
+            "popular_item_share": _known_mean(popular_item_share(sessions, evaluator.popular)),
             "milliseconds": milliseconds,
             "judges": judges,
             "replay": None if self.replay is None else self.replay.of(sessions),
@@ -91,10 +91,17 @@ class ServedSessions:
 
 
 def add_oracle_shares(entries: Sequence[dict[str, Any]]) -> None:
-    """Where there is an oracle, adds to every entry `oracle_share`, how much of the way from the first popular items
-    (0) to the oracle (1) its sessions are, by the truth."""
-    ends = [entry for name in ("popularity", ORACLE) for entry in entries if entry["method"] == name]
+    """Where there is an oracle, adds `oracle_share` to the entries that the truth judges: how much of the way from the
+    first popular items (0) to the oracle (1) their sessions are."""
+    known = [entry for entry in entries if TRUTH in entry["judges"]]
+    ends = [entry for name in ("popularity", ORACLE) for entry in known if entry["method"] == name]
     if len(ends) == 2:
         low, high = (entry["judges"][TRUTH][REWARD] for entry in ends)
-        for entry in entries:
+        for entry in known:
             entry["oracle_share"] = (entry["judges"][TRUTH][REWARD] - low) / (high - low)
+
+
+def _known_mean(values: np.ndarray | float) -> float | None:
+    """None where nothing was served: JSON has no NaN."""
+    known = np.asarray(values)[~np.isnan(values)]
+    return float(known.mean()) if known.size else None
