@@ -339,7 +339,7 @@ def test_sessions_may_be_of_codes_alone_while_ranked_lists_and_guided_searches_h
         assert torch.equal(found.items, expected.items) and torch.equal(found.scores, expected.scores)
         log_probs = session_log_probs(model, trie, found.items, **inputs, normalization="level")
         torch.testing.assert_close(log_probs, found.scores)
-    guide = SimpleNamespace(of_users=lambda users: lambda items: torch.zeros(items.shape[:2]))
+    guide = SimpleNamespace(of_users=lambda users: lambda sessions, items: torch.zeros(items.shape))
     options = {"search": "guided_beam", "guide": guide, "num_items": 2, "num_beams": 5, "num_item_beams": ITEMS}
     found = generate_sessions(model, trie, **inputs, **options)
     expected = generate_sessions(model, trie, **inputs, **options, item_share=0.6)

@@ -138,6 +138,38 @@ class TestForward:
             torch.testing.assert_close(alone.logits, together.logits[:, candidate])
             torch.testing.assert_close(alone.reward, together.reward[:, candidate])
 
+    @pytest.mark.parametrize("before", [0, 1, 3])
+    @pytest.mark.parametrize("overrides", [{}, {"num_members": 1, "num_hidden_layers": 2}])
+    def test_sessions_with_an_item_after_them_are_scored_as_whole_ones(self, item_token_ids, before, overrides):
+        model = featured_model(**overrides)
+        model.set_calibration(torch.rand(4) + 0.5, torch.randn(4), torch.randn(model.config.session_items, 4))
+        random = torch.Generator().manual_seed(5)
+        history, sessions, candidates = (
+            torch.randint(40, shape, generator=random) for shape in ((3, 6), (3, 2, before), (3, 2, 7))
+        )
+        sessions[0, 1, 1:] = -1  # a session that ended early, and an item that is not there
+        candidates[0, 1], candidates[2, 0, 3] = -1, -1
+        whole = torch.cat([sessions[:, :, None].expand(-1, -1, 7, -1), candidates[..., None]], dim=-1).flatten(1, 2)
+        codes = {
+            name: item_token_ids[items.clamp(min=0)].masked_fill((items < 0)[..., None], 0)
+            for name, items in (("session", sessions), ("candidate", candidates), ("whole", whole))
+        }
+        of_user = {"history_indices": history, "history_signals": torch.rand(3, 6, 2, generator=random)}
+        of_user["user_totals"] = torch.rand(3, 4, generator=random) * 9
+        values = torch.tensor([[1, 4], [0, 5], [2, 0]])
+        expected = model(
+            item_token_ids[history], codes["whole"], session_indices=whole, user_values=values, **of_user
+        ).reward
+        found = model.score_extensions(
+            model.encode_behaviour(item_token_ids[history], **of_user),
+            codes["session"],
+            codes["candidate"],
+            session_indices=sessions,
+            candidate_indices=candidates,
+            user_values=values,
+        )
+        torch.testing.assert_close(found.flatten(1), expected)
+
     def test_padding_of_either_side_changes_nothing(self, item_token_ids):
         model = tiny_model()
         history, sessions = random_batch(item_token_ids, session=3)

@@ -26,6 +26,9 @@ class FirstCodeReward(OneRecRewardModel):
         reward = session_ids.sum((-1, -2)).float()
         return SimpleNamespace(reward=reward, probabilities=reward[..., None].expand(-1, -1, 4))
 
+    def score_extensions(self, behaviour, session_ids, candidate_ids, **indices):
+        return (session_ids.sum((-1, -2))[..., None] + candidate_ids.sum(-1)).float()
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> OneRecTokenizer:

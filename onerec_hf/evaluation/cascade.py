@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import SessionSimulator
-from ..reward import SessionScorer
+from ..reward import RewardGuide, SessionScorer
 from .session_judges import REWARD, judge_by_truth
 
 RANKERS = ("item", "session")
@@ -48,9 +48,10 @@ def cascade_sessions(
     sessions = [torch.empty(0, session_items, dtype=torch.long)]
     for start in tqdm(range(0, len(rows), batch_size), desc=title, disable=title is None):
         users = slice(start, start + batch_size)
+        guide = scorer.guide(rows[users])
 
-        def reward(extended: torch.LongTensor, users: slice = users) -> torch.Tensor:
-            return scorer.score(rows[users], extended, batch_size).reward
+        def reward(session: torch.LongTensor, items: torch.LongTensor, guide: RewardGuide = guide) -> torch.Tensor:
+            return guide(session[:, None], items[:, None])[:, 0].cpu()
 
         sessions.append(_built(candidates[users], session_items, reward, greedy=ranker == "session"))
     return torch.cat(sessions)
@@ -78,7 +79,8 @@ def oracle_sessions(
     for start in tqdm(range(0, len(user_ids), _ORACLE_USERS), desc="sessions of the truth"):
         users = slice(start, start + _ORACLE_USERS)
 
-        def reward(extended: torch.LongTensor, users: slice = users) -> torch.Tensor:
+        def reward(session: torch.LongTensor, items: torch.LongTensor, users: slice = users) -> torch.Tensor:
+            extended = torch.cat([session[:, None].expand(-1, items.shape[1], -1), items[..., None]], dim=-1)
             return torch.from_numpy(judge_by_truth(world, scorer, item_ids, user_ids[users], extended)[REWARD])
 
         sessions.append(_built(candidates[users], session_items, reward, greedy=True))
@@ -86,15 +88,17 @@ def oracle_sessions(
 
 
 def _built(
-    candidates: torch.LongTensor, session_items: int, reward: Callable[[torch.LongTensor], torch.Tensor], greedy: bool
+    candidates: torch.LongTensor,
+    session_items: int,
+    reward: Callable[[torch.LongTensor, torch.LongTensor], torch.Tensor],
+    greedy: bool,
 ) -> torch.LongTensor:
-    """Sessions (B, m) of candidates (B, K) by the `reward` of (B, K, n) of them; if not `greedy` by that of single
-    items."""
+    """Sessions (B, m) of candidates (B, K) by the `reward` (B, K) of the session so far (B, n) with each of them; if
+    not `greedy` by that of single items."""
     session, free = candidates[:, :0], candidates >= 0
     for place in range(session_items):
         if greedy or not place:
-            before = session[:, None].expand(-1, candidates.shape[1], -1)
-            rewards = reward(torch.cat([before, candidates[..., None]], dim=-1)).nan_to_num(-torch.inf)
+            rewards = reward(session, candidates).nan_to_num(-torch.inf)
         best = rewards.masked_fill(~free, -torch.inf).argmax(dim=1, keepdim=True)
         item = candidates.gather(1, best).masked_fill(~free.any(1, keepdim=True), -1)
         session, free = torch.cat([session, item], dim=1), free.scatter(1, best, False)

@@ -17,4 +17,4 @@ from .reward_training import (
     user_fold,
     user_half,
 )
-from .session_scoring import SessionScorer, SessionScores
+from .session_scoring import RewardGuide, SessionScorer, SessionScores

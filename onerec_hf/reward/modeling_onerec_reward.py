@@ -54,6 +54,10 @@ class _Items(NamedTuple):
     embeddings: torch.Tensor  # (B, Q, D)
     vectors: torch.Tensor  # (B, Q, H), v of the paper
 
+    def described(self) -> torch.Tensor:
+        """(B, Q, H + D), what is compared of two items."""
+        return torch.cat([self.vectors, self.embeddings.to(self.vectors.dtype)], dim=-1)
+
 
 class EncodedBehaviour(NamedTuple):
     """A user's behaviour as [`OneRecRewardModel.encode_behaviour`] makes it, for any number of sessions after it."""
@@ -325,6 +329,18 @@ def _waves(ranks: torch.Tensor) -> torch.Tensor:
     return torch.cat([ranks, angles.sin(), angles.cos()], dim=-1)
 
 
+def _extended(values: torch.Tensor, count: int, shape: tuple[int, int, int], dim: int) -> torch.Tensor:
+    """Values along `dim`, `count` of C sessions of m items and then those of K items for each, as those of the sessions
+    with an item after them, of `shape` (C, K, m + 1)."""
+    num_sessions, num_candidates, length = shape
+    before, after = values.split([count, num_sessions * num_candidates], dim)
+    before = before.unflatten(dim, (num_sessions, length - 1)).unsqueeze(dim + 1)
+    sizes = [-1] * before.dim()
+    sizes[dim + 1] = num_candidates
+    after = after.unflatten(dim, (num_sessions, num_candidates)).unsqueeze(dim + 2)
+    return torch.cat([before.expand(sizes), after], dim + 2)
+
+
 class OneRecRewardPreTrainedModel(PreTrainedModel):
     config: OneRecRewardConfig
     base_model_prefix = "reward_model"
@@ -575,6 +591,61 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         probabilities = self.calibration(logits, session_mask.sum(-1) if whole_sessions else None)
         return OneRecRewardOutput(loss, logits, probabilities, self.scalar(probabilities))
 
+    def score_extensions(
+        self,
+        behaviour: EncodedBehaviour,
+        session_ids: torch.LongTensor,
+        candidate_ids: torch.LongTensor,
+        session_indices: torch.LongTensor | None = None,
+        candidate_indices: torch.LongTensor | None = None,
+        user_values: torch.LongTensor | None = None,
+    ) -> torch.FloatTensor:
+        """The rewards `(B, C, K)` of C sessions so far of each user, each with one of K items after it: those of
+        `forward`, where what they have in common is there once.
+
+        Args:
+            behaviour: Of [`encode_behaviour`].
+            session_ids, candidate_ids: (B, C, m, L), m from 0 on, and (B, C, K, L) code token ids.
+            session_indices, candidate_indices: (B, C, m) and (B, C, K) catalogue indices.
+            user_values: As of `forward`.
+        """
+        (num_sessions, num_before), num_candidates = session_ids.shape[1:3], candidate_ids.shape[2]
+        indices = None
+        if session_indices is not None:
+            indices = torch.cat([session_indices.flatten(1), candidate_indices.flatten(1)], dim=1)
+        items = self._item_vectors(torch.cat([session_ids.flatten(1, 2), candidate_ids.flatten(1, 2)], 1), indices)
+        recency, seen = self._before_sessions(behaviour.items.mask, None, 1)
+        # Of what stands where: the session, and the place in it.
+        session, place = (
+            torch.cat([of_before.flatten(), of_candidates.flatten()])
+            for of_before, of_candidates in zip(
+                torch.meshgrid(torch.arange(num_sessions), torch.arange(num_before), indexing="ij"),
+                torch.meshgrid(torch.arange(num_sessions), torch.full((num_candidates,), num_before), indexing="ij"),
+                strict=True,
+            )
+        )
+        count = num_sessions * num_before
+        earlier = (session[:, None] == session[:count]) & (place[:, None] > place[:count])
+        known = self._repetition_of(items, behaviour.items, recency, earlier.to(session_ids.device))
+        rates = self._past_rates(items, behaviour, recency, seen, None)
+        fused = self._target_attention(items, behaviour.states, recency, [*rates, *known], user_values)
+        shape = (num_sessions, num_candidates, num_before + 1)
+        sessions = self._session_attention(
+            _extended(fused, count, shape, dim=2).flatten(2, 4),
+            _extended(items.mask, count, shape, dim=1).flatten(1, 2),
+        )
+        logits = torch.stack([tower(sessions) for tower in self.towers.values()], dim=-1).mean(-2)
+        lengths = _extended(items.mask, count, shape, dim=1).sum(-1).flatten(1, 2)
+        return self.scalar(self.calibration(logits, lengths)).unflatten(1, shape[:2])
+
+    def _repetition_of(
+        self, items: _Items, history: _Items, recency: torch.LongTensor, earlier: torch.BoolTensor
+    ) -> list[torch.Tensor]:
+        """As [`_repetition`], of items `(B, Q)` of which the first P are before others, as `earlier` `(Q, P)` says."""
+        behaviours, targets = history.described(), items.described()
+        latest = self.repetition(targets, behaviours, (recency >= 0) & (recency < self.config.session_items))
+        return latest + self.repetition(targets, targets[:, : earlier.shape[1]], earlier)
+
     def _item_vectors(self, code_ids: torch.LongTensor, indices: torch.LongTensor | None) -> _Items:
         """Items `(B, Q)` by their code token ids `(B, Q, L)` and catalogue indices of as many, with their v."""
         table = self.item_table
@@ -605,9 +676,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         """How much each session item repeats of the latest behaviours, as many as a session has items, and of its own
         session so far, a part of which may be behaviours: two tensors `(B, Q, heads)` for sessions of `shape`, C, m.
         """
-        behaviours, targets = (
-            torch.cat([found.vectors, found.embeddings.to(found.vectors.dtype)], dim=-1) for found in (history, items)
-        )
+        behaviours, targets = history.described(), items.described()
         counted = [(recency >= 0) & (recency < self.config.session_items)]
         if offsets is not None:
             counted.append((recency >= 0) & (recency < offsets.repeat_interleave(shape[1], 1)[..., None]))

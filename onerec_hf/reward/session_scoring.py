@@ -127,15 +127,25 @@ class RewardGuide:
             self.behaviour = model.encode_behaviour(**inputs)
 
     @torch.no_grad()
-    def __call__(self, items: torch.LongTensor) -> torch.Tensor:
-        """Rewards (B, C) of sessions (B, C, n), catalogue indices, -1 after the last one; NaN of empty ones."""
-        items = items.to(self.model.device)
-        codes = self.item_token_ids[items.clamp(min=0)]
-        codes = codes.masked_fill((items < 0)[..., None], self.model.config.pad_token_id)
-        given = {"behaviour": self.behaviour, "user_values": self.user_values}
+    def __call__(self, sessions: torch.LongTensor, candidates: torch.LongTensor) -> torch.Tensor:
+        """Rewards (B, C, K) of sessions (B, C, n), n from 0 on, each with one of the candidates (B, C, K) after it;
+        catalogue indices, -1 for nothing. NaN of empty sessions."""
+        sessions, candidates = sessions.to(self.model.device), candidates.to(self.model.device)
         with _evaluation_mode(self.model):
-            output = self.model(session_ids=codes, session_indices=items, **given)
-        return output.reward.float().masked_fill((items < 0).all(-1), torch.nan)
+            reward = self.model.score_extensions(
+                self.behaviour,
+                self._codes(sessions),
+                self._codes(candidates),
+                session_indices=sessions,
+                candidate_indices=candidates,
+                user_values=self.user_values,
+            )
+        empty = (candidates < 0) & (sessions < 0).all(-1, keepdim=True)
+        return reward.float().masked_fill(empty, torch.nan)
+
+    def _codes(self, items: torch.LongTensor) -> torch.LongTensor:
+        codes = self.item_token_ids[items.clamp(min=0)]
+        return codes.masked_fill((items < 0)[..., None], self.model.config.pad_token_id)
 
     def of_users(self, users: slice) -> "RewardGuide":
         """The same for a part of the users."""

@@ -29,9 +29,10 @@ class Candidates(NamedTuple):
 class SessionGuide(Protocol):
     """What values sessions while they are searched for, such as a reward model."""
 
-    def __call__(self, items: torch.LongTensor) -> torch.Tensor:
-        """Values (batch, beams), each the mean over a session's items, of sessions (batch, beams, items so far) by
-        catalogue index, -1 for nothing; NaN of an empty one. On the device of `items`."""
+    def __call__(self, sessions: torch.LongTensor, candidates: torch.LongTensor) -> torch.Tensor:
+        """Values (batch, sessions, K), each the mean over a session's items, of sessions (batch, sessions, items so
+        far) each with one of the candidates (batch, sessions, K) after it; catalogue indices, -1 for nothing; NaN of
+        an empty one."""
 
     def of_users(self, users: slice) -> "SessionGuide":
         """The guide of a part of the batch."""
@@ -83,7 +84,9 @@ class GuidedBeamSearch(BeamSearch):
     def kept_sessions(self, scores: torch.Tensor, items: torch.LongTensor) -> torch.LongTensor:
         self.between_items = True
         # A value is a session's mean over its items: what counts is their sum, as of the log-probabilities.
-        value = items.shape[-1] * self.options.guide(items).to(scores).nan_to_num(0.0)
+        extended = items.unflatten(1, (self.sessions, -1))
+        value = self.options.guide(extended[:, :, 0, :-1], extended[..., -1]).flatten(1)
+        value = items.shape[-1] * value.to(scores).nan_to_num(0.0)
         total = scores + self.options.guidance_weight * value
         return total.topk(min(self.options.num_beams, scores.shape[1])).indices
 
