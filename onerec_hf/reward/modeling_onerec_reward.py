@@ -330,7 +330,7 @@ def _waves(ranks: torch.Tensor) -> torch.Tensor:
 
 
 def _extended(values: torch.Tensor, count: int, shape: tuple[int, int, int], dim: int) -> torch.Tensor:
-    """Values along `dim`, `count` of C sessions of m items and then those of K items for each, as those of the sessions
+    """Values along `dim`, `count` of C sessions of m items and then those of K items for each, as those of sessions
     with an item after them, of `shape` (C, K, m + 1)."""
     num_sessions, num_candidates, length = shape
     before, after = values.split([count, num_sessions * num_candidates], dim)
