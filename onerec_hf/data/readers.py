@@ -159,14 +159,15 @@ def read_kuairand(data_dir: str | Path) -> Feed:
         parts.append((history.rename(columns={"long_view": "view", "is_like": "like"}), "history.parquet"))
     columns = ["user_id", item_column, "time_ms", "play_time_ms", "duration_ms", *KUAIRAND_FEEDBACK.values()]
     random_logs = sorted(folder.glob("log_random_*.csv")) if item_column == "video_id" else []
-    randomised = [read_columns(path, columns) for path in random_logs]
-    chance = 1 / max(pd.concat([raw[item_column] for raw in randomised]).nunique(), 1) if randomised else np.nan
-    read = [(path, read_columns(path, columns), np.nan) for path in logs]
-    for path, raw, propensity in [*read, *((*pair, chance) for pair in zip(random_logs, randomised, strict=True))]:
+    randomised = {path: read_columns(path, columns) for path in random_logs}
+    drawn_from = set().union(*(raw[item_column] for raw in randomised.values()))
+    for path in [*logs, *randomised]:
+        raw = randomised[path] if path in randomised else read_columns(path, columns)
         frame = {"user_id": raw["user_id"], "item_id": raw[item_column], "timestamp": raw["time_ms"] / 1000}
         frame |= {"watch_time": raw["play_time_ms"] / 1000, "duration": raw["duration_ms"] / 1000}
         frame |= {name: raw[column] for name, column in KUAIRAND_FEEDBACK.items()}
-        frame |= {PROPENSITY: propensity} if randomised else {}
+        if randomised:
+            frame[PROPENSITY] = 1 / max(len(drawn_from), 1) if path in randomised else np.nan
         parts.append((pd.DataFrame(frame), path.name))
     # Music is unique to nearly every video, so it says nothing of what videos share.
     categorical = ["author_id", "video_type", "upload_type", "music_type"]

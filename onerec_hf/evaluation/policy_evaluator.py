@@ -80,7 +80,7 @@ class PolicyEvaluator:
 
     Attributes:
         cases, histories, targets: the cases by catalogue index.
-        judged: rows of the judged cases; `judged_rows` are these.
+        judged: rows of the judged cases; `judged_rows` are these, `judged_user_ids` (judged,) whose they are.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class PolicyEvaluator:
         drawn = np.random.default_rng(self.options.seed).permutation(len(self.cases))
         self.judged = np.sort(drawn[: self.options.judged_users])
         self.judged_rows = self.cases.select(self.judged).to_list()
+        self.judged_user_ids = np.asarray(self.cases["user_id"][:])[self.judged]
 
     def generator(
         self,
@@ -238,8 +239,8 @@ class PolicyEvaluator:
         """What every judge says of the judged cases' sessions (judged, C, m): by judge and objective (judged, C)."""
         judges = {name: judge_by_model(scorer, self.judged_rows, sessions) for name, scorer in self.scorers.items()}
         if self.world is not None and self.scorers:
-            scorer, users = next(iter(self.scorers.values())), np.asarray(self.cases["user_id"][:])[self.judged]
-            judges[TRUTH] = judge_by_truth(self.world, scorer, np.asarray(self.tokenizer.item_ids), users, sessions)
+            scorer, item_ids = next(iter(self.scorers.values())), np.asarray(self.tokenizer.item_ids)
+            judges[TRUTH] = judge_by_truth(self.world, scorer, item_ids, self.judged_user_ids, sessions)
         return judges
 
     def on_log(self, model: OneRecForConditionalGeneration, log: LoggedExposures, name: str = "policy") -> PolicyOnLog:

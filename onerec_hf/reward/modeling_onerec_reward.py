@@ -481,7 +481,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         history_signals: torch.FloatTensor | None = None,
         user_totals: torch.FloatTensor | None = None,
     ) -> EncodedBehaviour:
-        """What sessions are judged by, encoded once for calls with `behaviour`; arguments as of `forward`."""
+        """What sessions are judged by, encoded once for [`score_extensions`]; arguments as of `forward`."""
         items = self._item_vectors(history_ids, history_indices)
         states, num_signals = items.vectors, len(self.config.signals)
         if history_signals is None:
@@ -526,8 +526,8 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        history_ids: torch.LongTensor | None = None,
-        session_ids: torch.LongTensor | None = None,
+        history_ids: torch.LongTensor,
+        session_ids: torch.LongTensor,
         labels: torch.FloatTensor | None = None,
         history_indices: torch.LongTensor | None = None,
         session_indices: torch.LongTensor | None = None,
@@ -538,7 +538,6 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         history_prefixes: torch.LongTensor | None = None,
         session_offsets: torch.LongTensor | None = None,
         whole_sessions: bool = True,
-        behaviour: EncodedBehaviour | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecRewardOutput:
         """The history is encoded once for all of a user's candidate sessions, which may be as short as one item. What
@@ -561,16 +560,12 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 sees; by default all.
             session_offsets: (B,) or (B, C) how many of the latest behaviours are the session's own earlier part.
             whole_sessions: Whether the sessions are whole ones, and not lone exposures, which are calibrated apart.
-            behaviour: Of [`encode_behaviour`], in place of the history, its signals and `user_totals`.
 
         Raises:
             ValueError: on inputs of another shape, or longer than `history_items` or `session_items`.
         """
-        if behaviour is None:
-            self._check_inputs(history_ids, session_ids, history_prefixes)
-            behaviour = self.encode_behaviour(history_ids, history_indices, history_signals, user_totals)
-        else:
-            self._check_inputs(behaviour.items.code_ids, session_ids, history_prefixes)
+        self._check_inputs(history_ids, session_ids, history_prefixes)
+        behaviour = self.encode_behaviour(history_ids, history_indices, history_signals, user_totals)
         single = session_ids.dim() == 3
         session_ids, session_indices, session_totals, history_prefixes, session_offsets = (
             tensor[:, None] if single and tensor is not None else tensor
@@ -615,28 +610,21 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             indices = torch.cat([session_indices.flatten(1), candidate_indices.flatten(1)], dim=1)
         items = self._item_vectors(torch.cat([session_ids.flatten(1, 2), candidate_ids.flatten(1, 2)], 1), indices)
         recency, seen = self._before_sessions(behaviour.items.mask, None, 1)
-        # Of what stands where: the session, and the place in it.
-        session, place = (
-            torch.cat([of_before.flatten(), of_candidates.flatten()])
-            for of_before, of_candidates in zip(
-                torch.meshgrid(torch.arange(num_sessions), torch.arange(num_before), indexing="ij"),
-                torch.meshgrid(torch.arange(num_sessions), torch.full((num_candidates,), num_before), indexing="ij"),
-                strict=True,
-            )
-        )
+        # Of each item the session, and its place there.
+        numbers = torch.arange(num_sessions)
+        session = torch.cat([numbers.repeat_interleave(num_before), numbers.repeat_interleave(num_candidates)])
         count = num_sessions * num_before
+        place = torch.full_like(session, num_before)
+        place[:count] = torch.arange(num_before).repeat(num_sessions)
         earlier = (session[:, None] == session[:count]) & (place[:, None] > place[:count])
         known = self._repetition_of(items, behaviour.items, recency, earlier.to(session_ids.device))
         rates = self._past_rates(items, behaviour, recency, seen, None)
         fused = self._target_attention(items, behaviour.states, recency, [*rates, *known], user_values)
         shape = (num_sessions, num_candidates, num_before + 1)
-        sessions = self._session_attention(
-            _extended(fused, count, shape, dim=2).flatten(2, 4),
-            _extended(items.mask, count, shape, dim=1).flatten(1, 2),
-        )
+        mask = _extended(items.mask, count, shape, dim=1).flatten(1, 2)
+        sessions = self._session_attention(_extended(fused, count, shape, dim=2).flatten(2, 4), mask)
         logits = torch.stack([tower(sessions) for tower in self.towers.values()], dim=-1).mean(-2)
-        lengths = _extended(items.mask, count, shape, dim=1).sum(-1).flatten(1, 2)
-        return self.scalar(self.calibration(logits, lengths)).unflatten(1, shape[:2])
+        return self.scalar(self.calibration(logits, mask.sum(-1))).unflatten(1, shape[:2])
 
     def _repetition_of(
         self, items: _Items, history: _Items, recency: torch.LongTensor, earlier: torch.BoolTensor

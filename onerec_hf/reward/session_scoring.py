@@ -84,15 +84,16 @@ class SessionScorer:
         device, sessions = self.model.device, sessions.cpu()
         shape = (0, sessions.shape[1])
         reward, probabilities = [torch.empty(shape)], [torch.empty(*shape, len(self.objectives))]
-        for start in tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not show_progress):
-            batch = sessions[start : start + batch_size]
-            inputs = self._encoder(rows[start : start + batch_size], self.model.config.history_items)
-            inputs |= {"session_ids": self._encoder.codes(batch.numpy()), "session_indices": batch}
-            with _evaluation_mode(self.model):
+        starts = tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not show_progress)
+        with _evaluation_mode(self.model):
+            for start in starts:
+                batch = sessions[start : start + batch_size]
+                inputs = self._encoder(rows[start : start + batch_size], self.model.config.history_items)
+                inputs |= {"session_ids": self._encoder.codes(batch.numpy()), "session_indices": batch}
                 output = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-            empty = (batch < 0).all(-1)
-            reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
-            probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
+                empty = (batch < 0).all(-1)
+                reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
+                probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
         return SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))
 
 

@@ -51,15 +51,6 @@ class BeamSearch:
         scores = candidates.scores.flatten(1)
         return scores.topk(min(self.options.num_beams, scores.shape[1])).indices
 
-    def kept_sessions(self, scores: torch.Tensor, items: torch.LongTensor) -> torch.LongTensor | None:
-        """Which of the beams go on after an item, (batch, beams) places among them; all of them where it is None.
-
-        Args:
-            scores: (batch, beams) their log-probabilities, -inf of dead ones.
-            items: (batch, beams, items so far) catalogue indices, -1 for nothing.
-        """
-        return None
-
 
 class GuidedBeamSearch(BeamSearch):
     """Beams of sessions, each extended by beams of its own for the next item, of which those sessions go on that have
@@ -82,6 +73,12 @@ class GuidedBeamSearch(BeamSearch):
         return (own.topk(count).indices + start).flatten(1)
 
     def kept_sessions(self, scores: torch.Tensor, items: torch.LongTensor) -> torch.LongTensor:
+        """Which of the beams go on after an item, (batch, sessions) places among them.
+
+        Args:
+            scores: (batch, beams) their log-probabilities, -inf of dead ones.
+            items: (batch, beams, items so far) catalogue indices, -1 for nothing.
+        """
         self.between_items = True
         # A value is a session's mean over its items: what counts is their sum, as of the log-probabilities.
         extended = items.unflatten(1, (self.sessions, -1))

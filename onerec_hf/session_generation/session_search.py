@@ -147,9 +147,8 @@ class SessionSearch:
             for level in range(levels):
                 node = self._extend(self._candidates(node, level, exhausted[..., None]), level)
             self.used = torch.cat([self.used, self._taken_positions(node, exhausted)[..., None]], dim=-1)
-            kept = self.choose.kept_sessions(self.scores, self.items(self.used))
-            if kept is not None:
-                self._keep(kept)
+            if self.choose.options.guide is not None:
+                self._keep(self.choose.kept_sessions(self.scores, self.items(self.used)))
             yield Beams(self.scores, self.used, self.generated.view(*self.used.shape, levels))
             bos = self.tokens.new_full(self.tokens.shape, self.code_scores.bos_token_id)
             self.tokens = torch.cat([self.tokens, bos], dim=1)

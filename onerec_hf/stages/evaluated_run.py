@@ -110,7 +110,7 @@ class EvaluatedRun:
         """What judges the session that each judged user is served, and replays it where the evaluated period shows
         more than what an outcome has chosen."""
         shown, session_items = self.prepared.split.evaluation, self.args.session_items
-        users = np.asarray(self.evaluator.cases["user_id"][:])[self.evaluator.judged]
+        users = self.evaluator.judged_user_ids
         positive = shown[positive_mask(shown, self.prepared.feed.positive_feedback)]
         positive = positive[positive["user_id"].isin(users)].drop_duplicates(["user_id", "item_id"])
         groups = positive.groupby("user_id").head(session_items).groupby("user_id")["item_id"]

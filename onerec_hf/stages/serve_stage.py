@@ -145,8 +145,7 @@ def oracle(run: EvaluatedRun) -> torch.LongTensor:
     if evaluator.options.exclude_consumed:
         for place, case in enumerate(evaluator.judged):
             candidates[place, evaluator.histories[case]] = -1
-    users = np.asarray(evaluator.cases["user_id"][:])[evaluator.judged]
-    scorer, item_ids = run.scorers[REWARD_MODEL], np.asarray(run.tokenizer.item_ids)
+    scorer, item_ids, users = run.scorers[REWARD_MODEL], np.asarray(run.tokenizer.item_ids), evaluator.judged_user_ids
     return oracle_sessions(evaluator.world, scorer, item_ids, users, candidates, run.args.session_items)
 
 
