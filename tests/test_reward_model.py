@@ -26,6 +26,7 @@ FEATURES = {
     "signals": ["watched", "view"],
     "num_items": 40,
     "item_embedding_size": 3,
+    "taste_size": 6,
     "item_features": ["author", "tag", "tag"],
     "num_item_values": 9,
     "numeric_features": ["length"],
@@ -306,7 +307,7 @@ class TestForward:
 
     def test_repetition_by_hand(self, item_token_ids):
         """Counts the latest behaviours and the session so far, a part of which may be behaviours."""
-        model = featured_model(item_embedding_size=2, session_items=3)
+        model = featured_model(item_embedding_size=2, session_items=3, taste_size=0)
         seen = {}
         model.fusion.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0]))
         repetition, thresholds = model.repetition, torch.tensor([0.4, 0.9, 0.0, -0.5])
@@ -337,6 +338,28 @@ class TestForward:
         # The third item alone, the other two being behaviours of its session.
         part = read([2, 0, 1], [2], session_offsets=torch.tensor([2]))
         torch.testing.assert_close(part[:, 4:], found[2:, 4:])
+
+    def test_taste_by_hand(self, item_token_ids):
+        """Sums of products with what was shown and liked, which grow along the taste beyond any behaviour."""
+        model = featured_model(item_embedding_size=2, num_attention_heads=2, taste_size=2, match_prior=1.0)
+        seen = {}
+        model.fusion.register_forward_pre_hook(lambda _, inputs: seen.update(inputs=inputs[0]))
+        with torch.no_grad():  # the second head compares the second dimension alone, and forgets by half
+            for proj in (model.taste.q_proj, model.taste.k_proj):
+                proj.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]))
+            model.taste.log_decay.copy_(torch.tensor([-torch.inf, math.log(math.log(2.0))]))
+            model.item_table.embeddings[:4] = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [10.0, 10.0]])
+        history, session = torch.tensor([[0, 1]]), torch.tensor([[2, 3]])
+        ids = {"history_ids": item_token_ids[history], "session_ids": item_token_ids[session]}
+        signals = torch.tensor([[[0.5, 1.0], [1.0, math.nan]]])  # of which the means are 0.3 and 0.6
+        model(**ids, history_indices=history, session_indices=session, history_signals=signals)
+        profile = len(model.config.user_features) * model.config.feature_size
+        found = seen["inputs"][0, :, -6 - profile : -profile]
+        scale = 4 / math.sqrt(2)
+        first = [scale / 3 * total for total in (1 + 2, 2 * (0.2 + 2 * 0.7), 2 * 0.4)]
+        second = [scale / 2.5 * total for total in (2, 2 * 2 * 0.7, 0)]
+        torch.testing.assert_close(found[0], torch.tensor(first + second))
+        torch.testing.assert_close(found[1], 10 * found[0])
 
     def test_unknown_items_and_users_are_judged(self, item_token_ids):
         model = featured_model()

@@ -50,7 +50,9 @@ class OneRecRewardConfig(PreTrainedConfig):
             history is read without feedback.
         signals: What is counted of them, see data/exposures.py.
         rate_prior: Exposures' worth of the overall mean in the smoothed rates of users and items.
-        match_prior: The same for a user's rates with items that share a feature.
+        match_prior: The same for a user's rates with items that share a feature, and for their taste.
+        taste_size: Width of the space in which an item is compared with all that the user liked and was shown; 0 for
+            no such comparison.
         num_items: Items whose features are saved; later items of the catalogue count as unknown.
         item_features: Column of each of the K feature places of an item; a column of lists has several.
         item_embedding_size: Width of the items' embeddings, of which semantic IDs keep a part; 0 for none.
@@ -84,6 +86,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     signals: list[str] | tuple[str, ...] = ()
     rate_prior: float = 20.0
     match_prior: float = 5.0
+    taste_size: int = 0
     num_items: int = 0
     item_features: list[str] | tuple[str, ...] = ()
     item_embedding_size: int = 0

@@ -7,8 +7,8 @@ them one reward:
   features;
 - e_i = v_i (.) u: session item i attends over the user's behaviour (target attention), which is all that they
   were exposed to with their feedback. Its own vector, what it gathered, the product of the two, the user's profile
-  and the smoothed rates of the past (the user's, the item's, the user's with items that share a feature) and how much
-  it repeats of what came before give e_i;
+  and the smoothed rates of the past (the user's, the item's, the user's with items that share a feature), how much it
+  repeats of what came before and how near it is to what they liked and were shown give e_i;
 - h_f = SelfAttention over e_1..e_m, with position embeddings and a residual connection (eq 5);
 - a tower for each objective: Sigmoid(MLP(Sum h_f / m)) (eq 6), trained with the sum of the objectives' binary
   cross-entropies (eq 7); labels may be soft and an unknown label (NaN) is left out. The sum is divided by the items,
@@ -220,6 +220,41 @@ class OneRecRewardRepetition(nn.Module):
         return [(likeness * mask[..., None, :, :]).sum(-1).transpose(-1, -2) for mask in counted]
 
 
+class OneRecRewardTaste(nn.Module):
+    """How near each item is to what the user liked, and to what they were shown, which a recommender chose for them:
+    `(B, Q, heads * (1 + S))` of items `(B, Q, D)`.
+
+    Each head compares an item with all behaviours `(B, n, D)` in a space of its own, and sums the products by 1 and
+    by the signals' deviations from their means `(B, n, S)`, older behaviours counting less. Neither a softmax nor a
+    threshold is between: an item further in the direction of the taste than any behaviour has more of it, so that the
+    best of many are told apart, and what fits one item to its likes says something of every other.
+    """
+
+    def __init__(self, config: OneRecRewardConfig):
+        super().__init__()
+        self.num_heads, self.size, self.prior = config.num_attention_heads, config.taste_size, config.match_prior
+        width = config.item_embedding_size or config.hidden_size
+        self.q_proj = nn.Linear(width, self.num_heads * self.size, bias=False)
+        self.k_proj = nn.Linear(width, self.num_heads * self.size, bias=False)
+        self.log_decay = nn.Parameter(torch.empty(self.num_heads))  # of a behaviour's weight, for each one after it
+
+    def forward(
+        self, items: torch.Tensor, behaviours: torch.Tensor, deviations: torch.Tensor, recency: torch.LongTensor
+    ) -> torch.Tensor:
+        """`recency` as in [`OneRecRewardTargetAttention`]."""
+        query, key = (
+            proj(vectors).unflatten(-1, (self.num_heads, self.size)).transpose(1, 2)
+            for proj, vectors in ((self.q_proj, items), (self.k_proj, behaviours))
+        )
+        ages = recency.clamp(min=0)[:, None].to(query.dtype)
+        weights = torch.exp(-self.log_decay.exp()[:, None, None] * ages) * (recency >= 0)[:, None]
+        values = torch.cat([torch.ones_like(behaviours[..., :1]), deviations.to(query.dtype)], dim=-1)
+        sums = (query @ key.transpose(-1, -2) * weights) @ values[:, None]
+        # About as wide as the other inputs.
+        sums = 4 * self.size**-0.5 * sums / (weights.sum(-1, keepdim=True) + self.prior)
+        return sums.transpose(1, 2).flatten(2)
+
+
 class OneRecRewardSessionLayer(GradientCheckpointingLayer):
     """h + SelfAttention(h W_q, h W_k, h W_v) over a session's items (eq 5), h normalised first."""
 
@@ -374,6 +409,8 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
         elif isinstance(module, OneRecRewardRepetition):
             init.constant_(module.threshold, 0.4)
             init.constant_(module.steepness, 8.0)
+        elif isinstance(module, OneRecRewardTaste):
+            init.copy_(module.log_decay, torch.logspace(-3, -1, module.num_heads).log())
         elif isinstance(module, OneRecRewardItemTable):
             for buffer in (module.values, module.ranks, module.embeddings, module.totals):
                 init.zeros_(buffer)
@@ -403,6 +440,9 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             self.signal_proj = nn.Linear(2 * num_signals, hidden)
             # Of the user, of the item, and of the user with the same item and with the same value of each feature.
             width += 2 * num_signals * (3 + len(self._columns))
+        if config.taste_size:
+            self.taste = OneRecRewardTaste(config)
+            width += config.num_attention_heads * (1 + num_signals)
         if config.user_features:
             self.user_embeddings = OneRecRewardFeatureEmbeddings(
                 config, 1 + sum(map(len, config.user_features.values()))
@@ -575,8 +615,9 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         session_mask = items.mask.unflatten(1, session_ids.shape[1:3])
         recency, seen = self._before_sessions(behaviour.items.mask, history_prefixes, session_mask.shape[2])
         known = self._repetition(items, behaviour.items, recency, session_offsets, session_mask.shape[1:])
-        rates, states = self._past_rates(items, behaviour, recency, seen, session_totals), behaviour.states
-        fused = self._target_attention(items, states, recency, [*rates, *known], user_values, **kwargs)
+        known = self._past_rates(items, behaviour, recency, seen, session_totals) + known
+        known += self._tastes(items, behaviour, recency)
+        fused = self._target_attention(items, behaviour.states, recency, known, user_values, **kwargs)
         sessions = self._session_attention(fused, session_mask, **kwargs)
         member_logits = torch.stack([tower(sessions) for tower in self.towers.values()], dim=-1)
         if single:
@@ -618,8 +659,9 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         place[:count] = torch.arange(num_before).repeat(num_sessions)
         earlier = (session[:, None] == session[:count]) & (place[:, None] > place[:count])
         known = self._repetition_of(items, behaviour.items, recency, earlier.to(session_ids.device))
-        rates = self._past_rates(items, behaviour, recency, seen, None)
-        fused = self._target_attention(items, behaviour.states, recency, [*rates, *known], user_values)
+        known = self._past_rates(items, behaviour, recency, seen, None) + known
+        known += self._tastes(items, behaviour, recency)
+        fused = self._target_attention(items, behaviour.states, recency, known, user_values)
         shape = (num_sessions, num_candidates, num_before + 1)
         mask = _extended(items.mask, count, shape, dim=1).flatten(1, 2)
         sessions = self._session_attention(_extended(fused, count, shape, dim=2).flatten(2, 4), mask)
@@ -696,6 +738,17 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             self._rates(of_item.to(of_user.dtype), config.rate_prior),
             *(self._rates(sums, config.match_prior) for sums in same),
         ]
+
+    def _tastes(self, items: _Items, behaviour: EncodedBehaviour, recency: torch.LongTensor) -> list[torch.Tensor]:
+        """[`OneRecRewardTaste`], of the items' embeddings, which are smoother than what is learned of each, if any."""
+        if not self.config.taste_size:
+            return []
+        sums, counts = behaviour.signals.chunk(2, dim=-1)
+        deviations = 2 * (sums - counts * self.item_table.signal_means)
+        compared = (
+            part.embeddings if self.config.item_embedding_size else part.vectors for part in (items, behaviour.items)
+        )
+        return [self.taste(*compared, deviations, recency)]
 
     def _same_features(self, items: _Items, history: _Items) -> Iterator[torch.BoolTensor]:
         """Whether a session item and a behaviour `(B, Q, n)` are the same item; and for each column of features

@@ -31,6 +31,7 @@ from .reward_objectives import fitted_quantiles, objective_labels
 # Share of the training batches whose sessions are single exposures; the others have 2 to m items, all alike often.
 SINGLE_SHARE = 0.5
 CALIBRATION_STEPS = 50
+TASTE_SIZE = 32  # unless it is configured; a configuration without the field is of a model that has none
 LENGTH_PRIOR = 5.0
 
 
@@ -62,7 +63,7 @@ def create_reward_model(
     columns = list(totals.feedback)
     features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
     known = OneRecRewardConfig(
-        **config,
+        **{"taste_size": TASTE_SIZE, **config},
         codebook_sizes=list(tokenizer.codebook_sizes),
         vocab_size=len(tokenizer),
         feedback=columns,
