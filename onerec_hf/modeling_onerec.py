@@ -563,6 +563,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         user_features: torch.LongTensor | None = None,
         history_item_indices: torch.LongTensor | None = None,
         recency_in_output: bool = True,
+        with_item_states: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """Encodes histories.
@@ -581,6 +582,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
             history_item_indices: (batch, items) catalogue indices, -1 where an item has no vector and on padding.
             recency_in_output: Whether a causal encoder adds the recency of the whole history to its output; `False`
                 where each target adds that of its own prefix.
+            with_item_states: Whether there are `item_states`, where there is an item head; nothing else is of the
+                encoders that are the head's own.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -632,7 +635,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, layer_mask, **kwargs)
         item_states = None
-        if history_item_indices is not None:
+        if history_item_indices is not None and with_item_states:
             states = [encoder(history_item_indices, mask) for encoder in self.item_encoders]
             if self._shares_item_head:
                 states.insert(0, self.item_norm(hidden_states))
@@ -962,15 +965,22 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         last = -1 if mask is None else (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
         return item_states[torch.arange(len(item_states), device=item_states.device), :, last]
 
+    def configured_item_share(self, num_items: int = 1) -> float | None:
+        """g of all users in sessions of `num_items`, 0 without an item head; None where each user's is the gate's."""
+        if self.config.item_head == "none":
+            return 0.0
+        if num_items > 1 and self.config.session_item_share is not None:
+            return self.config.session_item_share
+        return None if self.config.item_gate else self.config.item_share
+
     def item_shares(
         self, item_states: torch.Tensor, mask: torch.Tensor | None = None, num_items: int = 1
     ) -> torch.Tensor | float:
         """g, the item head's share in sessions of `num_items`: of each user (batch,) by the gate, or the
         configuration's for all of them; other arguments as of [`latest_item_states`]."""
-        if num_items > 1 and self.config.session_item_share is not None:
-            return self.config.session_item_share
-        if not self.config.item_gate:
-            return self.config.item_share
+        configured = self.configured_item_share(num_items)
+        if configured is not None:
+            return configured
         return self.item_gate(self.latest_item_states(item_states, mask)[:, 0]).squeeze(-1).float().sigmoid()
 
     def item_vectors(self) -> torch.Tensor:

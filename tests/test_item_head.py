@@ -347,6 +347,19 @@ def test_sessions_may_be_of_codes_alone_while_ranked_lists_and_guided_searches_h
     assert not torch.allclose(found.scores, generate_sessions(model, trie, **inputs, **options, item_share=0).scores)
 
 
+def test_the_heads_own_encoders_run_only_for_its_share():
+    model, trie, inputs = mixture_case(item_encoders=["shared", "learned"], session_item_share=0.0)
+    encoded = {"attention_mask": inputs["attention_mask"], "encoder_outputs": model.get_encoder()(**inputs)}
+    expected = generate_sessions(model, trie, **encoded, num_items=2, num_beams=5)
+    ran = []
+    model.get_encoder().item_encoders[0].register_forward_hook(lambda *_: ran.append(True))
+    found = generate_sessions(model, trie, **inputs, num_items=2, num_beams=5)
+    assert torch.equal(found.items, expected.items) and not ran
+    torch.testing.assert_close(found.scores, expected.scores)
+    generate_sessions(model, trie, **inputs, num_items=1, num_beams=5)
+    assert ran
+
+
 def test_sessions_have_the_mixtures_probability_and_draws_follow_it():
     model, trie, inputs = mixture_case(item_share=0.6)
     options = {"normalization": "constrained"}

@@ -64,15 +64,18 @@ def encoded_histories(
     unknown = encoder_inputs.keys() - inspect.signature(encoder.forward).parameters.keys()
     if unknown:
         raise TypeError(f"{', '.join(sorted(unknown))}: not an argument, nor an input of the encoder.")
+    if item_share is None:
+        item_share = model.configured_item_share(num_items)
+    # The item head's own encoders run where something is to come of them.
+    with_head = item_share is None or torch.is_tensor(item_share) or item_share != 0
     if encoder_outputs is None:
-        encoder_outputs = encoder(input_ids=input_ids, attention_mask=attention_mask, **encoder_inputs)
+        encoder_inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        encoder_outputs = encoder(with_item_states=with_head, **encoder_inputs)
     histories = EncodedHistories(encoder_outputs.last_hidden_state, encoder.position_mask(attention_mask))
-    if model.config.item_head == "none":
+    if not with_head:
         return histories
     states = encoder_outputs.item_states, histories.attention_mask
-    item_share = model.item_shares(*states, num_items) if item_share is None else item_share
-    if not torch.is_tensor(item_share) and not item_share:
-        return histories
+    item_share = model.item_shares(*states) if item_share is None else item_share
     queries = model.item_queries(*states)
     return histories._replace(item_queries=queries, item_vectors=model.item_vectors(), item_share=item_share)
 
