@@ -462,6 +462,12 @@ class TestForward:
         with pytest.raises(ValueError, match=message):
             tiny_model()(torch.ones(history, dtype=torch.long), torch.ones(session, dtype=torch.long))
 
+    def test_too_long_an_extension_is_named(self, item_token_ids):
+        model = tiny_model()
+        history, sessions = random_batch(item_token_ids)
+        with pytest.raises(ValueError, match="session_ids has 6 items, more than session_items = 5"):
+            model.score_extensions(model.encode_behaviour(history), sessions, sessions)
+
     def test_config_errors(self):
         for objectives, message in (
             ([{"name": "x", "source": "view"}], "lacks kind"),

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from ..evaluation_mode import evaluation_mode
 from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
@@ -196,9 +197,7 @@ def sample_preferences(
     features.update(PAIR_FEATURES)
     parts = [rows[start : start + ROWS_PER_PART] for start in range(0, count, ROWS_PER_PART)]
 
-    was_training = model.training
-    model.eval()
-    with TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary, evaluation_mode(model):
         folder = Path(parts_dir or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"part_{number:06d}.parquet" for number in range(len(parts))]
@@ -209,12 +208,10 @@ def sample_preferences(
                 columns = {name: [pair[name] for pair in pairs] for name in features}
                 with staged_file(paths[number]) as partial:
                     pq.write_table(pa.table(columns, schema=features.arrow_schema), partial)
-        model.train(was_training)
         state.wait_for_everyone()
         return Dataset(pa.concat_tables([pq.read_table(path) for path in paths]))
 
 
-@torch.no_grad()
 def _pairs_of(
     model, trie: ItemTrie, scorer: SessionScorer, rows: list[dict[str, Any]], options: PreferenceSampling, seed: int
 ) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from ..evaluation_mode import evaluation_mode
 from ..history_features import encode_history_rows
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
@@ -18,7 +19,7 @@ from ..renamed_arguments import renamed_arguments
 from ..session_generation import generate_sessions
 from ..session_likelihood import sampled_divergence, session_log_probs
 from ..tokenization_onerec import OneRecTokenizer
-from .policy_inputs import draw_sessions, evaluation_mode, generation_inputs
+from .policy_inputs import draw_sessions, generation_inputs
 from .policy_results import defined_figures, popular_item_share
 from .ranking_metrics import illegal_rate, intra_session_diversity
 

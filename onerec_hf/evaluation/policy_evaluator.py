@@ -16,6 +16,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data import SessionSimulator
+from ..evaluation_mode import evaluation_mode
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import index_sessions
@@ -25,7 +26,7 @@ from ..session_likelihood import sampled_divergence, session_log_probs
 from ..tokenization_onerec import OneRecTokenizer
 from .counterfactual import PolicyOnLog
 from .logged_exposures import LoggedExposures
-from .policy_inputs import draw_sessions, evaluation_mode, generation_inputs
+from .policy_inputs import draw_sessions, generation_inputs
 from .policy_results import PolicyResults, popular_item_share
 from .ranked_sessions import sessions_of_ranking
 from .ranking_metrics import COVERAGE_CUTOFF, duplicate_rate, illegal_rate, intra_session_diversity, user_metrics

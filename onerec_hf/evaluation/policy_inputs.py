@@ -1,7 +1,6 @@
-"""How a generator is asked when it is evaluated: in evaluation mode, from rows of histories, by one exclusion rule."""
+"""What a generator is asked when it is evaluated: of rows of histories, by one exclusion rule."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +11,6 @@ from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..session_generation import SessionBeams, excluded_items, generate_sessions
 from ..tokenization_onerec import OneRecTokenizer
-
-
-@contextmanager
-def evaluation_mode(model: OneRecForConditionalGeneration) -> Iterator[None]:
-    """The model without dropout and gradients; afterwards it is in its former mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def draw_sessions(

@@ -556,10 +556,13 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
                 f"history_ids has {history_ids.shape[1]} items, more than history_items = "
                 f"{self.config.history_items}: keep the latest ones."
             )
-        if session_ids.shape[-2] > self.config.session_items:
+        self._check_length(session_ids.shape[-2])
+
+    def _check_length(self, session_items: int):
+        if session_items > self.config.session_items:
             raise ValueError(
-                f"session_ids has {session_ids.shape[-2]} items, more than session_items = "
-                f"{self.config.session_items}: shorten the sessions or raise session_items."
+                f"session_ids has {session_items} items, more than session_items = {self.config.session_items}: "
+                "shorten the sessions or raise session_items."
             )
 
     @merge_with_config_defaults
@@ -644,7 +647,11 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
             session_ids, candidate_ids: (B, C, m, L), m from 0 on, and (B, C, K, L) code token ids.
             session_indices, candidate_indices: (B, C, m) and (B, C, K) catalogue indices.
             user_values: As of `forward`.
+
+        Raises:
+            ValueError: on sessions that are longer than `session_items` with the item.
         """
+        self._check_length(session_ids.shape[2] + 1)
         (num_sessions, num_before), num_candidates = session_ids.shape[1:3], candidate_ids.shape[2]
         indices = None
         if session_indices is not None:

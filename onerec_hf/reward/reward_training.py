@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from ..data import Feed, signal_names
+from ..evaluation_mode import evaluation_mode
 from ..renamed_arguments import renamed_arguments
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import CheckpointCompleteCallback, latest_complete_checkpoint
@@ -202,7 +203,6 @@ class RewardPredictions:
 
 
 @renamed_arguments(progress="show_progress")
-@torch.no_grad()
 def predict_rewards(
     model: OneRecRewardModel,
     dataset: Dataset,
@@ -211,23 +211,21 @@ def predict_rewards(
     show_progress: bool = False,
 ) -> RewardPredictions:
     """Estimates for the sessions that `collator` cuts from runs; the model's training mode is left as it was."""
-    was_training = model.training
-    model.eval()
     users = np.unique(np.asarray(dataset["user_id"][:]), return_inverse=True)[1] if len(dataset) else np.zeros(0, int)
     none = np.zeros((0, len(model.config.objectives)), dtype=np.float32)
     parts, start = [[none, none, none, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)]], 0
     batches = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
-    for batch in tqdm(batches, desc="judging", disable=not show_progress):
-        labels, lengths = batch.pop("labels"), (batch["session_indices"] >= 0).sum(-1).numpy()
-        real = lengths > 0
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        output = model(**inputs, whole_sessions=collator.whole_sessions)
-        logits, probabilities = (found.float().cpu().numpy() for found in (output.logits, output.probabilities))
-        owners = np.broadcast_to(users[start : start + len(real), None], real.shape)
-        values = (logits, probabilities, labels.numpy(), owners, lengths * collator.whole_sessions)
-        parts.append([value[real] for value in values])
-        start += len(real)
-    model.train(was_training)
+    with evaluation_mode(model):
+        for batch in tqdm(batches, desc="judging", disable=not show_progress):
+            labels, lengths = batch.pop("labels"), (batch["session_indices"] >= 0).sum(-1).numpy()
+            real = lengths > 0
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            output = model(**inputs, whole_sessions=collator.whole_sessions)
+            logits, probabilities = (found.float().cpu().numpy() for found in (output.logits, output.probabilities))
+            owners = np.broadcast_to(users[start : start + len(real), None], real.shape)
+            values = (logits, probabilities, labels.numpy(), owners, lengths * collator.whole_sessions)
+            parts.append([value[real] for value in values])
+            start += len(real)
     return RewardPredictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 

@@ -1,8 +1,7 @@
 """Rewards of whole sessions given as catalogue indices."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..evaluation_mode import evaluation_mode
 from ..renamed_arguments import renamed_arguments
 from ..tokenization_onerec import OneRecTokenizer
 from .exposure_encoding import ExposureEncoder
@@ -85,7 +85,7 @@ class SessionScorer:
         shape = (0, sessions.shape[1])
         reward, probabilities = [torch.empty(shape)], [torch.empty(*shape, len(self.objectives))]
         starts = tqdm(range(0, len(rows), batch_size), desc="scoring sessions", disable=not show_progress)
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             for start in starts:
                 batch = sessions[start : start + batch_size]
                 inputs = self._encoder(rows[start : start + batch_size], self.model.config.history_items)
@@ -95,17 +95,6 @@ class SessionScorer:
                 reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
                 probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
         return SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))
-
-
-@contextmanager
-def _evaluation_mode(model: OneRecRewardModel) -> Iterator[None]:
-    """Without dropout; afterwards the model is in its former mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class RewardGuide:
@@ -124,7 +113,7 @@ class RewardGuide:
         inputs = encoder(rows, model.config.history_items)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         self.user_values = inputs.pop("user_values", None)
-        with _evaluation_mode(model):
+        with evaluation_mode(model):
             self.behaviour = model.encode_behaviour(**inputs)
 
     @torch.no_grad()
@@ -132,7 +121,7 @@ class RewardGuide:
         """Rewards (B, C, K) of sessions (B, C, n), n from 0 on, each with one of the candidates (B, C, K) after it;
         catalogue indices, -1 for nothing. NaN of empty sessions."""
         sessions, candidates = sessions.to(self.model.device), candidates.to(self.model.device)
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             reward = self.model.score_extensions(
                 self.behaviour,
                 self._codes(sessions),

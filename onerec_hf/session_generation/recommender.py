@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..evaluation_mode import evaluation_mode
 from ..history_features import encode_history_rows
 from ..item_trie import ItemTrie
 from ..renamed_arguments import renamed_arguments
@@ -97,15 +98,11 @@ class Recommender:
             self.trie = ItemTrie.from_tokenizer(self.tokenizer)
         self.trie = self.trie.to(model.device)
         ranking, sessions = self._searches(top_k, self._allowed(blocked_items, allowed_items), **options)
-        was_training = model.training
-        model.eval()
-        try:
-            results = []
+        results = []
+        with evaluation_mode(model):
             for start in tqdm(range(0, len(histories), batch_size), desc="Recommending", disable=not show_progress):
                 rows = self._known_rows(histories[start : start + batch_size], start, unknown_items)
                 results.extend(self._recommend(rows, exclude_consumed, ranking, sessions))
-        finally:
-            model.train(was_training)
         return results
 
     def _searches(
@@ -193,7 +190,6 @@ class Recommender:
             indexed.append({**row, **kept, name: None if given is None else found[known]})
         return indexed
 
-    @torch.no_grad()
     def _recommend(self, rows: list[dict], exclude_consumed: bool, ranking: dict, sessions: dict) -> list[dict]:
         """Results of users encoded together; `ranking` and `sessions` are the arguments of the two searches."""
         model, trie = self.model, self.trie

@@ -11,7 +11,8 @@ from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
-from ..evaluation.policy_inputs import evaluation_mode, generation_inputs
+from ..evaluation.policy_inputs import generation_inputs
+from ..evaluation_mode import evaluation_mode
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import OneRecPretrainer

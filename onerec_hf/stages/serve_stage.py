@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from ..evaluation import RANKERS, ServedMethod, add_oracle_shares, cascade_sessions, oracle_sessions
-from ..evaluation.policy_inputs import evaluation_mode
 from ..evaluation.served_sessions import (
     BEAMS,
     BEST_SESSION,
@@ -26,6 +25,7 @@ from ..evaluation.served_sessions import (
     RANKED_LIST,
 )
 from ..evaluation.session_judges import scalar_of
+from ..evaluation_mode import evaluation_mode
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..session_generation.searches import SearchOptions
 from ..staged_files import staged_file
