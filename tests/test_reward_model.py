@@ -479,6 +479,8 @@ class TestForward:
                 OneRecRewardConfig(objectives=objectives)
         with pytest.raises(StrictDataclassClassValidationError, match="num_attention_heads"):
             OneRecRewardConfig(hidden_size=10)
+        with pytest.raises(StrictDataclassClassValidationError, match="no embeddings to be compared by"):
+            OneRecRewardConfig(taste_size=8)
 
 
 class TestScoring:

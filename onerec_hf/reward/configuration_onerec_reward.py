@@ -51,11 +51,11 @@ class OneRecRewardConfig(PreTrainedConfig):
         signals: What is counted of them, see data/exposures.py.
         rate_prior: Exposures' worth of the overall mean in the smoothed rates of users and items.
         match_prior: The same for a user's rates with items that share a feature, and for their taste.
-        taste_size: Width of the space in which an item is compared with all that the user liked and was shown; 0 for
-            no such comparison.
+        taste_size: Width of the space in which an item is compared with all that the user liked and was shown, by
+            their embeddings; 0 for no such comparison.
         num_items: Items whose features are saved; later items of the catalogue count as unknown.
         item_features: Column of each of the K feature places of an item; a column of lists has several.
-        item_embedding_size: Width of the items' embeddings, of which semantic IDs keep a part; 0 for none.
+        item_embedding_size: Width of the items' embeddings, of their content; 0 for none.
         numeric_features: Numeric columns of the items, read as ranks beside their bins among `item_features`.
         num_item_values: Values of all item features, 0 for unknown among them.
         user_features: Known values by column of the user's profile; other values count as unknown.
@@ -123,6 +123,10 @@ class OneRecRewardConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads}): change one of them."
+            )
+        if self.taste_size and not self.item_embedding_size:
+            raise ValueError(
+                f"taste_size is {self.taste_size}, but items have no embeddings to be compared by: leave it at 0."
             )
         if self.num_members < 1:
             raise ValueError(f"num_members ({self.num_members}) must be at least 1.")

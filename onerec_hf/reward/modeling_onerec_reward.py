@@ -233,9 +233,8 @@ class OneRecRewardTaste(nn.Module):
     def __init__(self, config: OneRecRewardConfig):
         super().__init__()
         self.num_heads, self.size, self.prior = config.num_attention_heads, config.taste_size, config.match_prior
-        width = config.item_embedding_size or config.hidden_size
-        self.q_proj = nn.Linear(width, self.num_heads * self.size, bias=False)
-        self.k_proj = nn.Linear(width, self.num_heads * self.size, bias=False)
+        self.q_proj = nn.Linear(config.item_embedding_size, self.num_heads * self.size, bias=False)
+        self.k_proj = nn.Linear(config.item_embedding_size, self.num_heads * self.size, bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.num_heads))  # of a behaviour's weight, for each one after it
 
     def forward(
@@ -248,7 +247,7 @@ class OneRecRewardTaste(nn.Module):
         )
         ages = recency.clamp(min=0)[:, None].to(query.dtype)
         weights = torch.exp(-self.log_decay.exp()[:, None, None] * ages) * (recency >= 0)[:, None]
-        values = torch.cat([torch.ones_like(behaviours[..., :1]), deviations.to(query.dtype)], dim=-1)
+        values = F.pad(deviations, (1, 0), value=1.0)
         sums = (query @ key.transpose(-1, -2) * weights) @ values[:, None]
         # About as wide as the other inputs.
         sums = 4 * self.size**-0.5 * sums / (weights.sum(-1, keepdim=True) + self.prior)
@@ -747,14 +746,12 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         ]
 
     def _tastes(self, items: _Items, behaviour: EncodedBehaviour, recency: torch.LongTensor) -> list[torch.Tensor]:
-        """[`OneRecRewardTaste`], of the items' embeddings, which are smoother than what is learned of each, if any."""
+        """[`OneRecRewardTaste`], of the items' embeddings, which are smoother than what is learned of each."""
         if not self.config.taste_size:
             return []
         sums, counts = behaviour.signals.chunk(2, dim=-1)
         deviations = 2 * (sums - counts * self.item_table.signal_means)
-        compared = (
-            part.embeddings if self.config.item_embedding_size else part.vectors for part in (items, behaviour.items)
-        )
+        compared = (part.embeddings.to(deviations.dtype) for part in (items, behaviour.items))
         return [self.taste(*compared, deviations, recency)]
 
     def _same_features(self, items: _Items, history: _Items) -> Iterator[torch.BoolTensor]:

@@ -32,7 +32,7 @@ from .reward_objectives import fitted_quantiles, objective_labels
 # Share of the training batches whose sessions are single exposures; the others have 2 to m items, all alike often.
 SINGLE_SHARE = 0.5
 CALIBRATION_STEPS = 50
-TASTE_SIZE = 32  # unless it is configured; a configuration without the field is of a model that has none
+TASTE_SIZE = 32  # where items have content; a saved configuration without the field is of a model without taste
 LENGTH_PRIOR = 5.0
 
 
@@ -59,12 +59,13 @@ def create_reward_model(
         config: Fields of [`OneRecRewardConfig`], without those that the feed decides.
         feed: Its items and users, and `interactions` to fit, from which alone quantiles of labels come.
         totals: Of the items, as of the end of the fitted period.
-        embeddings: (N, D), of the tokenizer's items in its order; D may be 0.
+        embeddings: (N, D) of the content of the tokenizer's items in its order; D may be 0. What is made of the same
+            log, as embeddings of behaviour are, tells of a fitted user's items which of them went together.
     """
     columns = list(totals.feedback)
     features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
     known = OneRecRewardConfig(
-        **{"taste_size": TASTE_SIZE, **config},
+        **{"taste_size": TASTE_SIZE if embeddings.shape[1] else 0, **config},
         codebook_sizes=list(tokenizer.codebook_sizes),
         vocab_size=len(tokenizer),
         feedback=columns,

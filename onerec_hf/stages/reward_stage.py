@@ -29,7 +29,7 @@ from .data_stage import prepared_data
 from .pretrain_stage import TRAINING_DEFAULTS, training_log
 from .recipe_arguments import RecipeArguments, RewardArguments
 from .stage_runner import CHECKPOINTS, Stage, read_json, run_stage, stage_dir, write_json
-from .tokenize_stage import load_item_embeddings
+from .tokenize_stage import load_item_content
 
 REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
@@ -62,7 +62,7 @@ class _Exposures:
     def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
         prepared = prepared_data(args, "reward")
         self.tokenizer, self.data = tokenizer, prepared.args
-        self.embeddings = load_item_embeddings(args.output_dir)
+        self.embeddings = load_item_content(args.output_dir)
         self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
         self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, self.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)

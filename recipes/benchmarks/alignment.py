@@ -38,7 +38,7 @@ from onerec_hf.stages.pretrain_stage import MODEL
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward_stage import REWARD_MODEL
 from onerec_hf.stages.stage_runner import stage_dir
-from onerec_hf.stages.tokenize_stage import load_item_embeddings
+from onerec_hf.stages.tokenize_stage import load_item_content
 
 PARTS = ("step", "sampling")
 CODEBOOK_SIZES = [128, 128, 128]
@@ -239,7 +239,7 @@ def trained_run(args, users: int) -> tuple[OneRecForConditionalGeneration, Sessi
         totals = ItemTotals(fitted, tokenizer.item_index(fitted["item_id"]), tokenizer.num_items)
         lengths = {"history_items": args.history_items, "session_items": args.session_items}
         config = lengths | args.reward_model
-        embeddings = load_item_embeddings(args.output_dir)
+        embeddings = load_item_content(args.output_dir)
         scorer = SessionScorer(create_reward_model(config, prepared.feed, totals, tokenizer, embeddings), tokenizer)
     rows = index_sessions(prepared.read(USER_HISTORIES), tokenizer).shuffle(seed=0).select(range(users))
     return OneRecForConditionalGeneration.from_pretrained(source), scorer, rows

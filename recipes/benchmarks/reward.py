@@ -39,7 +39,7 @@ from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward_stage import calibrate, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
-from onerec_hf.stages.tokenize_stage import load_item_embeddings
+from onerec_hf.stages.tokenize_stage import load_item_content
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 TREES = {
@@ -62,7 +62,7 @@ class Cases:
 
     def __init__(self, args, seed: int):
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
-        self.embeddings = load_item_embeddings(args.output_dir)
+        self.embeddings = load_item_content(args.output_dir)
         prepared = prepared_data(args, "reward benchmark")
         self.feed = replace(prepared.feed, interactions=prepared.split.fit)
         runs = index_sessions(
