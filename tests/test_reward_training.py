@@ -234,6 +234,9 @@ class TestTraining:
         assert config.user_features == {"group": ["0", "1"]}
         watched = config.objectives[2]
         assert len(watched["quantiles"]) == 99 and watched["quantiles"][0] == 2.0
+        assert config.taste_size and not self.model(feed, totals, tokenizer, taste_size=0).config.taste_size
+        without_content = create_reward_model(SIZES, feed, totals, tokenizer, torch.zeros(NUM_ITEMS, 0)).config
+        assert without_content.item_embedding_size == without_content.taste_size == 0
 
     def test_batches(self, feed, totals, tokenizer, runs):
         model = self.model(feed, totals, tokenizer)
