@@ -616,10 +616,9 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         items = self._item_vectors(session_ids.flatten(1, 2), session_indices)
         session_mask = items.mask.unflatten(1, session_ids.shape[1:3])
         recency, seen = self._before_sessions(behaviour.items.mask, history_prefixes, session_mask.shape[2])
-        known = self._repetition(items, behaviour.items, recency, session_offsets, session_mask.shape[1:])
-        known = self._past_rates(items, behaviour, recency, seen, session_totals) + known
-        known += self._tastes(items, behaviour, recency)
-        fused = self._target_attention(items, behaviour.states, recency, known, user_values, **kwargs)
+        repetition = self._repetition(items, behaviour.items, recency, session_offsets, session_mask.shape[1:])
+        rates = self._past_rates(items, behaviour, recency, seen, session_totals)
+        fused = self._target_attention(items, behaviour, recency, [*rates, *repetition], user_values, **kwargs)
         sessions = self._session_attention(fused, session_mask, **kwargs)
         member_logits = torch.stack([tower(sessions) for tower in self.towers.values()], dim=-1)
         if single:
@@ -664,10 +663,9 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         place = torch.full_like(session, num_before)
         place[:count] = torch.arange(num_before).repeat(num_sessions)
         earlier = (session[:, None] == session[:count]) & (place[:, None] > place[:count])
-        known = self._repetition_of(items, behaviour.items, recency, earlier.to(session_ids.device))
-        known = self._past_rates(items, behaviour, recency, seen, None) + known
-        known += self._tastes(items, behaviour, recency)
-        fused = self._target_attention(items, behaviour.states, recency, known, user_values)
+        repetition = self._repetition_of(items, behaviour.items, recency, earlier.to(session_ids.device))
+        rates = self._past_rates(items, behaviour, recency, seen, None)
+        fused = self._target_attention(items, behaviour, recency, [*rates, *repetition], user_values)
         shape = (num_sessions, num_candidates, num_before + 1)
         mask = _extended(items.mask, count, shape, dim=1).flatten(1, 2)
         sessions = self._session_attention(_extended(fused, count, shape, dim=2).flatten(2, 4), mask)
@@ -750,7 +748,7 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
         if not self.config.taste_size:
             return []
         sums, counts = behaviour.signals.chunk(2, dim=-1)
-        deviations = 2 * (sums - counts * self.item_table.signal_means)
+        deviations = 2 * (sums - counts * self.item_table.signal_means.to(sums.dtype))
         compared = (part.embeddings.to(deviations.dtype) for part in (items, behaviour.items))
         return [self.taste(*compared, deviations, recency)]
 
@@ -765,16 +763,18 @@ class OneRecRewardModel(OneRecRewardPreTrainedModel):
     def _target_attention(
         self,
         items: _Items,
-        states: torch.Tensor,
+        behaviour: EncodedBehaviour,
         recency: torch.LongTensor,
         known: list[torch.Tensor],
         user_values: torch.LongTensor | None,
         **kwargs,
     ) -> torch.Tensor:
         """e_i = v_i (.) u of each member, `(B, E, Q, H)`, which also reads what else is `known` of item and user."""
+        states = behaviour.states
         user = self.target_attention(items.vectors, states, recency, **kwargs)
         ranks = _waves(self.item_table.ranks[items.rows].to(states.dtype))
-        inputs = [items.vectors, user, items.vectors * user, ranks, *known]
+        tastes = self._tastes(items, behaviour, recency)
+        inputs = [items.vectors, user, items.vectors * user, ranks, *known, *tastes]
         if self.config.user_features:
             if user_values is None:
                 user_values = items.rows.new_zeros(len(states), len(self.config.user_features))

@@ -59,7 +59,6 @@ class SessionScorer:
         return RewardGuide(self.model, self._encoder, rows)
 
     @renamed_arguments(progress="show_progress")
-    @torch.no_grad()
     def score(
         self,
         rows: Sequence[Mapping[str, Any]],
@@ -107,7 +106,6 @@ class RewardGuide:
         rows: as of [`SessionScorer.score`].
     """
 
-    @torch.no_grad()
     def __init__(self, model: OneRecRewardModel, encoder: ExposureEncoder, rows: Sequence[Mapping[str, Any]]):
         self.model, self.item_token_ids = model, encoder.item_token_ids.to(model.device)
         inputs = encoder(rows, model.config.history_items)
@@ -116,7 +114,6 @@ class RewardGuide:
         with evaluation_mode(model):
             self.behaviour = model.encode_behaviour(**inputs)
 
-    @torch.no_grad()
     def __call__(self, sessions: torch.LongTensor, candidates: torch.LongTensor) -> torch.Tensor:
         """Rewards (B, C, K) of sessions (B, C, n), n from 0 on, each with one of the candidates (B, C, K) after it;
         catalogue indices, -1 for nothing. NaN of empty sessions."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from ..evaluation_mode import evaluation_mode
 from ..item_trie import ItemTrie
 from .likelihood import session_log_probs
 
@@ -21,7 +22,7 @@ def fit_item_gate(
     normal prior under which the logit of g differs by about 1 from user to user, so that few users suffice.
 
     Args:
-        model: An [`OneRecForConditionalGeneration`] with `item_gate`, in evaluation mode.
+        model: An [`OneRecForConditionalGeneration`] with `item_gate`, whose training mode is left as it was.
         trie: The catalogue, on the model's device.
         batches: Inputs of [`session_log_probs`], and the item that followed each history (batch,), a catalogue index.
 
@@ -33,7 +34,7 @@ def fit_item_gate(
         ValueError: No item is left to fit to.
     """
     states, log_probs = [], []
-    with torch.no_grad():
+    with evaluation_mode(model):
         for inputs, following in batches:
             encoder_inputs = {name: value for name, value in inputs.items() if name not in CONSTRAINTS}
             shared = {name: value for name, value in inputs.items() if name in (*CONSTRAINTS, "attention_mask")}

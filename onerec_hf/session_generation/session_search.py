@@ -75,7 +75,7 @@ def encoded_histories(
     if not with_head:
         return histories
     states = encoder_outputs.item_states, histories.attention_mask
-    item_share = model.item_shares(*states) if item_share is None else item_share
+    item_share = model.item_shares(*states, num_items) if item_share is None else item_share
     queries = model.item_queries(*states)
     return histories._replace(item_queries=queries, item_vectors=model.item_vectors(), item_share=item_share)
 

@@ -12,7 +12,6 @@ from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
 from ..evaluation.policy_inputs import generation_inputs
-from ..evaluation_mode import evaluation_mode
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import OneRecPretrainer
@@ -140,8 +139,7 @@ def fit_gate(model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, 
             following = torch.tensor([row["session"][0] for row in rows], device=model.device)
             yield generation_inputs(model, tokenizer, rows), following
 
-    with evaluation_mode(model):
-        return fit_item_gate(model, trie, batches())
+    return fit_item_gate(model, trie, batches())
 
 
 def generator_config(
