@@ -548,6 +548,22 @@ def test_users_whose_tables_do_not_fit_together_are_searched_one_after_the_other
             assert sorted(again) == sorted(streamed)
 
 
+def test_an_item_far_above_the_first_ones_keeps_its_probability(monkeypatch):
+    model, trie, inputs = mixture_case()
+    with torch.no_grad():
+        model.get_encoder().item_vectors.learned.weight.mul_(1000)
+    encoder = model.get_encoder()
+    mask = encoder.position_mask(inputs["attention_mask"])
+    assert (model.item_log_probs(encoder(**inputs).item_states, mask)[:, 0] < -100).any()
+    options = {**inputs, "num_items": 1, "num_beams": ITEMS, "item_share": 0.6}
+    expected = generate_sessions(model, trie, **options)
+    assert expected.scores.isfinite().all()
+    monkeypatch.setattr("onerec_hf.session_generation.item_mixture._CHUNK_NUMBERS", 3)  # an item at a time
+    found = generate_sessions(model, trie, **options)
+    assert torch.equal(found.items, expected.items)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
 def test_every_user_may_have_a_share_of_their_own():
     model, trie, inputs = mixture_case()
     shares = [0.2, 0.5, 0.95]

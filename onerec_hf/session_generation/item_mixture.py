@@ -8,6 +8,7 @@ still be given.
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,7 @@ from ..item_trie import ItemConstraint, ItemTrie
 # In numbers of 4 bytes: the bound of a search's tables, and what a CPU multiplies at a time.
 _TABLE_NUMBERS = 2**27
 _CHUNK_NUMBERS = 2**18
+_LARGEST_TOTAL = 1e30
 
 
 def users_at_a_time(trie: ItemTrie) -> int:
@@ -147,27 +149,37 @@ def _log_shares(item_share: float | torch.Tensor, queries: torch.Tensor) -> tupl
 
 
 def _exponentials(queries: torch.Tensor, vectors: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(logit - the user's largest) (num_items + 1, batch), 0 for items without a vector and in the last row, and
+    """exp(logit - a shift of the user's) (num_items + 1, batch), 0 for items without a vector and in the last row, and
     the sums (batch,).
 
-    On a CPU chunk by chunk, each of which stays in the cache.
+    On a CPU chunk by chunk, each of which stays in the cache, with the first one's largest logit as the shift.
     """
+    on_cpu = queries.device.type == "cpu"
     count, batch = len(vectors), len(queries)
-    values = torch.empty(num_items + 1, batch, device=queries.device)
+    # Fresh memory costs about as much as the product; numpy asks for it in large pages.
+    shape = num_items + 1, batch
+    values = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu else queries.new_empty(shape, dtype=torch.float32)
     values[count:] = 0
-    size = max(_CHUNK_NUMBERS // max(batch, 1), 1) if queries.device.type == "cpu" else count
-    chunks = [slice(start, start + size) for start in range(0, count, size)]
-    largest = values.new_full((batch,), -torch.inf)
-    for rows in chunks:
+    size = max(_CHUNK_NUMBERS // max(batch, 1), 1) if on_cpu else count
+
+    def logits_of(start: int) -> torch.Tensor:
+        rows = slice(start, start + size)
         logits = values[:count][rows]
         if vectors.dtype == values.dtype:
-            torch.mm(vectors[rows], queries.T, out=logits)
-        else:
-            logits.copy_(vectors[rows] @ queries.T)
-        largest = torch.maximum(largest, _largest_of_columns(logits))
-    total = torch.zeros_like(largest)
-    for rows in chunks:
-        total += values[:count][rows].sub_(largest).exp_().sum(0)
+            return torch.mm(vectors[rows], queries.T, out=logits)
+        return logits.copy_(vectors[rows] @ queries.T)
+
+    def pass_over(largest: torch.Tensor | None) -> torch.Tensor:
+        total = values.new_zeros(batch)
+        for start in range(0, count, size):
+            logits = logits_of(start)
+            largest = _largest_of_columns(logits).clone() if largest is None else largest
+            total += logits.sub_(largest).exp_().sum(0)
+        return total
+
+    total = pass_over(None)
+    if size < count and not (total < _LARGEST_TOTAL).all():  # a later chunk's logits lie far above the first one's
+        total = pass_over(torch.stack([_largest_of_columns(logits_of(i)) for i in range(0, count, size)]).amax(0))
     return values, total
 
 
