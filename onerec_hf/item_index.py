@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 # Strings pass through Python objects on their way between Arrow, numpy and pandas, this many at a time.
@@ -38,12 +39,19 @@ def as_item_ids(values: Iterable, what: str = "item_ids") -> pa.Array:
     try:
         array = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        for row, value in enumerate(values if isinstance(error, OverflowError) else ()):
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise _too_large(value, row, what) from error
         raise _misfit_error(values, what) or ValueError(f"{what} must be integers or strings: {error}") from error
     if array.null_count:
         raise _misfit_error(values, what)
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)
     if pa.types.is_integer(array.type):
+        if pa.types.is_uint64(array.type):
+            row = pc.index(pc.greater(array, pa.scalar(2**63 - 1, pa.uint64())), True).as_py()
+            if row >= 0:
+                raise _too_large(array[row].as_py(), row, what)
         array = array.cast(pa.int64())
     elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
         array = array.cast(pa.large_string())
@@ -51,6 +59,10 @@ def as_item_ids(values: Iterable, what: str = "item_ids") -> pa.Array:
         kind = np.dtype(array.type.to_pandas_dtype())
         raise ValueError(f"{what} must be integers or strings, got dtype {kind}; cast the ids first")
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _too_large(value: int, row: int, what: str) -> ValueError:
+    return ValueError(f"{what} must fit into 64 bits with a sign; row {row} holds {value}. Give them as strings")
 
 
 def item_id_array(ids: pa.Array) -> np.ndarray:

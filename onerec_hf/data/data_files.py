@@ -1,57 +1,237 @@
-"""Files of tables, by the columns that are wanted: CSV, Parquet, text without a header and JSON lines."""
+"""Files of tables, by the columns that are wanted: CSV, Parquet, text without a header and JSON lines.
+
+A CSV file has no types: its columns are read as text, and a column is numbers where every value is one. Ids are
+integers only where nothing is lost by it: `0108775015`, `12e3` and what 64 bits do not hold stay text.
+"""
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.parquet as pq
 
-from .schema import DataError, require_columns
+from .schema import CATEGORY, ID, NUMBER, DataError, canonical_categories, require_columns
 
-# Ids such as "NA" or "null" are ids. low_memory would infer a column's type again from each block.
-CSV_OPTIONS = {"keep_default_na": False, "na_values": ["", "nan", "NaN"], "low_memory": False}
-UNREADABLE = (pa.ArrowInvalid, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError)
+# Ids such as "NA" or "null" are ids.
+NULL_VALUES = ["", "nan", "NaN"]
+CSV_OPTIONS = {"keep_default_na": False, "na_values": NULL_VALUES}
+UNREADABLE = (
+    *(pa.ArrowException, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError, EOFError),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+)
+# Of a file of bytes; the first in which the header has the columns.
+DELIMITERS = (",", ";", "\t")
+_BLOCK_BYTES = 2**24  # no row is longer
 # Stands in a line for a separator of several characters, which pandas' fast parser does not take.
 UNIT_SEPARATOR = "\x1f"
 
 
 def data_folder(data_dir: str | Path) -> Path:
     """`data_dir` as a path. Raises DataError if there is no such folder."""
-    folder = Path(data_dir)
+    folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder. Give data_dir the folder that holds the data files.")
     return folder
 
 
-def read_columns(path: Path, columns: list[str], text: Sequence[str] = ()) -> pd.DataFrame:
+def is_table(path: Path) -> bool:
+    """Whether [`read_columns`] reads files of this name."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    return suffixes[-1:] == [".parquet"] or ".csv" in suffixes
+
+
+def read_columns(path: Path, columns: list[str], kinds: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The named columns of a CSV (also compressed) or Parquet file.
 
     Args:
         path, columns: what is read.
-        text: columns of a CSV file that are text even if every value looks like a number.
+        kinds: What a column holds, `NUMBER` where it is not said. An `ID` is an integer or text, and never goes
+            through a float; `CATEGORY` and, of a CSV file, `TEXT` are text even if every value looks like a number.
 
     Raises:
         DataError: the file or a column is missing, or the file cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file. Put it there, or give another data_dir.")
+    if not is_table(path):
+        raise DataError(f"{path}: only .csv and .parquet files are read. Convert it to one of these.")
     try:
-        if path.suffix == ".parquet":
-            require_columns(pd.DataFrame(columns=pq.read_schema(path).names), columns, path.name)
-            return pd.read_parquet(path, columns=columns)
-        if ".csv" not in path.suffixes:
-            raise DataError(f"{path}: only .csv and .parquet files are read. Convert it to one of these.")
-        require_columns(pd.read_csv(path, nrows=0), columns, path.name)
-        return pd.read_csv(path, usecols=columns, dtype=dict.fromkeys(text, "str"), **CSV_OPTIONS)
+        if path.suffix.lower() == ".parquet":
+            require_columns(pq.read_schema(path).names, columns, path.name)
+            table = pq.ParquetFile(path).read(columns=columns)
+            return frame_of_table(table, kinds or {}, path.name)
+        return typed_columns(_csv_columns(path, columns), kinds or {})
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
+
+
+def frame_of_table(table: pa.Table, kinds: Mapping[str, str], source: str) -> pd.DataFrame:
+    """A frame of columns that have types, in which integers of ids and categories stay integers where some are
+    missing."""
+    frame = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = kinds.get(name, NUMBER)
+        exact = pa.types.is_integer(column.type) and column.null_count and kind != NUMBER
+        if exact:
+            dtype = pd.UInt64Dtype() if pa.types.is_unsigned_integer(column.type) else pd.Int64Dtype()
+            values = column.to_pandas(types_mapper=lambda _, dtype=dtype: dtype)
+        else:
+            values = column.to_pandas()
+        values.name = name
+        frame[name] = canonical_categories(values, name, source) if kind == CATEGORY else values
+    return pd.DataFrame(frame, columns=table.column_names)
+
+
+def _csv_columns(path: Path, columns: list[str]) -> pa.Table:
+    """The named columns as text."""
+    with _opened(path) as file:
+        start = file.read(2)
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}: is written in UTF-16, only utf-8 is read. Save it as CSV in utf-8.")
+    with _opened(path) as file:
+        line = next(csv_lines(file), "")
+    # A header of one column whose name holds other separators is parted by these.
+    headers = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in DELIMITERS}
+    delimiter = next((one for one, names in headers.items() if set(columns) <= set(names)), ",")
+    names = headers[delimiter]
+    require_columns(names, columns, path.name, "The first line is read as the header: write one if the file has none.")
+    for name in columns:
+        if names.count(name) > 1:
+            raise DataError(f"{path.name}: column '{name}' stands there {names.count(name)} times. Rename the others.")
+    with _opened(path) as packed:
+        file = _QuotesCounted(packed)
+        try:
+            return pyarrow.csv.read_csv(
+                file,
+                # One after the other, so that an error names the row.
+                read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+                parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                convert_options=pyarrow.csv.ConvertOptions(
+                    include_columns=columns,
+                    column_types=dict.fromkeys(columns, pa.string()),
+                    null_values=NULL_VALUES,
+                    strings_can_be_null=True,
+                ),
+            )
+        finally:
+            if file.quotes % 2:
+                _require_closed_quotes(path, delimiter)
+
+
+class _QuotesCounted(io.RawIOBase):
+    """A file that counts the quotes that are read from it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.quotes = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        block = self.file.read(size)
+        self.quotes += block.count(b'"')
+        return block
+
+
+def _require_closed_quotes(path: Path, delimiter: str) -> None:
+    """Raises DataError if a quote is not closed, which would make one value of the rest of the file."""
+    with _opened(path) as file:
+        rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+        complete = -1  # the header is the first
+        try:
+            for _ in rows:
+                complete += 1
+        except csv.Error as error:
+            if "unexpected end of data" in str(error):
+                raise DataError(
+                    f"{path.name}: a quote is opened in row {complete} (rows counted from 0, without a header) and "
+                    'never closed. Close it, or double the quotes within values ("").'
+                ) from None
+
+
+def csv_lines(file: BinaryIO) -> Iterator[str]:
+    """Lines of a file of bytes, without their ends."""
+    yield from (line.rstrip("\r\n") for line in io.TextIOWrapper(file, encoding="utf-8-sig", newline=None))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked by its ending."""
+    suffix = path.suffix.lower()
+    if suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            # What macOS packs beside the files.
+            names = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and name[-1] != "/"]
+            if len(names) != 1:
+                raise DataError(f"{path}: holds {len(names)} files ({', '.join(names[:5])}). Pack one file alone.")
+            with archive.open(names[0]) as file:
+                yield file
+    elif suffix == ".zst":
+        with pa.input_stream(path, compression="zstd") as file:
+            yield file
+    else:
+        packed = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        with packed.get(suffix, open)(path, "rb") as file:
+            yield file
+
+
+def typed_columns(table: pa.Table, kinds: Mapping[str, str]) -> pd.DataFrame:
+    """Columns of text as what they are of."""
+    columns = {name: _typed(table[name], kinds.get(name, NUMBER)) for name in table.column_names}
+    return pd.DataFrame(columns, columns=table.column_names)
+
+
+def _typed(column: pa.ChunkedArray, kind: str) -> pd.Series:
+    if kind in (NUMBER, ID):
+        numbers = _integers(column, exact=kind == ID)
+        if numbers is None and kind == NUMBER:
+            numbers = _converted(pc.utf8_trim_whitespace(column), pa.float64())
+        if numbers is not None:
+            mapper = {pa.int64(): pd.Int64Dtype()}.get if kind == ID and numbers.null_count else None
+            return numbers.to_pandas(types_mapper=mapper)
+        if kind == NUMBER and _are_booleans(column):
+            return pc.cast(pc.utf8_lower(column), pa.bool_()).to_pandas()
+    return column.to_pandas()
+
+
+def _integers(column: pa.ChunkedArray, exact: bool) -> pa.ChunkedArray | None:
+    """None where a value is not an integer, or `exact` and written as no integer is, such as `01` and `+1`."""
+    if not exact:
+        column = pc.utf8_trim_whitespace(column)
+        odd = pc.match_substring(column, "x", ignore_case=True)  # 0x10 is read as 16
+    else:
+        zeros = pc.or_(pc.starts_with(column, "0"), pc.starts_with(column, "-0"))
+        odd = pc.and_(zeros, pc.greater(pc.binary_length(column), 1))
+    return None if pc.any(odd).as_py() else _converted(column, pa.int64())
+
+
+def _converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:
+    try:
+        return pc.cast(column, kind)
+    except pa.ArrowInvalid:
+        return None
+
+
+def _are_booleans(column: pa.ChunkedArray) -> bool:
+    words = pc.unique(pc.utf8_lower(pc.drop_null(column))).slice(0, 3).to_pylist()
+    return bool(words) and set(words) <= {"true", "false"}
 
 
 def read_headless(
@@ -84,7 +264,7 @@ def read_headless(
             source = io.StringIO(path.read_text(encoding=encoding).replace(separator, UNIT_SEPARATOR))
             separator = UNIT_SEPARATOR
         options = {"header": None, "names": columns, "quoting": csv.QUOTE_NONE, "encoding": encoding}
-        return pd.read_csv(source, sep=separator, index_col=False, **options, **CSV_OPTIONS)
+        return pd.read_csv(source, sep=separator, index_col=False, **options, low_memory=False, **CSV_OPTIONS)
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -118,7 +298,7 @@ def json_lines(path: Path) -> Iterator[dict]:
                         f"{path.name}: row {row} is not a JSON object but {line[:40]!r}. Give one object a line."
                     )
                 yield record
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
 
@@ -134,9 +314,11 @@ def read_json_columns(path: Path, columns: list[str]) -> pd.DataFrame:
         present |= record.keys()
         for column, values in found.items():
             values.append(record.get(column))
-    require_columns(pd.DataFrame(columns=sorted(present)), columns, path.name)
+    require_columns(sorted(present), columns, path.name)
     return pd.DataFrame({column: pd.Series(values, dtype=object) for column, values in found.items()})
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: cannot be read: {error}. Correct the file, or write it again.")
+    if isinstance(error, UnicodeError) or "invalid UTF8" in str(error):
+        return DataError(f"{path}: is not written in utf-8: {error}. Save it in this encoding.")
+    return DataError(f"{path}: cannot be read: {error or type(error).__name__}. Correct the file, or write it again.")

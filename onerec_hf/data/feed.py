@@ -19,10 +19,10 @@ from .schema import (
     canonical_users,
     check_known_items,
     feedback_columns,
-    id_type,
     interaction_features,
     item_features,
     order_interactions,
+    same_kind,
     user_features,
 )
 
@@ -141,26 +141,19 @@ class Feed:
             DataError: see schema.py.
         """
         roles = {key: value for key, value in columns.items() if key not in ("timezone", "world")}
+        sources = [source for _, source in interactions]
+        parts = [canonical_interactions(frame, source) for frame, source in interactions]
         catalogue = canonical_items(*items, **roles)
-        parts = []
-        for frame, source in interactions:
-            part = canonical_interactions(frame, source)
+        users = None if users is None else canonical_users(*users)
+        # Of files without types, one may hold integers alone where another does not.
+        for column, others in (("user_id", [users]), ("item_id", [catalogue]), ("session_id", [])):
+            tables = [table for table in [*parts, *others] if table is not None and column in table]
+            for table, ids in zip(tables, same_kind([table[column] for table in tables]), strict=True):
+                table[column] = ids
+        for part, source in zip(parts, sources, strict=True):
             check_known_items(part, catalogue, source, items[1])
-            parts.append(part)
-        tables = [(part, source) for (_, source), part in zip(interactions, parts, strict=True)]
-        if users is not None:
-            tables.append((canonical_users(*users), users[1]))
-            users = tables[-1][0]
-        first = parts[0]["user_id"]
-        for table, source in tables:
-            ids = table["user_id"]
-            if id_type(ids) != id_type(first):
-                raise DataError(
-                    f"{source}: column 'user_id' is {id_type(ids)} (first at row 0: {ids.iloc[0]}) but "
-                    f"{id_type(first)} in {interactions[0][1]} ({first.iloc[0]}). Use one type in all files."
-                )
         joined = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
-        ordered = order_interactions(joined, ", ".join(source for _, source in interactions))
+        ordered = order_interactions(joined, ", ".join(sources))
         return cls(name, ordered, catalogue, list(positive_feedback), users=users, **columns)
 
     def item_roles(self) -> dict:

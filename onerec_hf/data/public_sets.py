@@ -17,7 +17,7 @@ import pandas as pd
 
 from .data_files import data_folder, json_lines, read_columns, read_headless, read_json_columns
 from .feed import Feed
-from .schema import DataError, refuse
+from .schema import ID, TEXT, DataError, refuse
 
 Tables = list[tuple[pd.DataFrame, str]]  # frames, each with its file's name for errors
 
@@ -49,7 +49,7 @@ def read_amazon_reviews(data_dir: str | Path) -> Feed:
     for path in _amazon_logs(folder):
         # ASINs of books are often digits alone, with zeros in front.
         ids = ["user_id", "parent_asin"]
-        raw = read_columns(path, [*ids, "rating", "timestamp"], text=ids)
+        raw = read_columns(path, [*ids, "rating", "timestamp"], dict.fromkeys(ids, TEXT))
         frame = {"user_id": raw["user_id"], "item_id": raw["parent_asin"]}
         frame |= {"timestamp": _divided(raw["timestamp"], 1000), "rating": raw["rating"]}
         parts.append((pd.DataFrame(frame), path.name))
@@ -114,8 +114,9 @@ def read_movielens(data_dir: str | Path) -> Feed:
             users = (read_headless(folder / "users.dat", columns, "::").drop(columns="zip_code"), "users.dat")
     elif (folder / "ratings.csv").is_file():
         log, catalogue, item_column = "ratings.csv", "movies.csv", "movieId"
-        ratings = read_columns(folder / log, ["userId", item_column, "rating", "timestamp"])
-        movies = read_columns(folder / catalogue, [item_column, "title", "genres"])
+        kinds = {"userId": ID, item_column: ID, "title": TEXT, "genres": TEXT}
+        ratings = read_columns(folder / log, ["userId", item_column, "rating", "timestamp"], kinds)
+        movies = read_columns(folder / catalogue, [item_column, "title", "genres"], kinds)
     else:
         raise DataError(
             f"{folder}: no MovieLens data: neither ratings.dat and movies.dat, nor ratings.csv and movies.csv. Give "
@@ -322,14 +323,14 @@ def read_kuairec(data_dir: str | Path) -> Feed:
             "holds one of them."
         )
     columns = ["user_id", "video_id", "play_duration", "video_duration", "timestamp", "watch_ratio"]
-    raw = read_columns(folder / found[0], columns)
+    raw = read_columns(folder / found[0], columns, {"user_id": ID, "video_id": ID})
     frame = {"user_id": raw["user_id"], "item_id": raw["video_id"], "timestamp": raw["timestamp"]}
     frame["position"] = pd.Series(np.arange(len(raw)), dtype="float64").where(raw["timestamp"].isna())
     frame |= {"watch_time": _divided(raw["play_duration"], 1000), "duration": _divided(raw["video_duration"], 1000)}
     parts = [(pd.DataFrame(frame | {"watch_ratio": raw["watch_ratio"]}), found[0])]
     path, roles, catalogue = folder / "item_categories.csv", {}, _catalogue(parts)
     if path.is_file():
-        items = read_columns(path, ["video_id", "feat"])
+        items = read_columns(path, ["video_id", "feat"], {"video_id": ID, "feat": TEXT})
         lists = items["feat"].astype("str").str.extract(r"^\s*\[(.*)\]\s*$")[0]
         refuse(
             path.name, "feat", lists.isna() & items["feat"].notna(), items["feat"], "is not a list", "Write [1, 2]."

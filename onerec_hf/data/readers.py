@@ -13,12 +13,12 @@ interactions:
   file: log/*.csv                      # CSV or Parquet below data_dir, a pattern or a list; on the Hub:
                                        # {config: ..., split: train} in the place of `file`
   columns:                             # schema column: your column
-    user_id: uid
-    item_id: video
+    user_id: uid                       # or {column: uid, type: string}; types are string and integer,
+    item_id: video                     # by default what the column holds
     timestamp: time                    # or `position: rank` where there are no times, or both
     session_id: request                # optional
     propensity: chance                 # optional, of exposures that were drawn by known chances
-  timestamp_unit: ms                   # s (default), ms, us, ns or iso
+  timestamp_unit: ms                   # s, ms, us, ns or iso; by default what the values say, or else s
   feedback:                            # optional; name: column, or {column: ..., scale: factor}
     watch_time: {column: play_ms, scale: 0.001}
     duration: {column: length_ms, scale: 0.001}
@@ -29,7 +29,7 @@ items:                                 # optional: without it the items are thos
   columns: {item_id: video}
   text: title                          # each optional: columns of your items
   categorical: [author]
-  multi_categorical: [tags]            # lists, or comma-separated text
+  multi_categorical: [tags]            # lists, also as text: ["a", "b"], a|b, a;b or a,b
   numeric: [age]
   embedding: vector
 users:                                 # optional: categories that the encoder may read (user_features)
@@ -44,7 +44,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
+from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 import datasets
@@ -53,10 +56,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from ..staged_files import staged_directory
 from .data_arguments import DataArguments
-from .data_files import data_folder, read_columns
+from .data_files import CSV_OPTIONS, data_folder, frame_of_table, is_table, read_columns, typed_columns
 from .feed import Feed
 from .public_sets import (
     read_amazon_reviews,
@@ -67,8 +71,24 @@ from .public_sets import (
     read_otto,
     read_yambda,
 )
-from .schema import KEY_COLUMNS, PROPENSITY, DataError, require_columns
+from .schema import (
+    CATEGORY,
+    ID,
+    KEY_COLUMNS,
+    NUMBER,
+    PROPENSITY,
+    TEXT,
+    DataError,
+    canonical_ids,
+    id_type,
+    refuse,
+    require_columns,
+    same_kind,
+)
 from .simulated_feed import SimulatedFeed
+from .timestamps import TIMESTAMP_UNITS, unix_seconds
+
+Tables = list[tuple[pd.DataFrame, str]]
 
 KUAIRAND_POSITIVE = ["view", "like", "follow", "comment", "forward"]
 KUAIRAND_FEEDBACK = {"view": "long_view"} | {
@@ -80,8 +100,6 @@ KUAIRAND_USER_COLUMNS = [
     *(f"onehot_feat{number}" for number in range(18)),
 ]
 KUAIRAND_TIMEZONE = "Asia/Shanghai"
-# Units to a second: a quotient is rounded once, so that a time on the very border of a period is on its right side.
-TIMESTAMP_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000, "iso": None}
 DURATION_COLUMN = "video_duration"
 SOURCE_PATTERNS = {
     "kuairand": ("log_*.csv", "video_features_basic_*.csv", "user_features_*.csv", "*.parquet"),
@@ -153,16 +171,16 @@ def read_kuairand(data_dir: str | Path) -> Feed:
             f"{folder}: no KuaiRand data: neither interactions.parquet and items.parquet, nor log_standard_*.csv and "
             "video_features_basic_*.csv. Give data_dir the folder that holds these files."
         )
-    parts = []
+    parts, ids = [], dict.fromkeys(("user_id", item_column), ID)
     if item_column == "item_id" and (folder / "history.parquet").is_file():
         history = read_columns(folder / "history.parquet", ["user_id", "position", "item_id", "long_view", "is_like"])
         parts.append((history.rename(columns={"long_view": "view", "is_like": "like"}), "history.parquet"))
     columns = ["user_id", item_column, "time_ms", "play_time_ms", "duration_ms", *KUAIRAND_FEEDBACK.values()]
     random_logs = sorted(folder.glob("log_random_*.csv")) if item_column == "video_id" else []
-    randomised = {path: read_columns(path, columns) for path in random_logs}
+    randomised = {path: read_columns(path, columns, ids) for path in random_logs}
     drawn_from = set().union(*(raw[item_column] for raw in randomised.values()))
     for path in [*logs, *randomised]:
-        raw = randomised[path] if path in randomised else read_columns(path, columns)
+        raw = randomised[path] if path in randomised else read_columns(path, columns, ids)
         frame = {"user_id": raw["user_id"], "item_id": raw[item_column], "timestamp": raw["time_ms"] / 1000}
         frame |= {"watch_time": raw["play_time_ms"] / 1000, "duration": raw["duration_ms"] / 1000}
         frame |= {name: raw[column] for name, column in KUAIRAND_FEEDBACK.items()}
@@ -172,7 +190,7 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     # Music is unique to nearly every video, so it says nothing of what videos share.
     categorical = ["author_id", "video_type", "upload_type", "music_type"]
     columns = [item_column, *categorical, "tag", DURATION_COLUMN]
-    items, items_source = _joined([(read_columns(path, columns), path.name) for path in catalogue])
+    items, items_source = _joined([(read_columns(path, columns, ids), path.name) for path in catalogue])
     items = items.rename(columns={item_column: "item_id"})
     items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
     tables = sorted(folder.glob("user_features_*.csv" if item_column == "video_id" else "users.parquet"))
@@ -232,22 +250,45 @@ def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
     folder = data_folder(data_dir)
     mapping = _read_mapping(column_mapping, "file")
 
-    def read(section: dict, columns: list[str]) -> list[tuple[pd.DataFrame, str]]:
+    def read(section: dict, kinds: dict[str, str]) -> list[tuple[pd.DataFrame, str]]:
         paths = _mapped_files(section, data_dir, column_mapping)
-        return [(read_columns(path, columns), str(path.relative_to(folder))) for path in paths]
+        tables = [(read_columns(path, list(kinds), kinds), _name_below(path, folder)) for path in paths]
+        # Spark writes parts without rows.
+        return [(frame, source) for frame, source in tables if len(frame)] or tables[:1]
 
     return _map_feed(mapping, read, default_name=folder.name)
 
 
 def _mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Path) -> list[Path]:
-    """Files of a mapping's section, in the order of its patterns. Raises DataError if no file matches one."""
+    """Files of a mapping's section, in the order of its patterns, each once; of a folder all tables below it.
+
+    Raises:
+        DataError: no file matches a pattern.
+    """
     folder, paths = data_folder(data_dir), []
     for pattern in section["file"] if isinstance(section["file"], list) else [section["file"]]:
-        found = sorted(folder.glob(str(pattern)))
-        if not found:
-            raise DataError(f"{column_mapping}: no file matches '{pattern}' below {folder}. Correct 'file'.")
+        named = folder / Path(str(pattern or "")).expanduser()
+        # A name is taken as it is before it is a pattern: it may have brackets.
+        found = (
+            [named]
+            if pattern and named.exists()
+            else [Path(path) for path in sorted(glob(str(named), recursive=True))]
+        )
+        found = [path for one in found for path in (_tables_below(one) if one.is_dir() else [one])]
+        if not pattern or not found:
+            raise DataError(f"{column_mapping}: no file matches '{pattern or ''}' below {folder}. Correct 'file'.")
         paths += found
-    return paths
+    return list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
+
+
+def _tables_below(folder: Path) -> list[Path]:
+    """Spark and Dask write a table as a folder of parts, and beside them files that are none."""
+    below = sorted(path for path in folder.rglob("*") if path.is_file() and is_table(path))
+    return [path for path in below if not path.name.startswith(("_", "."))]
+
+
+def _name_below(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
@@ -260,16 +301,24 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
     """
     mapping = _read_mapping(column_mapping, None)
 
-    def read(section: dict, columns: list[str]) -> list[tuple[pd.DataFrame, str]]:
-        split = section.get("split", "train")
-        part = datasets.load_dataset(hub_dataset, section.get("config"), split=split)
-        source = f"{hub_dataset} ({section.get('config', 'default')}/{split})"
-        require_columns(pd.DataFrame(columns=part.column_names), columns, source)
-        return [(part.select_columns(columns).to_pandas(), source)]
+    def read(section: dict, kinds: dict[str, str]) -> list[tuple[pd.DataFrame, str]]:
+        split, config = section.get("split", "train"), section.get("config")
+        options = {}
+        # A CSV file has no types: its values are read as the text that they are.
+        is_csv = isinstance(datasets.load_dataset_builder(hub_dataset, config).config, CsvConfig)
+        if is_csv:
+            first = next(iter(datasets.load_dataset(hub_dataset, config, split=split, streaming=True)), {})
+            options = {"features": datasets.Features(dict.fromkeys(first, datasets.Value("string"))), **CSV_OPTIONS}
+        part = datasets.load_dataset(hub_dataset, config, split=split, **options)
+        source = f"{hub_dataset} ({config or 'default'}/{split})"
+        require_columns(part.column_names, list(kinds), source)
+        table = part.select_columns(list(kinds)).with_format("arrow")[:]
+        return [(typed_columns(table, kinds) if is_csv else frame_of_table(table, kinds, source), source)]
 
     return _map_feed(mapping, read, default_name=hub_dataset.split("/")[-1])
 
 
+ID_COLUMNS = ("user_id", "item_id", "session_id")
 MAPPING_KEYS = ("interactions", "items", "name", "positive_feedback", "timezone", "users")
 # Of each section: the schema's columns, of which the first two are needed, and the other keys.
 MAPPING_SECTIONS = {
@@ -285,7 +334,9 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
     if not path.is_file():
         raise DataError(f"{path}: there is no such column mapping. Give column_mapping the path of a YAML file.")
     try:
-        mapping = yaml.safe_load(path.read_text())
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not written in utf-8: {error}. Save it in this encoding.") from None
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(mapping, dict) or not isinstance(mapping.get("interactions"), dict):
@@ -308,12 +359,20 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
                 raise DataError(f"{path}: '{section}' needs '{key}'.")
         if not isinstance(part["columns"], dict):
             raise DataError(f"{path}: '{section}.columns' must map schema columns to yours, e.g. item_id: video.")
-        for name in part["columns"]:
+        for name, column in part["columns"].items():
             if name not in columns:
                 raise DataError(f"{path}: unknown column '{name}' in '{section}.columns'; use {', '.join(columns)}.")
+            if isinstance(column, dict) and not _states_type(name, column):
+                raise DataError(
+                    f"{path}: '{section}.columns.{name}' must be a column, or for an id "
+                    "{column: ..., type: string} or {column: ..., type: integer}."
+                )
         for name in columns[:2]:
             if name not in part["columns"]:
                 raise DataError(f"{path}: '{section}.columns' needs '{name}'.")
+        given = {name: value for name, value in part["columns"].items() if isinstance(value, dict)}
+        part["types"] = {name: value["type"] for name, value in given.items()}
+        part["columns"] = part["columns"] | {name: value["column"] for name, value in given.items()}
     if mapping["interactions"].get("timestamp_unit", "s") not in TIMESTAMP_UNITS:
         unit = mapping["interactions"]["timestamp_unit"]
         raise DataError(f"{path}: timestamp_unit '{unit}' is not known; use {', '.join(TIMESTAMP_UNITS)}.")
@@ -329,24 +388,42 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
             raise DataError(f"{path}: feedback cannot be called '{name}'; that is a column of the schema.")
         if isinstance(column, dict) and not ("column" in column and set(column) <= {"column", "scale"}):
             raise DataError(f"{path}: feedback '{name}' needs 'column', and at most 'scale' beside it.")
+        if isinstance(column, dict) and "scale" in column:
+            column["scale"] = _factor(column["scale"], f"{path}: scale of feedback '{name}'")
     if not isinstance(mapping.get("positive_feedback", []), list):
         raise DataError(f"{path}: 'positive_feedback' must be a list, e.g. [view, 'rating>=4'].")
     return mapping
 
 
-def _map_feed(mapping: dict, read, default_name: str) -> Feed:
-    """A feed of the mapped columns; `read(section, columns)` gives the frames of a section and their names."""
+def _factor(value: object, name: str) -> float:
+    """A number; YAML reads 1e-3 as text."""
+    try:
+        factor = np.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        factor = np.nan
+    if not np.isfinite(factor):
+        raise DataError(f"{name} must be a number such as 0.001, got {value!r}.")
+    return factor
+
+
+def _states_type(name: str, column: dict) -> bool:
+    types = {"string", "integer"} if name in ID_COLUMNS else set()
+    return set(column) == {"column", "type"} and column["type"] in types
+
+
+def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], default_name: str) -> Feed:
+    """A feed of the mapped columns; `read(section, kinds)` gives the frames of a section and their names."""
     section = mapping["interactions"]
     feedback = {
         name: (column["column"], column.get("scale", 1)) if isinstance(column, dict) else (column, 1)
         for name, column in section.get("feedback", {}).items()
     }
-    wanted = [*section["columns"].values(), *(column for column, _ in feedback.values())]
+    kinds = dict.fromkeys((column for column, _ in feedback.values()), NUMBER) | _kinds_of_columns(section)
     parts = []
-    for raw, source in read(section, list(dict.fromkeys(wanted))):
-        frame = {name: raw[column] for name, column in section["columns"].items()}
+    for raw, source in read(section, kinds):
+        frame = {name: _mapped(raw, section, name, source) for name in section["columns"]}
         if "timestamp" in frame:
-            frame["timestamp"] = _seconds(frame["timestamp"], section.get("timestamp_unit", "s"), source)
+            frame["timestamp"] = unix_seconds(frame["timestamp"], section.get("timestamp_unit"), source)
         for name, (column, scale) in feedback.items():
             number = pd.api.types.is_numeric_dtype(raw[column].dtype)
             frame[name] = raw[column] * scale if number and scale != 1 else raw[column]
@@ -355,24 +432,25 @@ def _map_feed(mapping: dict, read, default_name: str) -> Feed:
     if "items" in mapping:
         section = mapping["items"]
         roles = {key: section.get(key.removesuffix("_columns"), []) for key in roles}
-        wanted = [section["columns"]["item_id"], *(name for names in roles.values() for name in names)]
+        kinds = dict.fromkeys(roles["multi_categorical_columns"], TEXT) | dict.fromkeys(
+            roles["numeric_columns"], NUMBER
+        )
+        kinds |= dict.fromkeys(roles["categorical_columns"], CATEGORY)
         roles |= {"text_column": section.get("text"), "embedding_column": section.get("embedding")}
-        wanted += [section[key] for key in ("text", "embedding") if section.get(key)]
-        items, items_source = _joined(read(section, list(dict.fromkeys(wanted))))
-        items.insert(0, "item_id", items.pop(section["columns"]["item_id"]))
+        kinds |= {section[key]: TEXT for key in ("text", "embedding") if section.get(key)}
+        items = _joined_table("item_id", section, read(section, kinds | _kinds_of_columns(section)))
     else:
-        items = pd.concat([frame[["item_id"]] for frame, _ in parts]).dropna().drop_duplicates()
-        items_source = parts[0][1]
+        ids = same_kind([canonical_ids(frame["item_id"], "item_id", source) for frame, source in parts])
+        items = pd.concat(ids).drop_duplicates().to_frame("item_id"), parts[0][1]
     users = None
     if "users" in mapping:
         section = mapping["users"]
-        id_column = section["columns"]["user_id"]
-        frame, source = _joined(read(section, [id_column, *section.get("categorical", [])]))
-        users = (frame.rename(columns={id_column: "user_id"}), source)
+        kinds = dict.fromkeys(section.get("categorical", []), CATEGORY) | _kinds_of_columns(section)
+        users = _joined_table("user_id", section, read(section, kinds))
     return Feed.from_frames(
         str(mapping.get("name", default_name)),
         parts,
-        (items, items_source),
+        items,
         [str(condition) for condition in mapping.get("positive_feedback", [])],
         users=users,
         timezone=str(mapping.get("timezone", "UTC")),
@@ -380,29 +458,45 @@ def _map_feed(mapping: dict, read, default_name: str) -> Feed:
     )
 
 
-def _joined(tables: list[tuple[pd.DataFrame, str]]) -> tuple[pd.DataFrame, str]:
+def _kinds_of_columns(section: dict) -> dict[str, str]:
+    types = section["types"]
+    return {
+        column: (TEXT if types.get(name) == "string" else ID) if name in ID_COLUMNS else NUMBER
+        for name, column in section["columns"].items()
+    }
+
+
+def _mapped(raw: pd.DataFrame, section: dict, name: str, source: str) -> pd.Series:
+    """A column under the schema's name, its ids of the type that the mapping states."""
+    column, stated = section["columns"][name], section["types"].get(name)
+    if stated is None:
+        return raw[column]
+    ids = canonical_ids(raw[column], column, source, nullable=name == "session_id")
+    if stated == "integer" and id_type(ids) == "string":
+        lossy = np.array([not pd.isna(v) and not _is_integer(v) for v in ids], dtype=bool)
+        remedy = f"State type: string of '{name}' in the column mapping, or correct these ids."
+        refuse(source, column, lossy, raw[column], "is no integer as it is written", remedy)
+    return ids.astype("string" if ids.isna().any() else "str") if stated == "string" else ids
+
+
+def _is_integer(text: str) -> bool:
+    return re.fullmatch(r"0|-?[1-9]\d*", text) is not None and -(2**63) <= int(text) < 2**63
+
+
+def _joined_table(id_name: str, section: dict, tables: Tables) -> tuple[pd.DataFrame, str]:
+    """The files of a table of items or users as one, with the schema's name of its id."""
+    column = section["columns"][id_name]
+    ids = [canonical_ids(_mapped(frame, section, id_name, source), id_name, source) for frame, source in tables]
+    others = [frame.drop(columns=column) for frame, _ in tables]
+    frames = [
+        pd.concat([own.rename(id_name), other], axis=1) for own, other in zip(same_kind(ids), others, strict=True)
+    ]
+    return _joined([(frame, source) for frame, (_, source) in zip(frames, tables, strict=True)])
+
+
+def _joined(tables: Tables) -> tuple[pd.DataFrame, str]:
     """One frame of several with their names, and all the names, for errors."""
     return pd.concat([frame for frame, _ in tables], ignore_index=True), ", ".join(name for _, name in tables)
-
-
-def _seconds(values: pd.Series, unit: str, source: str) -> pd.Series:
-    """Unix time [s] of the mapped times; datetime columns need no unit."""
-    if unit == "iso" or pd.api.types.is_datetime64_any_dtype(values.dtype):
-        times = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601" if unit == "iso" else None)
-        unread = (times.isna() & values.notna()).to_numpy()
-        if unread.any():
-            row = int(np.flatnonzero(unread)[0])
-            raise DataError(
-                f"{source}: column '{values.name}' is not an ISO date-time, first at row {row} (rows counted from 0, "
-                f"without a header): {values.iloc[row]!r}. Correct timestamp_unit, or the values."
-            )
-        return (times.dt.tz_localize(None).astype("datetime64[us]").astype("int64") / 1e6).where(times.notna())
-    if not pd.api.types.is_numeric_dtype(values.dtype):
-        raise DataError(
-            f"{source}: column '{values.name}' has dtype {values.dtype} where times are needed, first at row 0: "
-            f"{values.iloc[0]!r}. Set timestamp_unit: iso for date-times as text, or give numbers."
-        )
-    return values / TIMESTAMP_UNITS[unit]
 
 
 def save_feed(feed: Feed, directory: str | Path) -> None:

@@ -64,7 +64,11 @@ What the reward model reads of a user (a run has the same columns, see exposures
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ast
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -73,6 +77,11 @@ from datasets import Features, List, Value
 SECONDS_COLUMNS = ("watch_time", "duration")
 PROBABILITY_COLUMNS = ("view", "follow", "like")
 PROPENSITY = "propensity"
+# What a file's column holds: what may be read of it.
+ID, CATEGORY, TEXT, NUMBER = "id", "category", "text", "number"
+# Whole numbers up to here are exact as floats.
+EXACT_FLOAT = 2**53
+WHOLE_NUMBER = re.compile(r"-?\d+(\.0+)?")
 KEY_COLUMNS = ("user_id", "item_id", "timestamp", "position", "session_id", PROPENSITY)
 
 
@@ -140,13 +149,13 @@ def refuse(source: str, column: str, bad: np.ndarray, values: pd.Series, problem
     )
 
 
-def require_columns(frame: pd.DataFrame, columns: Iterable[str], source: str) -> None:
-    """Raises DataError if one of `columns` is not in `frame`."""
+def require_columns(names: Sequence[str], columns: Iterable[str], source: str, hint: str = "") -> None:
+    """Raises DataError if one of `columns` is not among `names`."""
     for column in columns:
-        if column not in frame.columns:
+        if column not in names:
             raise DataError(
-                f"{source}: column '{column}' is missing; the columns are {', '.join(map(str, frame.columns))}. "
-                "Rename the column or name it in the column mapping."
+                f"{source}: column '{column}' is missing; the columns are {', '.join(map(str, names))}. "
+                f"Rename the column or name it in the column mapping. {hint}".rstrip()
             )
 
 
@@ -159,10 +168,11 @@ def _unique_ids(frame: pd.DataFrame, column: str, source: str) -> pd.Series:
 
 
 def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = False) -> pd.Series:
-    """Ids as int64 or str, keeping their own kind.
+    """Ids as int64 or str, keeping their own kind; integers beyond 64 bits and a sign are text.
 
     Raises:
-        DataError: a missing id (unless `nullable`), or values that are neither all integers nor all strings.
+        DataError: a missing id (unless `nullable`), values that are neither all integers nor all strings, or integers
+            that were read as floats and lost digits by it.
     """
     missing = values.isna().to_numpy()
     if not nullable:
@@ -171,8 +181,9 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
         return pd.Series(pd.array([pd.NA] * len(values), dtype="Int64"), index=values.index)
     known = values[~missing] if missing.any() else values
     if pd.api.types.is_integer_dtype(known.dtype):
-        return values.astype("Int64") if missing.any() else values.astype(np.int64)
+        return _integer_ids(values, known, missing.any())
     if nullable and pd.api.types.is_float_dtype(known.dtype) and bool((known % 1 == 0).all()):
+        _refuse_rounded(values, column, source)
         return values.astype("Int64")  # integers with gaps, as most readers give them
     if isinstance(known.dtype, pd.StringDtype):
         return values.astype("string") if missing.any() else values.astype("str")
@@ -183,7 +194,30 @@ def canonical_ids(values: pd.Series, column: str, source: str, nullable: bool = 
     refuse(source, column, ~kind & ~missing, values, problem, "Convert the column to one of the two.")
     if kind is text:
         return values.astype("string") if missing.any() else values.astype("str")
-    return values.astype("Int64") if missing.any() else values.astype(np.int64)
+    return _integer_ids(values, known, missing.any())
+
+
+def _integer_ids(values: pd.Series, known: pd.Series, gaps: bool) -> pd.Series:
+    bounds = np.iinfo(np.int64)
+    if len(known) and not (bounds.min <= int(known.min()) and int(known.max()) <= bounds.max):
+        return values.astype("string") if gaps else values.astype("str")
+    return values.astype("Int64") if gaps else values.astype(np.int64)
+
+
+def _refuse_rounded(values: pd.Series, column: str, source: str) -> None:
+    """Raises DataError for floats so large that neighbouring integers are one."""
+    rounded = (values.abs() >= EXACT_FLOAT).fillna(False).to_numpy()
+    remedy = "Write them as integers, or as text."
+    refuse(source, column, rounded, values, "has ids that were rounded as floats", remedy)
+
+
+def same_kind(columns: list[pd.Series]) -> list[pd.Series]:
+    """Canonical ids of several tables as one kind: text where one of them is text, by which nothing is lost."""
+    kinds = {id_type(ids) for ids in columns if ids.notna().any()}
+    if len(kinds) < 2:
+        kind = kinds.pop() if kinds else "int64"
+        return [ids if id_type(ids) == kind else ids.astype("string") for ids in columns]
+    return [ids.astype("string" if ids.isna().any() else "str") for ids in columns]
 
 
 def canonical_numbers(values: pd.Series, column: str, source: str, dtype: str = "float32") -> pd.Series:
@@ -195,13 +229,20 @@ def canonical_numbers(values: pd.Series, column: str, source: str, dtype: str = 
     if pd.api.types.is_numeric_dtype(values.dtype) or pd.api.types.is_bool_dtype(values.dtype):
         numbers = pd.Series(values.to_numpy(dtype="float64", na_value=np.nan), index=values.index)
     else:
-        bad = np.array([not isinstance(v, (int, float, np.number)) and not pd.isna(v) for v in values], dtype=bool)
-        problem = f"has dtype {values.dtype} where numbers are needed"
-        refuse(source, column, bad, values, problem, "Convert the column to numbers; leave unknown empty.")
+        refuse_text(values, column, source, "numbers", "Convert the column to numbers; leave unknown empty.")
         numbers = pd.Series([np.nan if pd.isna(v) else v for v in values], index=values.index, dtype="float64")
     remedy = "Replace these by numbers or leave them empty."
     refuse(source, column, np.isinf(numbers.to_numpy()), values, "is infinite", remedy)
     return numbers.astype(dtype)
+
+
+def refuse_text(values: pd.Series, column: str, source: str, needed: str, remedy: str) -> None:
+    """Raises DataError for a column that is text in part: for the first value that is no number, if there is one."""
+    known = np.array([isinstance(v, (int, float, np.number)) or pd.isna(v) for v in values], dtype=bool)
+    numbers = pd.to_numeric(values.where(~known), errors="coerce").notna().to_numpy()
+    bad = ~known & ~numbers
+    bad = bad if bad.any() else ~known
+    refuse(source, column, bad, values, f"has dtype {values.dtype} where {needed} are needed", remedy)
 
 
 def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
@@ -214,7 +255,7 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         DataError: missing column, wrong dtype, missing id, negative watch time or duration, a view, follow, like or
             propensity out of range, no rows.
     """
-    require_columns(frame, ("user_id", "item_id"), source)
+    require_columns(frame.columns, ("user_id", "item_id"), source)
     if not len(frame):
         raise DataError(f"{source}: no interactions (0 rows). Check the path and the filters that wrote the file.")
     if "timestamp" not in frame and "position" not in frame:
@@ -251,13 +292,7 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
 
 
 def check_known_items(interactions: pd.DataFrame, items: pd.DataFrame, source: str, items_source: str) -> None:
-    """Raises DataError if an interaction's item is not among the items (or their ids have different types)."""
-    user_side, item_side = id_type(interactions["item_id"]), id_type(items["item_id"])
-    if user_side != item_side:
-        raise DataError(
-            f"{source}: column 'item_id' is {user_side} (first at row 0: {interactions['item_id'].iloc[0]}) but "
-            f"{items_source} has {item_side} ids ({items['item_id'].iloc[0]}). Use one type in both."
-        )
+    """Raises DataError if an interaction's item is not among the items."""
     unknown = ~interactions["item_id"].isin(items["item_id"]).to_numpy()
     remedy = f"Add the items to {items_source} or drop these interactions."
     problem = f"names items that are not in {items_source}"
@@ -291,12 +326,66 @@ def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
     return interactions
 
 
-def _value_list(value: object) -> list[str]:
+def canonical_lists(values: pd.Series, column: str, source: str) -> pd.Series:
+    """Lists of categories as lists of str, without what is missing in them.
+
+    Of text, lists are what is written as one of JSON, Python, numpy or Postgres (`["a", "b"]`, `['a', 'b']`, `[1 2]`,
+    `{a,b}`), and otherwise what the column parts by `|`, by `;` or by `,`, the first of these that it has.
+
+    Raises:
+        DataError: a value that is no list, such as a JSON object.
+    """
+    plain = [value for value in values if isinstance(value, str) and not _bracketed(value)]
+    separator = next((sign for sign in "|;" if any(sign in value for value in plain)), ",")
+    lists = [_value_list(value, separator) for value in values]
+    bad = np.array([found is None for found in lists], dtype=bool)
+    refuse(source, column, bad, values, "holds what is no list", 'Write it like ["a", "b"], or a|b.')
+    names = _without_decimals({value for found in lists for value in found})
+    lists = [[names.get(value, value) for value in found] for found in lists] if names else lists
+    return pd.Series(lists, dtype=object, index=values.index)
+
+
+def _bracketed(text: str) -> bool:
+    return text.strip()[:1] + text.strip()[-1:] in ("[]", "()", "{}")
+
+
+def _value_list(value: object, separator: str) -> list[str] | None:
     if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [str(part) for part in value]
-    return [] if pd.isna(value) else [str(value)]
+        text = value.strip()
+        parts = _parsed_list(text) if _bracketed(text) else text.split(separator)
+        if parts is None:
+            return None
+        parts = [part.strip() if isinstance(part, str) else part for part in parts]
+    elif isinstance(value, (list, tuple, set, frozenset, np.ndarray)):
+        parts = list(value)
+    elif isinstance(value, dict):
+        return None
+    else:
+        parts = [value]
+    if any(isinstance(part, (list, tuple, dict, set, np.ndarray)) for part in parts):
+        return None
+    return [_category(part) for part in parts if not pd.isna(part) and part != ""]
+
+
+def _parsed_list(text: str) -> list | None:
+    """The elements of a list in brackets. None where the text is something else, such as a JSON object."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(parsed, (list, tuple, set)):
+            return list(parsed)
+        return [] if parsed == {} else None if isinstance(parsed, dict) else [parsed]
+    inner = text[1:-1].strip()
+    return next(csv.reader([inner], skipinitialspace=True), []) if "," in inner else inner.split()
+
+
+def _category(value: object) -> str:
+    """A category as text; whole numbers carry no decimals."""
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        value = int(value)
+    return str(value)
 
 
 def canonical_items(
@@ -310,7 +399,7 @@ def canonical_items(
 ) -> pd.DataFrame:
     """Checks a table of items and casts it; columns that are not named are left out.
 
-    Multi-categorical values may be lists or comma-separated strings; both become lists of strings.
+    Multi-categorical values may be lists, or text as [`canonical_lists`] reads it.
 
     Raises:
         DataError: missing column, wrong dtype, missing or duplicate id, an embedding that is missing, of another
@@ -318,7 +407,7 @@ def canonical_items(
     """
     named = [name for name in (text_column, embedding_column) if name is not None]
     named += [*categorical_columns, *multi_categorical_columns, *numeric_columns]
-    require_columns(frame, ["item_id", *named], source)
+    require_columns(frame.columns, ["item_id", *named], source)
     if not len(frame):
         raise DataError(f"{source}: no items (0 rows). Check the path and the filters that wrote the file.")
     frame = frame.reset_index(drop=True)
@@ -326,9 +415,9 @@ def canonical_items(
     if text_column is not None:
         columns[text_column] = canonical_text(frame[text_column], text_column, source)
     for name in categorical_columns:
-        columns[name] = canonical_categories(frame[name])
+        columns[name] = canonical_categories(frame[name], name, source)
     for name in multi_categorical_columns:
-        columns[name] = pd.Series([_value_list(value) for value in frame[name]], dtype=object)
+        columns[name] = canonical_lists(frame[name], name, source)
     for name in numeric_columns:
         columns[name] = canonical_numbers(frame[name], name, source)
     if embedding_column is not None:
@@ -342,10 +431,11 @@ def canonical_users(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     Raises:
         DataError: missing column, missing or duplicate id.
     """
-    require_columns(frame, ["user_id"], source)
+    require_columns(frame.columns, ["user_id"], source)
     frame = frame.reset_index(drop=True)
     columns = {"user_id": _unique_ids(frame, "user_id", source)}
-    columns |= {name: canonical_categories(frame[name]) for name in frame.columns if name != "user_id"}
+    names = [name for name in frame.columns if name != "user_id"]
+    columns |= {name: canonical_categories(frame[name], name, source) for name in names}
     return pd.DataFrame(columns)
 
 
@@ -356,16 +446,37 @@ def canonical_text(values: pd.Series, column: str, source: str) -> pd.Series:
     return pd.Series([v if isinstance(v, str) and v.strip() else None for v in values], dtype="str")
 
 
-def canonical_categories(values: pd.Series) -> pd.Series:
-    """Categories as str, null where missing; whole numbers carry no decimals."""
-    if pd.api.types.is_float_dtype(values.dtype) and bool((values.dropna() % 1 == 0).all()):
-        values = values.astype("Int64")
-    return values.astype("string").astype("str")
+def canonical_categories(values: pd.Series, column: str, source: str) -> pd.Series:
+    """Categories as str, null where missing; whole numbers carry no decimals, unless the column has others too.
+
+    Raises:
+        DataError: lists, or whole numbers that were read as floats and lost digits by it.
+    """
+    if pd.api.types.is_float_dtype(values.dtype):
+        if bool((values.dropna() % 1 == 0).all()):
+            _refuse_rounded(values, column, source)
+            values = values.astype("Int64")
+    elif values.dtype == object:
+        lists = np.array([isinstance(value, (list, tuple, dict, set, np.ndarray)) for value in values], dtype=bool)
+        refuse(source, column, lists, values, "holds lists where categories are needed", "Name it multi_categorical.")
+        values = pd.Series([None if pd.isna(value) else _category(value) for value in values], index=values.index)
+    text = values.astype("string").astype("str")
+    names = _without_decimals(set(text.dropna().unique()))
+    return text.map(names).astype("str") if names else text
+
+
+def _without_decimals(written: set[str]) -> dict[str, str]:
+    """Where all that a column holds are whole numbers and some have decimals, as integers with gaps are written after
+    they were read as floats: what each is called. Otherwise nothing."""
+    if not any(value.endswith(".0") for value in written) or not all(map(WHOLE_NUMBER.fullmatch, written)):
+        return {}
+    return {value: value.partition(".")[0] for value in written}
 
 
 def canonical_embeddings(values: pd.Series, column: str, source: str) -> pd.Series:
-    """One float32 vector per item, all finite and of one length. Raises DataError otherwise."""
-    rows = [np.asarray(v, dtype=np.float32) if isinstance(v, (list, tuple, np.ndarray)) else None for v in values]
+    """One float32 vector per item, all finite and of one length; of text, numbers in brackets. Raises DataError
+    otherwise."""
+    rows = [_vector(value) for value in values]
     width = next((len(row) for row in rows if row is not None), 0)
     bad = np.array([row is None or row.ndim != 1 or len(row) != width for row in rows], dtype=bool)
     bad = bad if bad.any() else np.full(len(rows), not width)
@@ -374,3 +485,12 @@ def canonical_embeddings(values: pd.Series, column: str, source: str) -> pd.Seri
     remedy = "Compute these embeddings again, or leave the column out."
     refuse(source, column, ~np.isfinite(np.stack(rows)).all(axis=1), values, "holds NaN or infinite values", remedy)
     return pd.Series(rows, dtype=object)
+
+
+def _vector(value: object) -> np.ndarray | None:
+    if isinstance(value, str) and _bracketed(value):
+        value = _parsed_list(value.strip())
+    try:
+        return np.asarray(value, dtype=np.float32) if isinstance(value, (list, tuple, np.ndarray)) else None
+    except (TypeError, ValueError):
+        return None
