@@ -15,7 +15,7 @@ import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,7 +75,7 @@ def read_columns(path: Path, columns: list[str], kinds: Mapping[str, str] | None
             require_columns(pq.read_schema(path).names, columns, path.name)
             table = pq.ParquetFile(path).read(columns=columns)
             return frame_of_table(table, kinds or {}, path.name)
-        return typed_columns(_csv_columns(path, columns), kinds or {})
+        return _read_csv(path, columns, kinds or {})
     except DataError:
         raise
     except UNREADABLE as error:
@@ -99,8 +99,17 @@ def frame_of_table(table: pa.Table, kinds: Mapping[str, str], source: str) -> pd
     return pd.DataFrame(frame, columns=table.column_names)
 
 
-def _csv_columns(path: Path, columns: list[str]) -> pa.Table:
-    """The named columns as text."""
+def _read_csv(path: Path, columns: list[str], kinds: Mapping[str, str]) -> pd.DataFrame:
+    delimiter = _delimiter(path, columns)
+    numbers = [name for name in columns if kinds.get(name, NUMBER) == NUMBER]
+    with suppress(pa.ArrowInvalid):
+        # The usual case, in which the parser itself makes the numbers.
+        return typed_columns(_csv_table(path, columns, delimiter, dict.fromkeys(numbers, pa.float64())), kinds)
+    return typed_columns(_csv_table(path, columns, delimiter, {}), kinds)
+
+
+def _delimiter(path: Path, columns: list[str]) -> str:
+    """What parts the columns of a CSV file, all of which its header has once."""
     with _opened(path) as file:
         start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
@@ -115,6 +124,11 @@ def _csv_columns(path: Path, columns: list[str]) -> pa.Table:
     for name in columns:
         if names.count(name) > 1:
             raise DataError(f"{path.name}: column '{name}' stands there {names.count(name)} times. Rename the others.")
+    return delimiter
+
+
+def _csv_table(path: Path, columns: list[str], delimiter: str, types: dict[str, pa.DataType]) -> pa.Table:
+    """The named columns, as text where there is no other type."""
     with _opened(path) as packed:
         file = _QuotesCounted(packed)
         try:
@@ -125,7 +139,7 @@ def _csv_columns(path: Path, columns: list[str]) -> pa.Table:
                 parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
                 convert_options=pyarrow.csv.ConvertOptions(
                     include_columns=columns,
-                    column_types=dict.fromkeys(columns, pa.string()),
+                    column_types=dict.fromkeys(columns, pa.string()) | types,
                     null_values=NULL_VALUES,
                     strings_can_be_null=True,
                 ),
@@ -199,27 +213,21 @@ def typed_columns(table: pa.Table, kinds: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _typed(column: pa.ChunkedArray, kind: str) -> pd.Series:
-    if kind in (NUMBER, ID):
-        numbers = _integers(column, exact=kind == ID)
-        if numbers is None and kind == NUMBER:
-            numbers = _converted(pc.utf8_trim_whitespace(column), pa.float64())
+    if kind == NUMBER and pa.types.is_string(column.type):
+        numbers = _converted(pc.utf8_trim_whitespace(column), pa.float64())
         if numbers is not None:
-            mapper = {pa.int64(): pd.Int64Dtype()}.get if kind == ID and numbers.null_count else None
-            return numbers.to_pandas(types_mapper=mapper)
-        if kind == NUMBER and _are_booleans(column):
-            return pc.cast(pc.utf8_lower(column), pa.bool_()).to_pandas()
-    return column.to_pandas()
+            return numbers.to_pandas()
+        return (pc.cast(pc.utf8_lower(column), pa.bool_()) if _are_booleans(column) else column).to_pandas()
+    integers = _converted(column, pa.int64()) if kind == ID else None
+    if integers is None or _has_leading_zeros(column):
+        return column.to_pandas()
+    return integers.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get if integers.null_count else None)
 
 
-def _integers(column: pa.ChunkedArray, exact: bool) -> pa.ChunkedArray | None:
-    """None where a value is not an integer, or `exact` and written as no integer is, such as `01` and `+1`."""
-    if not exact:
-        column = pc.utf8_trim_whitespace(column)
-        odd = pc.match_substring(column, "x", ignore_case=True)  # 0x10 is read as 16
-    else:
-        zeros = pc.or_(pc.starts_with(column, "0"), pc.starts_with(column, "-0"))
-        odd = pc.and_(zeros, pc.greater(pc.binary_length(column), 1))
-    return None if pc.any(odd).as_py() else _converted(column, pa.int64())
+def _has_leading_zeros(column: pa.ChunkedArray) -> bool:
+    """Whether an integer is written as no integer is, by which two ids would become one. Includes 0x10 and -0."""
+    zeros = pc.or_(pc.starts_with(column, "0"), pc.starts_with(column, "-0"))
+    return bool(pc.any(pc.and_(zeros, pc.greater(pc.binary_length(column), 1))).as_py())
 
 
 def _converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:

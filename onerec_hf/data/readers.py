@@ -194,7 +194,7 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     items = items.rename(columns={item_column: "item_id"})
     items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
     tables = sorted(folder.glob("user_features_*.csv" if item_column == "video_id" else "users.parquet"))
-    users = [(read_columns(path, ["user_id", *KUAIRAND_USER_COLUMNS]), path.name) for path in tables]
+    users = [(read_columns(path, ["user_id", *KUAIRAND_USER_COLUMNS], ids), path.name) for path in tables]
     return Feed.from_frames(
         "kuairand",
         parts,
