@@ -195,6 +195,53 @@ def test_a_field_that_another_option_decides_is_refused(arguments, option, value
         arguments(f"--{option}", json.dumps(values))
 
 
+@pytest.mark.parametrize(
+    "option, field, text, value",
+    [
+        ("pretrain", "learning_rate", "1e-5", 1e-5),
+        ("pretrain", "max_steps", "2e3", 2000),
+        ("align", "beta", "1e-1", 0.1),
+        ("align", "lambda_dpo", "5e-1", 0.5),
+        ("model", "dropout", "1e-1", 0.1),
+        ("reward_model", "rate_prior", "2e1", 20.0),
+        ("preferences", "loser_quantile", "5e-1", 0.5),
+        ("baselines", "sasrec.learning_rate", "1e-3", 1e-3),
+        ("baselines", "fused.members.sasrec.epochs", "2e0", 2),
+    ],
+)
+def test_numbers_that_yaml_reads_as_text_are_numbers(arguments, tmp_path, option, field, text, value):
+    *owners, name = [option, *field.split(".")]
+    for given, expected in ((text, value), ("much", None)):
+        nested = f"{name}: {given}"
+        for owner in owners[::-1]:
+            nested = f"{owner}: {{{nested}}}"
+        (tmp_path / "run.yaml").write_text(nested)
+        if expected is None:
+            with pytest.raises(ValueError, match=rf"{option}\.{field} must be a .*number, got 'much'"):
+                arguments("--config", str(tmp_path / "run.yaml"))
+            continue
+        found = vars(arguments("--config", str(tmp_path / "run.yaml")))
+        for owner in [*owners, name]:
+            found = found[owner]
+        assert found == expected and type(found) is type(expected)
+
+
+def test_fields_of_other_types_are_refused(arguments):
+    for option, values, message in [
+        ("pretrain", {"learning_rate": True}, "pretrain.learning_rate must be a number, got True"),
+        ("preferences", {"num_rejected": 1.5}, "preferences.num_rejected must be a whole number, got 1.5"),
+        ("model", {"item_gate": "yes"}, "model.item_gate must be true or false, got 'yes'"),
+        ("reward_model", {"dropout": [0.1]}, "reward_model.dropout must be a number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            arguments(f"--{option}", json.dumps(values))
+
+
+def test_a_home_folder_is_found(arguments, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert arguments("--output_dir=~/runs").output_dir == tmp_path / "runs"
+
+
 def test_the_fused_baseline_goes_with_its_members(arguments):
     def given(**baselines):
         return arguments("--baselines", json.dumps(baselines))

@@ -163,6 +163,12 @@ class OneRecRewardConfig(PreTrainedConfig):
                     f"objective '{objective['name']}' has the kind {objective['kind']!r}: use one of "
                     f"{', '.join(LABEL_KINDS)}."
                 )
+            for field in ("weight", "positive_weight"):
+                if isinstance(objective[field], bool) or not isinstance(objective[field], (int, float)):
+                    raise ValueError(
+                        f"objective '{objective['name']}': {field} must be a number, got {objective[field]!r} (YAML "
+                        "reads 1e-1 as text and 1.0e-1 as a number)."
+                    )
             if not objective["positive_weight"] > 0:
                 raise ValueError(f"objective '{objective['name']}': positive_weight must be more than 0.")
         if not self.objectives or len(set(self.objective_names)) != len(self.objectives):

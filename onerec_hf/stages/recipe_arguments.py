@@ -7,6 +7,7 @@ what it reads from outside the run. Options that several stages read stand in cl
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass, fields
@@ -69,22 +70,48 @@ def as_mapping(value: Nested, name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def check_fields(values: dict[str, Any], name: str, owner: type, decided: dict[str, str]) -> None:
-    """Refuses what `owner` does not take here, before a stage runs for hours ahead of the one that reads it.
+def typed_fields(values: dict[str, Any], name: str, owner: type, decided: dict[str, str]) -> dict[str, Any]:
+    """The fields with numbers where `owner` takes numbers: YAML reads 1e-5 as text. What it does not take here is
+    refused before a stage runs for hours ahead of the one that reads it.
 
     Raises:
-        ValueError: such a field, with the class and the field that is likely meant, or the option that decides it.
+        ValueError: a field that it does not have, with the class and the field that is likely meant; one that another
+            option decides, with that; or one whose value is of another type.
     """
-    known = {key for base in owner.__mro__ if "__init__" in vars(base) for key in inspect.signature(base).parameters}
+    known = {}
+    for base in owner.__mro__[::-1]:
+        known |= inspect.signature(base).parameters if "__init__" in vars(base) else {}
     for key in values:
         if key in decided:
             who = decided[key]
             where = f"the option {who} decides" if who in option_names() else f"{who} decides"
             raise ValueError(f"{name} has {key!r}, which {where}: leave it out of {name}.")
         if key not in known:
-            likely = get_close_matches(str(key), known - set(decided), n=1)
+            likely = get_close_matches(str(key), set(known) - set(decided), n=1)
             meant = f" Did you mean {likely[0]!r}?" if likely else ""
             raise ValueError(f"{name} has {key!r}, which {owner.__name__} does not take.{meant}")
+    return {key: _typed(value, f"{name}.{key}", known[key].annotation) for key, value in values.items()}
+
+
+def _typed(value: Any, name: str, annotation: Any) -> Any:
+    """A value as its annotation says, where that is a number or true or false; others are left as they are."""
+    kind = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    kind = kind.removesuffix(" | None")
+    if value is None or kind not in ("bool", "int", "float"):
+        return value
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number) or (kind == "int" and not number.is_integer()):
+        raise ValueError(f"{name} must be a {'whole ' * (kind == 'int')}number, got {value!r}.")
+    if kind == "int":
+        return int(number)
+    return number if isinstance(value, str) else value
 
 
 def fused_members(baselines: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -104,9 +131,10 @@ def fused_members(baselines: dict[str, Any]) -> dict[str, dict[str, Any]]:
         members = {name: as_mapping(options, f"{place}.{name}") for name, options in named.items()}
     else:
         members = {name: dict(baselines.get(name) or {}) for name in named}
-    for name, options in members.items():
-        check_fields(options, f"{place}.{name}", BASELINES[name], {"seed": "seed"})
-    return members
+    return {
+        name: typed_fields(options, f"{place}.{name}", BASELINES[name], {"seed": "seed"})
+        for name, options in members.items()
+    }
 
 
 def check_fused(baselines: dict[str, Any]) -> None:
@@ -131,8 +159,7 @@ def lora_config(values: dict[str, Any]):
         from peft import LoraConfig
     except ImportError as error:
         raise ImportError("align_lora needs peft: pip install -c constraints.txt 'onerec_hf[lora]'.") from error
-    check_fields(values, "align_lora", LoraConfig, {})
-    return LoraConfig(**values)
+    return LoraConfig(**typed_fields(values, "align_lora", LoraConfig, {}))
 
 
 @dataclass
@@ -163,8 +190,7 @@ class StageArguments:
         for base in type(self).__mro__:
             for name, (owner, decided) in vars(base).get("NESTED", {}).items():
                 values = as_mapping(getattr(self, name), name)
-                check_fields(values, name, owner, decided)
-                setattr(self, name, values)
+                setattr(self, name, typed_fields(values, name, owner, decided))
 
     def check_choice(self, name: str, *allowed: str) -> None:
         if getattr(self, name) not in allowed:
@@ -216,14 +242,14 @@ class TokenizeArguments(StageArguments):
             raise ValueError("collision_policy 'suffix' is for one semantic ID: choose another for several.")
         self.quantizer = as_mapping(self.quantizer, "quantizer")
         decided = {"codebook_sizes": "codebook_sizes", "collision_policy": "collision_policy", **BY_PROCESS}
-        check_fields(self.quantizer, "quantizer", QUANTIZERS[self.quantizer_type], decided)
+        self.quantizer = typed_fields(self.quantizer, "quantizer", QUANTIZERS[self.quantizer_type], decided)
         if self.item_alignment is not None:
             logger.warning("item_alignment is now called embedding_adaptation.")
             self.embedding_adaptation = as_mapping(self.item_alignment, "item_alignment")
             self.item_alignment = None
         if self.embedding_adaptation is not None:
-            self.embedding_adaptation = as_mapping(self.embedding_adaptation, "embedding_adaptation")
-            check_fields(self.embedding_adaptation, "embedding_adaptation", EmbeddingAdaptation, BY_PROCESS)
+            values = as_mapping(self.embedding_adaptation, "embedding_adaptation")
+            self.embedding_adaptation = typed_fields(values, "embedding_adaptation", EmbeddingAdaptation, BY_PROCESS)
 
 
 @dataclass
@@ -448,8 +474,12 @@ class BaselineArguments(JudgedSessions, RecentSessions, EvaluatedUsers):
             raise ValueError(f"baselines has {', '.join(sorted(unknown))}; there are {', '.join(BASELINES)}.")
         for name, options in self.baselines.items():
             place = f"baselines.{name}"
-            check_fields(as_mapping(options or None, place), place, BASELINES[name], {"seed": "seed"})
+            if options:
+                values = as_mapping(options, place)
+                self.baselines[name] = typed_fields(values, place, BASELINES[name], {"seed": "seed"})
         check_fused(self.baselines)
+        if isinstance((self.baselines.get(FUSED) or {}).get("members"), dict):
+            self.baselines[FUSED]["members"] = fused_members(self.baselines)
 
 
 @dataclass
@@ -492,7 +522,7 @@ class RecipeArguments(
     """All options of the recipes, as they stand in one YAML file; [`group`] has those of a stage."""
 
     def __post_init__(self):
-        self.output_dir = Path(self.output_dir)
+        self.output_dir = Path(self.output_dir).expanduser()
         for group in GROUPS:
             vars(self).update(vars(self.group(group)))
         if self.num_semantic_ids > 1 and self.align_rounds:
