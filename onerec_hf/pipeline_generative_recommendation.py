@@ -1,8 +1,11 @@
 """The task `generative-recommendation` for `transformers.pipeline`: histories of item ids in, recommendations out."""
 
+from collections.abc import Iterable, Mapping
+
 from transformers import Pipeline
 
 from .session_generation import Recommender
+from .session_generation.recommender import history_rows
 
 
 class GenerativeRecommendationPipeline(Pipeline):
@@ -24,11 +27,12 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def __call__(self, histories, **kwargs):
         """Recommends; a single history gives a single result."""
-        single = isinstance(histories, dict) or (
-            len(histories) > 0 and not isinstance(histories[0], (list, tuple, dict))
-        )
+        single = isinstance(histories, Mapping)
+        rows = history_rows([histories] if single else histories)
+        if rows and _is_item_id(rows[0].get("history_item_ids")):
+            single, rows = True, [{"history_item_ids": [row["history_item_ids"] for row in rows]}]
         # A dict keeps the base class from taking the users one by one.
-        results = super().__call__({"histories": [histories] if single else list(histories)}, **kwargs)
+        results = super().__call__({"histories": rows}, **kwargs)
         return results[0] if single else results
 
     def _sanitize_parameters(self, **kwargs):
@@ -42,3 +46,9 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def postprocess(self, model_outputs):
         return model_outputs
+
+
+def _is_item_id(value) -> bool:
+    """Of a string, a number, or an array of no dimension."""
+    one = isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    return one and value is not None

@@ -540,6 +540,9 @@ class OneRecTokenizer(TokenizersBackend):
         the first or last item; and the number of them in each sequence, (B,)."""
         if max_items is not None and max_items < 1:
             raise ValueError(f"max_items must be at least 1, got {max_items}")
+        for row, sequence in enumerate(sequences):
+            if sequence is None or isinstance(sequence, (str, bytes)):
+                raise ValueError(f"{name}[{row}] must be a list of items, got {sequence!r}.")
         lengths = np.fromiter((len(sequence) for sequence in sequences), dtype=np.int64, count=len(sequences))
         non_empty = [sequence for sequence in sequences if len(sequence)]
         if non_empty and all(isinstance(sequence, np.ndarray) for sequence in non_empty):

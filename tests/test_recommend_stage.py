@@ -16,6 +16,8 @@ import torch
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, Recommender
 from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer
 from onerec_hf.semantic_ids import ResidualQuantizer
+from onerec_hf.stages.recipe_arguments import RecommendArguments
+from onerec_hf.stages.recommend_stage import Histories
 
 ROOT = Path(__file__).parents[1]
 NUM_USERS = 600
@@ -102,6 +104,43 @@ def test_wrong_histories_are_refused_before_any_work(checkpoint, tmp_path):
     assert "the history of user 'b' holds item id 'item 99'" in output and "--unknown_items skip" in output
     finish(start([sys.executable, *arguments(checkpoint, path, tmp_path / "run", "--unknown_items", "skip")]))
     assert len(pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")) == 2
+
+
+ITEMS = ["item 1", "item 2"]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([ITEMS, None, []]), None),
+        (pa.array([ITEMS], pa.large_list(pa.large_string())), None),
+        (pa.array([ITEMS], pa.list_(pa.string(), 2)), None),
+        (pa.ListArray.from_arrays([0, 2], pa.array(ITEMS).dictionary_encode()), None),
+        (pa.array([None], pa.list_(pa.null())), None),
+        (pa.array([ITEMS, ["item 1", None]]), "the history of user 1 holds no item id at one place"),
+        (pa.array(['["item 1"]']), "'history_item_ids' holds string, where lists of item ids are needed, all strings"),
+        (pa.array([[1, 2]]), "'history_item_ids' holds list<.*int64>"),
+        (pa.array([[1.0]]), "'history_item_ids' holds list<.*double>"),
+        (pa.array([[b"item 1"]]), "'history_item_ids' holds list<.*binary>"),
+    ],
+)
+def test_histories_of_any_type_of_list_are_checked(checkpoint, tmp_path, column, message):
+    path = tmp_path / "histories.parquet"
+    pq.write_table(pa.table({"user_id": np.arange(len(column)), "history_item_ids": column}), path)
+    options = RecommendArguments(histories=str(path))
+    histories, tokenizer = Histories(None, options), OneRecTokenizer.from_pretrained(checkpoint)
+    if message is None:
+        histories.check_items(tokenizer, "error")
+        return
+    for unknown_items in ("error", "skip"):
+        with pytest.raises(ValueError, match=f"histories.parquet: .*{message}"):
+            histories.check_items(tokenizer, unknown_items)
+
+
+def test_histories_that_are_no_parquet_file_are_named(tmp_path):
+    (tmp_path / "users.csv").write_text("user_id,history_item_ids\n1,item 1\n")
+    with pytest.raises(ValueError, match="users.csv is no Parquet file"):
+        Histories(None, RecommendArguments(histories=str(tmp_path / "users.csv")))
 
 
 def test_sessions_that_the_reward_model_chooses(checkpoint, tmp_path):

@@ -1,10 +1,13 @@
 """Beam search over sessions, sampling, streaming and recommending, against brute force and stock `generate`."""
 
 import itertools
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList, pipeline
@@ -394,6 +397,49 @@ def test_recommends_item_ids_without_repeats_or_consumed_items(strings, tmp_path
     assert task(histories, top_k=7, num_beams=16) == results
     single = task(histories[0], top_k=7, num_beams=16)
     assert (single["items"], single["session"]) == (results[0]["items"], results[0]["session"])
+
+
+def test_histories_come_as_people_have_them(tmp_path):
+    tokenizer, model = catalogue(20), tiny_model(session_items=2)
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer.item_ids.tolist()
+    lists = [ids[:2], ids[3:4]]
+    options = {"top_k": 3, "num_beams": 8}
+    task = pipeline("generative-recommendation", model=str(tmp_path))
+    expected = recommend(model, tokenizer, lists, **options)
+    rows = pd.DataFrame({"history_item_ids": lists}, index=[7, 8])
+    for call in (partial(recommend, model, tokenizer), task):
+        for histories in (
+            tuple(map(tuple, lists)),
+            [np.array(items, dtype=np.int32) for items in lists],
+            [torch.tensor(items) for items in lists],
+            rows["history_item_ids"],
+            rows,
+            Dataset.from_pandas(rows, preserve_index=False),
+            (items for items in lists),
+        ):
+            assert call(histories, **options) == expected
+        assert call([None, ids[3:4]], **options) == call([[], ids[3:4]], **options)
+        assert call([], **options) == []
+        for wrong, message in [
+            ([[ids[0], float("nan")]], r"histories\[0\] has no item id at place 1"),
+            ([[], [ids[0], None]], r"histories\[1\] has no item id at place 1"),
+            ([{"history_item_ids": "1,2"}], r"histories\[0\] is '1,2' \(str\), where a list"),
+            ([[], {ids[0]}], r"histories\[1\] .*set.*where a list"),
+        ]:
+            for unknown_items in ("error", "skip"):
+                with pytest.raises(ValueError, match=message):
+                    call(wrong, unknown_items=unknown_items)
+    assert task(np.array(ids[:2]), **options) == task(ids[:2], **options) == expected[0]
+    for wrong in (ids[:2], ["item 1"], "item 1", {"history_item_ids": ids[:2]}):
+        with pytest.raises(ValueError, match="histories.*list"):
+            recommend(model, tokenizer, wrong, unknown_items="skip")
+    for option in ({"top_k": 2.5}, {"allowed_items": "item 1"}):
+        with pytest.raises(ValueError, match="top_k must be an integer|allowed_items must be a list"):
+            recommend(model, tokenizer, lists, **option)
+    for wrong in (["item 1"], [None]):
+        with pytest.raises(ValueError, match=r"histories\[0\] must be a list of items"):
+            tokenizer.encode_histories(wrong)
 
 
 def test_batches_do_not_change_the_recommendations():

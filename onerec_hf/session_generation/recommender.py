@@ -1,9 +1,10 @@
 """Recommending with item ids in and out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
@@ -21,6 +22,44 @@ def excluded_items(histories: list[np.ndarray], device: torch.device) -> torch.L
     padded = np.full((len(histories), int(lengths.max(initial=0))), -1, dtype=np.int64)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([np.zeros(0, np.int64), *histories])
     return torch.from_numpy(padded).to(device)
+
+
+def history_rows(histories: Iterable[Iterable | Mapping | None]) -> list[Mapping]:
+    """Users' histories, in any container of them, as rows with `history_item_ids`.
+
+    Raises:
+        ValueError: for a single row, or text.
+    """
+    if isinstance(histories, (str, bytes, Mapping)):
+        raise ValueError(f"histories must be a list with a history for each user, got {type(histories).__name__}.")
+    if isinstance(histories, pd.DataFrame):
+        histories = histories.to_dict("records")
+    return [row if isinstance(row, Mapping) else {"history_item_ids": row} for row in histories]
+
+
+def item_list(row: Mapping, user: int) -> list:
+    """The item ids of a user's row.
+
+    Raises:
+        ValueError: they are missing, no list, or hold a missing one; names the user.
+    """
+    if "history_item_ids" not in row:
+        raise ValueError(f"histories[{user}] has no history_item_ids, only {', '.join(map(str, row))}")
+    items = row["history_item_ids"]
+    if items is None:
+        return []
+    if not isinstance(items, (str, bytes)) and hasattr(items, "tolist"):
+        items = items.tolist()  # of arrays, tensors and Series
+    if isinstance(items, (str, bytes, Mapping, Set)) or not isinstance(items, Iterable):
+        raise ValueError(
+            f"histories[{user}] is {str(items)[:40]!r} ({type(items).__name__}), where a list of item ids is needed, "
+            "oldest first: give one list for each user."
+        )
+    items = list(items)
+    for place, item in enumerate(items):
+        if item is None or item != item:  # NaN
+            raise ValueError(f"histories[{user}] has no item id at place {place} ({item}): drop it.")
+    return items
 
 
 class Recommender:
@@ -47,7 +86,7 @@ class Recommender:
     @renamed_arguments(exclude_seen="exclude_consumed", unknown="unknown_items")
     def __call__(
         self,
-        histories: list[list | dict],
+        histories: Iterable[Iterable | Mapping | None],
         top_k: int = 10,
         *,
         exclude_consumed: bool = True,
@@ -61,10 +100,11 @@ class Recommender:
         """Recommends.
 
         Args:
-            histories: Item ids per user, oldest first, of the catalogue's own type. May be empty. A model with
-                feedback, times or user features needs rows (`dict`) of `history_item_ids` and of the columns that
-                [`encode_history_rows`] names. A reward model reads `exposed_item_ids`, `exposed_feedback`,
-                `feedback_totals` and `user_profile` (data/schema.py) of them, or else the history.
+            histories: Item ids per user, oldest first, of the catalogue's own type, as lists, arrays, tensors or a
+                column of a table. An empty one or None is of a new user. A model with feedback, times or user
+                features needs rows (`dict`) of `history_item_ids` and of the columns that [`encode_history_rows`]
+                names. A reward model reads `exposed_item_ids`, `exposed_feedback`, `feedback_totals` and
+                `user_profile` (data/schema.py) of them, or else the history.
             top_k: Length of the ranked list.
             exclude_consumed: Whether items of the history are left out.
             unknown_items: `"error"` raises for an item that is not in the catalogue, `"skip"` leaves it out.
@@ -85,11 +125,12 @@ class Recommender:
             asked where fewer items may be recommended.
 
         Raises:
-            ValueError: If a history, a user's exposures or an option name an item that the tokenizer does not know.
+            ValueError: If a history, a user's exposures or an option name an item that the tokenizer does not know, or
+                a history is no list of item ids.
             TypeError: For an option that there is not.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {top_k}.")
+        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
+            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}.")
         if unknown_items not in ("error", "skip"):
             raise ValueError(f"unknown_items must be 'error' or 'skip', got {unknown_items!r}.")
         model = self.model
@@ -98,11 +139,11 @@ class Recommender:
             self.trie = ItemTrie.from_tokenizer(self.tokenizer)
         self.trie = self.trie.to(model.device)
         ranking, sessions = self._searches(top_k, self._allowed(blocked_items, allowed_items), **options)
-        results = []
+        rows, results = history_rows(histories), []
         with evaluation_mode(model):
-            for start in tqdm(range(0, len(histories), batch_size), desc="Recommending", disable=not show_progress):
-                rows = self._known_rows(histories[start : start + batch_size], start, unknown_items)
-                results.extend(self._recommend(rows, exclude_consumed, ranking, sessions))
+            for start in tqdm(range(0, len(rows), batch_size), desc="Recommending", disable=not show_progress):
+                batch = self._known_rows(rows[start : start + batch_size], start, unknown_items)
+                results.extend(self._recommend(batch, exclude_consumed, ranking, sessions))
         return results
 
     def _searches(
@@ -141,6 +182,9 @@ class Recommender:
     def _allowed(self, blocked_items: Iterable | None, allowed_items: Iterable | None) -> torch.BoolTensor | None:
         if blocked_items is None and allowed_items is None:
             return None
+        for name, items in (("blocked_items", blocked_items), ("allowed_items", allowed_items)):
+            if isinstance(items, (str, bytes)):
+                raise ValueError(f"{name} must be a list of item ids, got {items!r}.")
         allowed = np.full(self.trie.num_items, allowed_items is None)
         if allowed_items is not None:
             allowed[self.tokenizer.item_index(list(allowed_items))] = True
@@ -148,12 +192,9 @@ class Recommender:
             allowed[self.tokenizer.item_index(list(blocked_items))] = False
         return torch.from_numpy(allowed).to(self.model.device)
 
-    def _known_rows(self, rows: list[list | dict], first: int, unknown_items: str) -> list[dict]:
+    def _known_rows(self, rows: list[dict], first: int, unknown_items: str) -> list[dict]:
         """The chunk that begins at user `first` as rows with catalogue indices in `history` and `exposed`."""
-        rows = [row if isinstance(row, dict) else {"history_item_ids": row} for row in rows]
-        for user, row in enumerate(rows, start=first):
-            if "history_item_ids" not in row:
-                raise ValueError(f"histories[{user}] has no history_item_ids, only {', '.join(map(str, row))}")
+        rows = [{**row, "history_item_ids": item_list(row, first + user)} for user, row in enumerate(rows)]
         rows = self._indexed(rows, "history", ("history_feedback", "history_timestamps"), first, unknown_items)
         if self.scorer is None:
             return rows

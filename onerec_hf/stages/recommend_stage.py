@@ -99,7 +99,10 @@ class Histories:
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"histories: {path} is not a file; give a Parquet of user_id, history_item_ids.")
-        self.name, self.source = path, pq.ParquetFile(path)
+        try:
+            self.name, self.source = path, pq.ParquetFile(path)
+        except pa.ArrowException as error:
+            raise ValueError(f"histories: {path} is no Parquet file, or a damaged one: {error}.") from None
         self.num_users = self.source.metadata.num_rows
         names = self.source.schema_arrow.names
         self.columns = _read_columns(names, options)
@@ -119,26 +122,49 @@ class Histories:
         return iter(self.source.select(self.columns).to_batches(USERS_PER_PART))
 
     def check_items(self, tokenizer: OneRecTokenizer, unknown_items: str) -> None:
-        """Looks every item up before any time is spent on generating.
+        """Looks every item up before any time is spent on generating. A null history is of a new user.
 
         Raises:
-            ValueError: if an item is not in the catalogue and `unknown_items` is "error"; names the user.
+            ValueError: if a column holds no lists of ids of the catalogue's type, an item is missing, or is not in the
+                catalogue while `unknown_items` is "error"; names the user.
         """
-        if unknown_items == "skip":
-            return
         names = {"history_item_ids": "the history", "exposed_item_ids": "the exposures"}
-        checked = [column for column in names if column in self.columns]
         for batch in self.parts():
-            for column in checked:
-                flat = pc.list_flatten(batch[column])
-                unknown = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown_items="skip") < 0)
-                if len(unknown):
-                    user = pc.list_parent_indices(batch[column])[int(unknown[0])].as_py()
-                    raise ValueError(
-                        f"{self.name}: {names[column]} of user {batch['user_id'][user].as_py()!r} holds item id "
-                        f"{flat[int(unknown[0])].as_py()!r}, which is not in the catalogue of {tokenizer.num_items} "
-                        "items; drop it, or pass --unknown_items skip."
+            for column in (name for name in names if name in self.columns):
+                values = batch[column]
+                self._check_type(column, values.type, tokenizer)
+                flat = pc.list_flatten(values)
+                bad = np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False))
+                problem = "no item id at one place; drop it."
+                if not len(bad) and unknown_items == "error":
+                    bad = np.flatnonzero(tokenizer.item_index(flat.to_pylist(), unknown_items="skip") < 0)
+                    problem = (
+                        f"which is not in the catalogue of {tokenizer.num_items} items; drop it, or pass "
+                        "--unknown_items skip."
                     )
+                if len(bad):
+                    user = batch["user_id"][pc.list_parent_indices(values)[int(bad[0])].as_py()].as_py()
+                    item = flat[int(bad[0])].as_py()
+                    problem = problem if item is None else f"item id {item!r}, {problem}"
+                    raise ValueError(f"{self.name}: {names[column]} of user {user!r} holds {problem}")
+
+    def _check_type(self, column: str, kind: pa.DataType, tokenizer: OneRecTokenizer) -> None:
+        needed = "integers" if tokenizer.item_ids.dtype == np.int64 else "strings"
+        values = getattr(kind, "value_type", pa.null()) if _is_list(kind) else None
+        values = values.value_type if values is not None and pa.types.is_dictionary(values) else values
+        is_text = values is not None and any(
+            check(values) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        )
+        fits = values is not None and (is_text if needed == "strings" else pa.types.is_integer(values))
+        if values is None or not (fits or pa.types.is_null(values)):
+            raise ValueError(
+                f"{self.name}: column '{column}' holds {kind}, where lists of item ids are needed, all {needed} as in "
+                "the catalogue. Convert the column."
+            )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _read_columns(names: list[str], options: RecommendArguments) -> list[str]:
