@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import pandas as pd
 from transformers import Pipeline
 
 from .session_generation import Recommender
@@ -27,10 +28,10 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def __call__(self, histories, **kwargs):
         """Recommends; a single history gives a single result."""
-        single = isinstance(histories, Mapping)
+        if not isinstance(histories, (Mapping, str, bytes, pd.DataFrame)):
+            histories = list(histories)
+        single = isinstance(histories, Mapping) or (isinstance(histories, list) and _begin_with_item_id(histories))
         rows = history_rows([histories] if single else histories)
-        if rows and _is_item_id(rows[0].get("history_item_ids")):
-            single, rows = True, [{"history_item_ids": [row["history_item_ids"] for row in rows]}]
         # A dict keeps the base class from taking the users one by one.
         results = super().__call__({"histories": rows}, **kwargs)
         return results[0] if single else results
@@ -48,7 +49,9 @@ class GenerativeRecommendationPipeline(Pipeline):
         return model_outputs
 
 
-def _is_item_id(value) -> bool:
-    """Of a string, a number, or an array of no dimension."""
-    one = isinstance(value, (str, bytes)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
-    return one and value is not None
+def _begin_with_item_id(values: list) -> bool:
+    """Whether the first is a string, a number, or an array of no dimension."""
+    if not values or values[0] is None:
+        return False
+    first = values[0]
+    return isinstance(first, (str, bytes)) or not isinstance(first, Iterable) or getattr(first, "ndim", 1) == 0
