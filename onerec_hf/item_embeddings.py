@@ -21,6 +21,8 @@ from sklearn.utils.extmath import randomized_svd
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from .data.schema import canonical_lists
+
 NORMALISATIONS = ("whiten", "l2")
 
 
@@ -197,7 +199,7 @@ def feature_embeddings(
     Args:
         items: one row per item of the catalogue.
         categorical_columns: one value each, of any type.
-        multi_categorical_columns: a list of values, or a string of values between commas.
+        multi_categorical_columns: a list of values, or text as [`canonical_lists`] reads it.
 
     Returns:
         Embeddings float32 (N, at most dim), present bool (N,); False where an item has no known value in any
@@ -214,7 +216,7 @@ def feature_embeddings(
     known, blocks = [], []
     for column in (*categorical_columns, *multi_categorical_columns):
         values = items[column].reset_index(drop=True)
-        values = values.map(_split_values).explode() if column in multi_categorical_columns else values
+        values = canonical_lists(values, column, "items").explode() if column in multi_categorical_columns else values
         values = values.dropna().astype(str)
         values = values[values != ""]
         known.append(np.isin(np.arange(len(items)), values.index))
@@ -315,14 +317,6 @@ def _truncated_svd(matrix: sp.csr_matrix, dim: int, power: float, seed: int) -> 
     """U S^power of the `dim` largest singular values, float32 (N, dim)."""
     left, singular_values, _ = randomized_svd(matrix, dim, n_iter=4, random_state=seed)
     return (left * singular_values**power).astype(np.float32)
-
-
-def _split_values(value) -> list:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
-    if isinstance(value, list | tuple | np.ndarray):
-        return list(value)
-    return [] if pd.isna(value) else [value]
 
 
 def _categorical_block(values: pd.Series, num_items: int, min_count: int) -> sp.csr_matrix:
