@@ -86,6 +86,8 @@ class OneRecConfig(PreTrainedConfig):
         item_head: `"encoder"`: beside the codes, a softmax over the catalogue at every position of a causal encoder
             with `history_positions="item"`, from vectors of the items.
         num_items: N, items of the catalogue that have a vector of the item head.
+        catalogue_fingerprint: [`OneRecTokenizer.catalogue_fingerprint`] of the items and semantic IDs that the model
+            was trained on, with which it is used; None: not known.
         item_content_size: Width of the content embeddings whose projection is a part of each item's vector; 0: none,
             so that items without a behaviour have no vector.
         item_encoders: The encoders of the item head, each with vectors of its own; the head is the geometric mean of
@@ -136,6 +138,7 @@ class OneRecConfig(PreTrainedConfig):
     encoder_positions: str = "absolute"
     item_head: str = "none"
     num_items: int = 0
+    catalogue_fingerprint: str | None = None
     item_content_size: int = 0
     item_encoders: list[str] | tuple[str, ...] | int = ("shared",)
     item_loss_weight: float = 1.0

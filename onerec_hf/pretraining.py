@@ -28,6 +28,9 @@ class SessionCollator:
     Args:
         sessions_continue_histories: Whether a session's items are such as histories hold. Then the item head learns to
             predict those of a shared history's last session too, whose targets before them do not see them.
+
+    Raises:
+        ValueError: If the model was trained on the semantic IDs of another fit.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class SessionCollator:
         model: OneRecForConditionalGeneration,
         sessions_continue_histories: bool = False,
     ):
+        tokenizer.require_trained_with(model.config)
         self.tokenizer = tokenizer
         self.config = model.config
         self.continues_histories = sessions_continue_histories and model.config.item_head != "none"

@@ -328,19 +328,54 @@ class OneRecTokenizer(TokenizersBackend):
         integers = self.item_ids.dtype == np.int64
         several = [self.num_semantic_ids] if self.num_semantic_ids > 1 else []
         digest.update(json.dumps(["int64" if integers else "object", self.codebook_sizes, *several]).encode())
-        for start in range(0, self.num_items, ITEMS_AT_ONCE):
-            part = self.item_ids[start : start + ITEMS_AT_ONCE]
-            if integers:
-                digest.update(part.astype("<i8").tobytes())
-            else:
-                digest.update(("\0" if start else "").encode() + "\0".join(part.tolist()).encode())
-        for start in range(0, self.num_items, ITEMS_AT_ONCE):
-            digest.update(self.codes[start : start + ITEMS_AT_ONCE].astype("<i8").tobytes())
+        self._update_by_items(digest, self.num_items)
         for codebook in self.codebooks:
             digest.update(codebook.numpy().astype("<f4").tobytes())
         if self.removed.any():
             digest.update(np.packbits(self.removed).tobytes())
         return digest.hexdigest()
+
+    def _update_by_items(self, digest, num_items: int) -> None:
+        """By the ids and codes of the first items."""
+        parts = [slice(start, min(start + ITEMS_AT_ONCE, num_items)) for start in range(0, num_items, ITEMS_AT_ONCE)]
+        for part in parts:
+            ids = self.item_ids[part]
+            if self.item_ids.dtype == np.int64:
+                digest.update(ids.astype("<i8").tobytes())
+            else:
+                digest.update(("\0" if part.start else "").encode() + "\0".join(ids.tolist()).encode())
+        for part in parts:
+            digest.update(self.codes[part].astype("<i8").tobytes())
+
+    def catalogue_fingerprint(self, num_items: int | None = None) -> str:
+        """What tells one fit from another: of the first `num_items` items (all of them by default) and their codes,
+        which stay as they are when items are added or removed."""
+        num_items = self.num_items if num_items is None else num_items
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([self.codebook_sizes, self.num_semantic_ids]).encode())
+        self._update_by_items(digest, num_items)
+        return f"{num_items}-{digest.hexdigest()}"
+
+    def require_trained_with(self, config) -> None:
+        """Refuses a model that was trained on the items and semantic IDs of another fit, to which each code would be
+        another item.
+
+        Args:
+            config: The model's [`OneRecConfig`].
+
+        Raises:
+            ValueError: its `catalogue_fingerprint` is not of this tokenizer's first items.
+        """
+        trained = config.catalogue_fingerprint
+        if trained is None:
+            return
+        num_items = int(trained.partition("-")[0])
+        if num_items > self.num_items or self.catalogue_fingerprint(num_items) != trained:
+            raise ValueError(
+                f"The model was trained on other items or semantic IDs than this tokenizer's, of {self.num_items} "
+                f"items: load the tokenizer that was saved with it, of {num_items} items, to which new ones may have "
+                "been added, or train the model anew."
+            )
 
     @property
     def num_items(self) -> int:

@@ -17,11 +17,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 import onerec_hf
-from onerec_hf import item_index
+from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, Recommender, item_index
 from onerec_hf.item_index import ItemIdLookup, as_item_ids, item_id_array
+from onerec_hf.pretraining import SessionCollator
 from onerec_hf.semantic_ids import ResidualQuantizer
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -477,3 +478,26 @@ class TestBadInput:
         assert tokenizer.codes_to_index(tokenizer.codes).tolist() == list(range(20))
         with pytest.raises(ValueError, match="19 item_ids but 20 embeddings"):
             OneRecTokenizer.fit(range(19), embeddings, ResidualQuantizer([4, 4, 4]))
+
+
+def test_a_model_knows_the_semantic_ids_that_it_was_trained_on(tmp_path):
+    def fit(seed, ids=range(40)):
+        return OneRecTokenizer.fit(list(ids), points(40), ResidualQuantizer([8, 8], seed=seed))
+
+    tokenizer, other = fit(0), fit(1)
+    config = OneRecConfig.from_preset("debug", codebook_sizes=[8, 8])
+    Recommender(OneRecForConditionalGeneration(config), other)
+    config.catalogue_fingerprint = tokenizer.catalogue_fingerprint()
+    model = OneRecForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)  # the usual way: a new tokenizer is written beside old weights
+    for wrong in (other, fit(0, range(1, 41)), AutoTokenizer.from_pretrained(tmp_path)):
+        for use in (Recommender, lambda model, tokenizer: SessionCollator(tokenizer, model)):
+            with pytest.raises(ValueError, match="trained on other items or semantic IDs .* of 40 items"):
+                use(model, wrong)
+    with pytest.raises(ValueError, match="trained on other items"):
+        pipeline("generative-recommendation", model=str(tmp_path))
+    tokenizer.add_items([100], points(1))
+    tokenizer.remove_items([3])
+    tokenizer.save_pretrained(tmp_path)
+    assert pipeline("generative-recommendation", model=str(tmp_path))([[0, 1]], top_k=3)[0]["items"]

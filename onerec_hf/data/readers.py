@@ -56,7 +56,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from datasets.packaged_modules.csv.csv import CsvConfig
 
 from ..staged_files import staged_directory
 from .data_arguments import DataArguments
@@ -305,7 +304,7 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
         split, config = section.get("split", "train"), section.get("config")
         options = {}
         # A CSV file has no types: its values are read as the text that they are.
-        is_csv = isinstance(datasets.load_dataset_builder(hub_dataset, config).config, CsvConfig)
+        is_csv = datasets.load_dataset_builder(hub_dataset, config).name == "csv"
         if is_csv:
             first = next(iter(datasets.load_dataset(hub_dataset, config, split=split, streaming=True)), {})
             options = {"features": datasets.Features(dict.fromkeys(first, datasets.Value("string"))), **CSV_OPTIONS}

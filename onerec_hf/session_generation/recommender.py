@@ -74,10 +74,11 @@ class Recommender:
             guides the search; without one it is the likeliest. Its tokenizer has the same catalogue.
 
     Raises:
-        ValueError: If the scorer's catalogue is another.
+        ValueError: If the model was trained on the semantic IDs of another fit, or the scorer's catalogue is another.
     """
 
     def __init__(self, model, tokenizer, scorer=None):
+        tokenizer.require_trained_with(model.config)
         self.model, self.tokenizer, self.scorer = model, tokenizer, scorer
         if scorer is not None and scorer.tokenizer.semantic_id_fingerprint != tokenizer.semantic_id_fingerprint:
             raise ValueError("The reward model's catalogue differs from the generator's: they are of different runs.")

@@ -166,6 +166,7 @@ def generator_config(
             "user_features": user_feature_values(sessions),
             "codebook_sizes": list(tokenizer.codebook_sizes),
             "num_semantic_ids": tokenizer.num_semantic_ids,
+            "catalogue_fingerprint": tokenizer.catalogue_fingerprint(),
             **item_head,
             **options.model,
         },

@@ -275,7 +275,12 @@ class PretrainArguments(RecentSessions, StageArguments):
     NESTED: ClassVar = {
         "model": (
             OneRecConfig,
-            {**BY_CODES, **BY_DATA, "history_feedback": "history_feedback", "num_items": "the data"},
+            {
+                **BY_CODES,
+                **BY_DATA,
+                "history_feedback": "history_feedback",
+                **dict.fromkeys(("num_items", "catalogue_fingerprint"), "the data"),
+            },
         ),
         "pretrain": (Seq2SeqTrainingArguments, BY_RUN),
         "pretrain_recent": (Seq2SeqTrainingArguments, BY_RUN),
