@@ -1,6 +1,9 @@
 """The recipes' stages, from raw logs to the report. Each is one function of [`RecipeArguments`], `run_<stage>`."""
 
 import warnings
+from dataclasses import replace
+
+from accelerate.logging import get_logger
 
 from .ablations import run_ablation
 from .align_stage import run_align
@@ -10,14 +13,24 @@ from .preferences_stage import run_sample_preferences
 from .pretrain_stage import run_pretrain
 from .recipe_arguments import RecipeArguments, parse_recipe_arguments
 from .recommend_stage import run_recommend
-from .reward_stage import run_reward
+from .reward_stage import known_feedback, require_sources, run_reward
 from .search import run_search
 from .tokenize_stage import run_tokenize
 
+logger = get_logger(__name__)
+
 
 def run_pipeline(args: RecipeArguments) -> None:
-    """All stages in order. With `align_rounds` 0 there is no reward model to train, and the seed model is the last."""
+    """All stages in order. With `align_rounds` 0, or of a log without feedback, there is no reward model to train, and
+    the seed model is the last."""
     run_tokenize(args)
+    if args.align_rounds:
+        known = known_feedback(args)
+        if known:
+            require_sources(args, known)  # rather than after pretraining
+        else:
+            logger.warning("The log has no feedback, so that there is nothing to align to: align_rounds is set to 0.")
+            args = replace(args, align_rounds=0)
     run_pretrain(args)
     if args.align_rounds:
         run_reward(args)

@@ -9,9 +9,11 @@ from datasets import Dataset
 from transformers import set_seed
 
 from ..data import Feed, exposure_runs
+from ..data.schema import feedback_columns
 from ..reward import (
     ExposureEncoder,
     ItemTotals,
+    OneRecRewardConfig,
     OneRecRewardModel,
     RewardCollator,
     RewardPredictions,
@@ -23,6 +25,7 @@ from ..reward import (
     user_fold,
     user_half,
 )
+from ..reward.reward_objectives import DURATION
 from ..session_rows import index_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import prepared_data
@@ -44,6 +47,7 @@ def run_reward(args: RecipeArguments) -> Path:
     options = args.group(RewardArguments)
 
     def work(folder: Path) -> dict | None:
+        require_sources(args, known_feedback(args))
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward"))
         summary, exposures = {}, None
         for index, name in enumerate((REWARD_MODEL, INDEPENDENT_JUDGE)):
@@ -54,6 +58,26 @@ def run_reward(args: RecipeArguments) -> Path:
         return {"models": summary}
 
     return run_stage(Stage("reward", args.output_dir, options, ["data", "tokenize"]), work)
+
+
+def known_feedback(args: RecipeArguments) -> list[str]:
+    """The feedback columns of the fitted interactions in which something is known."""
+    interactions = prepared_data(args, "reward").split.fit
+    return [column for column in feedback_columns(interactions) if interactions[column].notna().any()]
+
+
+def require_sources(args: RecipeArguments, known: list[str]) -> None:
+    """Raises ValueError if an objective of a reward model reads feedback that is not known."""
+    for name in ("reward_model", "judge_model"):
+        given = {field: value for field, value in getattr(args, name).items() if field == "objectives"}
+        for objective in OneRecRewardConfig(**given).objectives:
+            for column in (objective["source"], *((DURATION,) if objective["kind"] == "share" else ())):
+                if column not in known:
+                    raise ValueError(
+                        f"{name}: objective '{objective['name']}' ({objective['kind']}) needs the feedback column "
+                        f"'{column}', and what is known is {', '.join(known) or 'nothing'}. Give both reward models "
+                        "`objectives` that the log has, or set align_rounds: 0."
+                    )
 
 
 class _Exposures:
