@@ -209,6 +209,7 @@ def test_pairs_alone_are_those_of_the_first_round(prepared, undisturbed, monkeyp
         return type("", (), {"repo_url": repo_id})
 
     monkeypatch.setattr("datasets.Dataset.push_to_hub", push_to_hub)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
     run = shutil.copytree(prepared, prepared.with_name("pairs"))
     folder = run_sample_preferences(parse_recipe_arguments(recipe(run)))
     pairs = pq.read_table(folder / "pairs.parquet")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onerec_hf.stages import parse_recipe_arguments, run_data
+from onerec_hf.stages import parse_recipe_arguments, run_data, run_evaluate, run_pipeline
 from onerec_hf.stages.baselines_stage import fitted_baselines, fitting_options
 from onerec_hf.stages.data_stage import EVALUATION_CASES, USER_HISTORIES, prepared_data
 from onerec_hf.stages.recipe_arguments import GROUPS, EvaluateArguments, PolicyArguments, RecommendArguments
@@ -235,6 +235,36 @@ def test_fields_of_other_types_are_refused(arguments):
     ]:
         with pytest.raises(ValueError, match=message):
             arguments(f"--{option}", json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ["--hub_model_id", "https://huggingface.co/me/model"],
+            "hub_model_id must be a repository such as name/model",
+        ),
+        (["--hub_preferences_id", "me/../x"], "hub_preferences_id must be a repository"),
+        (["--hub_reward_model_id", "me/reward"], "hub_reward_model_id goes with hub_model_id"),
+        (["--hub_model_id", "me/m", "--hub_reward_model_id", "me/m"], "hub_reward_model_id and hub_model_id are both"),
+        (["--hub_model_id", "me/m", "--hub_reward_model_id", "me/r", "--align_rounds", "0"], "no reward model"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_at_the_door(arguments, flags, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(*flags)
+
+
+def test_a_run_that_nobody_could_push_does_not_begin(arguments, monkeypatch):
+    def whoami(self):
+        raise OSError("Token is required.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+    args = arguments("--hub_model_id", "me/model")
+    for run in (run_pipeline, run_evaluate):
+        with pytest.raises(ValueError, match="me/model cannot be pushed to: Token is required.*hf auth login"):
+            run(args)
+    assert not any(args.output_dir.glob("*"))
 
 
 def test_a_home_folder_is_found(arguments, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from .ablations import run_ablation
 from .align_stage import run_align
 from .data_stage import run_data
 from .evaluate_stage import run_evaluate
+from .hub_access import require_login
 from .preferences_stage import run_sample_preferences
 from .pretrain_stage import run_pretrain
 from .recipe_arguments import RecipeArguments, parse_recipe_arguments
@@ -23,6 +24,7 @@ logger = get_logger(__name__)
 def run_pipeline(args: RecipeArguments) -> None:
     """All stages in order. With `align_rounds` 0, or of a log without feedback, there is no reward model to train, and
     the seed model is the last."""
+    require_login(args.hub_model_id, args.hub_reward_model_id)
     run_tokenize(args)
     if args.align_rounds:
         known = known_feedback(args)
@@ -30,7 +32,7 @@ def run_pipeline(args: RecipeArguments) -> None:
             require_sources(args, known)  # rather than after pretraining
         else:
             logger.warning("The log has no feedback, so that there is nothing to align to: align_rounds is set to 0.")
-            args = replace(args, align_rounds=0)
+            args = replace(args, align_rounds=0, hub_reward_model_id=None)
     run_pretrain(args)
     if args.align_rounds:
         run_reward(args)

@@ -27,6 +27,7 @@ from ..session_generation import generate_sessions
 from ..staged_files import staged_file
 from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
 from .evaluated_run import EvaluatedRun
+from .hub_access import require_login
 from .pretrain_stage import MODEL
 from .recipe_arguments import EvaluateArguments, RecipeArguments
 from .reward_stage import REWARD_MODEL
@@ -43,6 +44,7 @@ ROUND, ROUND_ON_LOG = "round_{}.safetensors", "round_{}_on_log.safetensors"
 
 def run_evaluate(args: RecipeArguments) -> Path:
     """Writes `metrics.json` and `report.html` into the run's folder; returns the stage's folder."""
+    require_login(args.hub_model_id, args.hub_reward_model_id)
     aligned = args.align_rounds > 0
     reads = [name for name in STAGES if aligned or name not in ("reward", "align")]
     run = EvaluatedRun(args, "evaluate", aligned)

@@ -19,6 +19,7 @@ from ..session_rows import index_sessions
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, prepared_data
+from .hub_access import require_login
 from .pretrain_stage import MODEL
 from .recipe_arguments import SAMPLING_OPTIONS, PreferenceArguments, RecipeArguments, SamplePreferencesArguments
 from .reward_stage import REWARD_MODEL
@@ -61,6 +62,7 @@ def run_sample_preferences(args: RecipeArguments, stage: str = "preferences") ->
 
     With `hub_preferences_id` they are pushed there as a data set.
     """
+    require_login(args.hub_preferences_id)
     options, state = args.group(SamplePreferencesArguments), PartialState()
     source = options.sample_model
 

@@ -30,6 +30,7 @@ from ..embedding_adaptation import EmbeddingAdaptation
 from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
 from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
+from .hub_access import require_repositories
 
 logger = logging.getLogger(__name__)
 
@@ -532,6 +533,12 @@ class RecipeArguments(
             vars(self).update(vars(self.group(group)))
         if self.num_semantic_ids > 1 and self.align_rounds:
             raise ValueError("Alignment is for one semantic ID per item: with num_semantic_ids set align_rounds to 0.")
+        names = ("hub_model_id", "hub_reward_model_id", "hub_preferences_id")
+        require_repositories(**{name: getattr(self, name) for name in names})
+        if self.hub_reward_model_id is not None and self.hub_model_id is None:
+            raise ValueError("hub_reward_model_id goes with hub_model_id: give both, or neither.")
+        if self.hub_reward_model_id is not None and not self.align_rounds:
+            raise ValueError("With align_rounds 0 there is no reward model: leave out hub_reward_model_id.")
 
     def group(self, group: type[Group]) -> Group:
         """The options of one stage, checked."""
