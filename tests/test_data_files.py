@@ -237,6 +237,15 @@ def test_embeddings_may_be_text(tmp_path):
     assert np.stack(feed.items["v"]).tolist() == [[0.5, 1.0], [1.0, 2.0], [3.0, 4.0]]
 
 
+def test_an_item_is_known_by_its_text_or_else_by_what_there_is(tmp_path):
+    log_frame().to_csv(tmp_path / "log.csv", index=False)
+    frame = {"item": [1, 2, 3], "title": ["Film", "", ""], "tags": ["a|b", "c", ""], "maker": ["x", "", ""]}
+    pd.DataFrame(frame).to_csv(tmp_path / "items.csv", index=False)
+    roles = {"text": "title", "categorical": ["maker"], "multi_categorical": ["tags"]}
+    feed = read(tmp_path, items={"file": "items.csv", "columns": {"item_id": "item"}, **roles})
+    assert [feed.item_name(index) for index in range(3)] == ["Film", "tags c", "item 3"]
+
+
 @pytest.mark.parametrize(("unit", "per_second"), [("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)])
 def test_the_unit_of_times_is_told_from_them(tmp_path, caplog, unit, per_second):
     frame = log_frame()

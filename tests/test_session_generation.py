@@ -435,6 +435,8 @@ def test_histories_come_as_people_have_them(tmp_path):
     for wrong in (ids[:2], ["item 1"], "item 1", {"history_item_ids": ids[:2]}):
         with pytest.raises(ValueError, match="histories.*list"):
             recommend(model, tokenizer, wrong, unknown_items="skip")
+    blocked = {"blocked_items": [ids[0], -7], "allowed_items": [ids[0], ids[5], -8], "unknown_items": "skip"}
+    assert recommend(model, tokenizer, [[]], **blocked)[0]["items"] == [ids[5]]
     for option in ({"top_k": 2.5}, {"allowed_items": "item 1"}):
         with pytest.raises(ValueError, match="top_k must be an integer|allowed_items must be a list"):
             recommend(model, tokenizer, lists, **option)

@@ -171,13 +171,17 @@ class Feed:
         return user_features(self.users)
 
     def item_name(self, index: int) -> str:
-        """What a reader knows an item by, given its catalogue index: its text, or what its feature columns say."""
+        """What a reader knows an item by, given its catalogue index: its text, what its feature columns say, or its
+        id."""
         row = self.items.iloc[int(index)]
-        if self.text_column is not None:
+        if self.text_column is not None and not pd.isna(row[self.text_column]):
             return str(row[self.text_column])
         columns = [*self.multi_categorical_columns, *self.categorical_columns][:2]
         values = [", ".join(row[column]) if isinstance(row[column], list) else row[column] for column in columns]
-        return "; ".join(f"{column} {value}" for column, value in zip(columns, values, strict=True))
+        known = [
+            (column, value) for column, value in zip(columns, values, strict=True) if not pd.isna(value) and value
+        ]
+        return "; ".join(f"{column} {value}" for column, value in known) or f"item {row['item_id']}"
 
     def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
         """A copy with other conditions of a positive behaviour. Raises DataError for an unknown column."""

@@ -108,7 +108,8 @@ class Recommender:
                 `user_profile` (data/schema.py) of them, or else the history.
             top_k: Length of the ranked list.
             exclude_consumed: Whether items of the history are left out.
-            unknown_items: `"error"` raises for an item that is not in the catalogue, `"skip"` leaves it out.
+            unknown_items: `"error"` raises for an item that is not in the catalogue, in a history, in `blocked_items`
+                or in `allowed_items`; `"skip"` leaves it out.
             blocked_items: Item ids that nobody is given.
             allowed_items: The only item ids that may be given: an inventory or a region.
             batch_size: Users encoded together.
@@ -139,7 +140,9 @@ class Recommender:
             self.catalogue = self.tokenizer.semantic_id_fingerprint
             self.trie = ItemTrie.from_tokenizer(self.tokenizer)
         self.trie = self.trie.to(model.device)
-        ranking, sessions = self._searches(top_k, self._allowed(blocked_items, allowed_items), **options)
+        ranking, sessions = self._searches(
+            top_k, self._allowed(blocked_items, allowed_items, unknown_items), **options
+        )
         rows, results = history_rows(histories), []
         with evaluation_mode(model):
             for start in tqdm(range(0, len(rows), batch_size), desc="Recommending", disable=not show_progress):
@@ -180,17 +183,18 @@ class Recommender:
             {"num_return": 1 if self.scorer is None or wanted == "guided_beam" else None, **shared, **sessions},
         )
 
-    def _allowed(self, blocked_items: Iterable | None, allowed_items: Iterable | None) -> torch.BoolTensor | None:
+    def _allowed(
+        self, blocked_items: Iterable | None, allowed_items: Iterable | None, unknown_items: str
+    ) -> torch.BoolTensor | None:
         if blocked_items is None and allowed_items is None:
             return None
-        for name, items in (("blocked_items", blocked_items), ("allowed_items", allowed_items)):
+        allowed = np.full(self.trie.num_items, allowed_items is None)
+        for name, items, value in (("allowed_items", allowed_items, True), ("blocked_items", blocked_items, False)):
             if isinstance(items, (str, bytes)):
                 raise ValueError(f"{name} must be a list of item ids, got {items!r}.")
-        allowed = np.full(self.trie.num_items, allowed_items is None)
-        if allowed_items is not None:
-            allowed[self.tokenizer.item_index(list(allowed_items))] = True
-        if blocked_items is not None:
-            allowed[self.tokenizer.item_index(list(blocked_items))] = False
+            if items is not None:
+                indices = self.tokenizer.item_index(list(items), unknown_items=unknown_items)
+                allowed[indices[indices >= 0]] = value
         return torch.from_numpy(allowed).to(self.model.device)
 
     def _known_rows(self, rows: list[dict], first: int, unknown_items: str) -> list[dict]:
