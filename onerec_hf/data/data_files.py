@@ -103,9 +103,11 @@ def _read_csv(path: Path, columns: list[str], kinds: Mapping[str, str]) -> pd.Da
     delimiter = _delimiter(path, columns)
     numbers = [name for name in columns if kinds.get(name, NUMBER) == NUMBER]
     with suppress(pa.ArrowInvalid):
-        # The usual case, in which the parser itself makes the numbers.
-        return typed_columns(_csv_table(path, columns, delimiter, dict.fromkeys(numbers, pa.float64())), kinds)
-    return typed_columns(_csv_table(path, columns, delimiter, {}), kinds)
+        # The usual case, in which the parser itself makes the numbers, on all cores.
+        table = _csv_table(path, columns, delimiter, dict.fromkeys(numbers, pa.float64()), use_threads=True)
+        return typed_columns(table, kinds)
+    # One block after the other, so that an error names the row.
+    return typed_columns(_csv_table(path, columns, delimiter, {}, use_threads=False), kinds)
 
 
 def _delimiter(path: Path, columns: list[str]) -> str:
@@ -127,15 +129,16 @@ def _delimiter(path: Path, columns: list[str]) -> str:
     return delimiter
 
 
-def _csv_table(path: Path, columns: list[str], delimiter: str, types: dict[str, pa.DataType]) -> pa.Table:
+def _csv_table(
+    path: Path, columns: list[str], delimiter: str, types: dict[str, pa.DataType], use_threads: bool
+) -> pa.Table:
     """The named columns, as text where there is no other type."""
     with _opened(path) as packed:
         file = _QuotesCounted(packed)
         try:
             return pyarrow.csv.read_csv(
                 file,
-                # One after the other, so that an error names the row.
-                read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES),
+                read_options=pyarrow.csv.ReadOptions(use_threads=use_threads, block_size=_BLOCK_BYTES),
                 parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
                 convert_options=pyarrow.csv.ConvertOptions(
                     include_columns=columns,
@@ -226,8 +229,11 @@ def _typed(column: pa.ChunkedArray, kind: str) -> pd.Series:
 
 def _has_leading_zeros(column: pa.ChunkedArray) -> bool:
     """Whether an integer is written as no integer is, by which two ids would become one. Includes 0x10 and -0."""
-    zeros = pc.or_(pc.starts_with(column, "0"), pc.starts_with(column, "-0"))
-    return bool(pc.any(pc.and_(zeros, pc.greater(pc.binary_length(column), 1))).as_py())
+    for sign in ("0", "-0"):
+        zeros = pc.starts_with(column, sign)
+        if pc.any(zeros).as_py() and pc.any(pc.and_(zeros, pc.greater(pc.binary_length(column), 1))).as_py():
+            return True
+    return False
 
 
 def _converted(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:

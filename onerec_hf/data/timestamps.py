@@ -81,7 +81,9 @@ def _likely_unit(numbers: pd.Series) -> str | None:
 
 
 def _refuse_impossible(seconds: pd.Series, values: pd.Series, dated: bool, source: str) -> None:
-    latest = _LATEST if dated else _LAST_YEAR
+    latest, lowest = _LATEST if dated else _LAST_YEAR, seconds.min()
+    if lowest > 0 and seconds.max() <= latest:
+        return
     late = ((seconds > latest) | (seconds < _FIRST_YEAR)).to_numpy()
     remedy = "Leave it empty where the time is not known, with a position beside it, or drop the row."
     refuse(source, str(values.name), late, values, "holds what is no date of a log (timestamp_unit)", remedy)
