@@ -53,12 +53,16 @@ def as_item_ids(values: Iterable, what: str = "item_ids") -> pa.Array:
             if row >= 0:
                 raise _too_large(array[row].as_py(), row, what)
         array = array.cast(pa.int64())
-    elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
+    elif is_text(array.type):
         array = array.cast(pa.large_string())
     else:
         kind = np.dtype(array.type.to_pandas_dtype())
         raise ValueError(f"{what} must be integers or strings, got dtype {kind}; cast the ids first")
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _too_large(value: int, row: int, what: str) -> ValueError:

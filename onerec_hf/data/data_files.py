@@ -34,11 +34,18 @@ UNREADABLE = (
     *(pa.ArrowException, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError, EOFError),
     *(zlib.error, lzma.LZMAError, zipfile.BadZipFile),
 )
-# Of a file of bytes; the first in which the header has the columns.
+# The first by which a CSV file's header has the columns parts them.
 DELIMITERS = (",", ";", "\t")
 _BLOCK_BYTES = 2**24  # no row is longer
 # Stands in a line for a separator of several characters, which pandas' fast parser does not take.
 UNIT_SEPARATOR = "\x1f"
+
+Tables = list[tuple[pd.DataFrame, str]]  # frames, each with its file's name for errors
+
+
+def joined(tables: Tables) -> tuple[pd.DataFrame, str]:
+    """One frame of several, and all their names."""
+    return pd.concat([frame for frame, _ in tables], ignore_index=True), ", ".join(source for _, source in tables)
 
 
 def data_folder(data_dir: str | Path) -> Path:
@@ -76,8 +83,6 @@ def read_columns(path: Path, columns: list[str], kinds: Mapping[str, str] | None
             table = pq.ParquetFile(path).read(columns=columns)
             return frame_of_table(table, kinds or {}, path.name)
         return _read_csv(path, columns, kinds or {})
-    except DataError:
-        raise
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -117,7 +122,7 @@ def _delimiter(path: Path, columns: list[str]) -> str:
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: is written in UTF-16, only utf-8 is read. Save it as CSV in utf-8.")
     with _opened(path) as file:
-        line = next(csv_lines(file), "")
+        line = io.TextIOWrapper(file, encoding="utf-8-sig").readline()
     # A header of one column whose name holds other separators is parted by these.
     headers = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in DELIMITERS}
     delimiter = next((one for one, names in headers.items() if set(columns) <= set(names)), ",")
@@ -181,11 +186,6 @@ def _require_closed_quotes(path: Path, delimiter: str) -> None:
                     f"{path.name}: a quote is opened in row {complete} (rows counted from 0, without a header) and "
                     'never closed. Close it, or double the quotes within values ("").'
                 ) from None
-
-
-def csv_lines(file: BinaryIO) -> Iterator[str]:
-    """Lines of a file of bytes, without their ends."""
-    yield from (line.rstrip("\r\n") for line in io.TextIOWrapper(file, encoding="utf-8-sig", newline=None))
 
 
 @contextmanager

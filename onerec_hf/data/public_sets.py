@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data_files import data_folder, json_lines, read_columns, read_headless, read_json_columns
+from .data_files import Tables, data_folder, joined, json_lines, read_columns, read_headless, read_json_columns
 from .feed import Feed
 from .schema import ID, TEXT, DataError, refuse
-
-Tables = list[tuple[pd.DataFrame, str]]  # frames, each with its file's name for errors
 
 AMAZON_REVIEWS_SPLITS = (".train.csv", ".valid.csv", ".test.csv")
 MOVIELENS_USER_COLUMNS = ["gender", "age", "occupation"]
@@ -57,7 +55,7 @@ def read_amazon_reviews(data_dir: str | Path) -> Feed:
     if not metadata:
         return Feed.from_frames("amazon_reviews", parts, _catalogue(parts), [])
     columns = ["parent_asin", "title", "categories", "store"]
-    items = _joined([(read_json_columns(path, columns), path.name) for path in metadata])
+    items = joined([(read_json_columns(path, columns), path.name) for path in metadata])
     return Feed.from_frames(
         "amazon_reviews",
         parts,
@@ -422,10 +420,6 @@ def _unpacked(folder: Path, pattern: str) -> list[Path]:
     found = {path.name.removesuffix(".gz"): path for path in folder.glob(f"{pattern}.gz")}
     found |= {path.name: path for path in folder.glob(pattern)}
     return [found[name] for name in sorted(found)]
-
-
-def _joined(tables: Tables) -> tuple[pd.DataFrame, str]:
-    return pd.concat([frame for frame, _ in tables], ignore_index=True), ", ".join(source for _, source in tables)
 
 
 def _words(values: pd.Series) -> pd.Series:

@@ -59,7 +59,7 @@ import yaml
 
 from ..staged_files import staged_directory
 from .data_arguments import DataArguments
-from .data_files import CSV_OPTIONS, data_folder, frame_of_table, is_table, read_columns, typed_columns
+from .data_files import CSV_OPTIONS, Tables, data_folder, frame_of_table, is_table, joined, read_columns, typed_columns
 from .feed import Feed
 from .public_sets import (
     read_amazon_reviews,
@@ -86,8 +86,6 @@ from .schema import (
 )
 from .simulated_feed import SimulatedFeed
 from .timestamps import TIMESTAMP_UNITS, unix_seconds
-
-Tables = list[tuple[pd.DataFrame, str]]
 
 KUAIRAND_POSITIVE = ["view", "like", "follow", "comment", "forward"]
 KUAIRAND_FEEDBACK = {"view": "long_view"} | {
@@ -189,7 +187,7 @@ def read_kuairand(data_dir: str | Path) -> Feed:
     # Music is unique to nearly every video, so it says nothing of what videos share.
     categorical = ["author_id", "video_type", "upload_type", "music_type"]
     columns = [item_column, *categorical, "tag", DURATION_COLUMN]
-    items, items_source = _joined([(read_columns(path, columns, ids), path.name) for path in catalogue])
+    items, items_source = joined([(read_columns(path, columns, ids), path.name) for path in catalogue])
     items = items.rename(columns={item_column: "item_id"})
     items[DURATION_COLUMN] = items[DURATION_COLUMN] / 1000
     tables = sorted(folder.glob("user_features_*.csv" if item_column == "video_id" else "users.parquet"))
@@ -199,7 +197,7 @@ def read_kuairand(data_dir: str | Path) -> Feed:
         parts,
         (items, items_source),
         KUAIRAND_POSITIVE,
-        users=_joined(users) if users else None,
+        users=joined(users) if users else None,
         categorical_columns=categorical,
         multi_categorical_columns=["tag"],
         numeric_columns=[DURATION_COLUMN],
@@ -249,7 +247,7 @@ def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
     folder = data_folder(data_dir)
     mapping = _read_mapping(column_mapping, "file")
 
-    def read(section: dict, kinds: dict[str, str]) -> list[tuple[pd.DataFrame, str]]:
+    def read(section: dict, kinds: dict[str, str]) -> Tables:
         paths = _mapped_files(section, data_dir, column_mapping)
         tables = [(read_columns(path, list(kinds), kinds), _name_below(path, folder)) for path in paths]
         # Spark writes parts without rows.
@@ -268,12 +266,8 @@ def _mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Pat
     for pattern in section["file"] if isinstance(section["file"], list) else [section["file"]]:
         named = folder / Path(str(pattern or "")).expanduser()
         # A name is taken as it is before it is a pattern: it may have brackets.
-        found = (
-            [named]
-            if pattern and named.exists()
-            else [Path(path) for path in sorted(glob(str(named), recursive=True))]
-        )
-        found = [path for one in found for path in (_tables_below(one) if one.is_dir() else [one])]
+        matches = [named] if pattern and named.exists() else map(Path, sorted(glob(str(named), recursive=True)))
+        found = [path for one in matches for path in (_tables_below(one) if one.is_dir() else [one])]
         if not pattern or not found:
             raise DataError(f"{column_mapping}: no file matches '{pattern or ''}' below {folder}. Correct 'file'.")
         paths += found
@@ -300,7 +294,7 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
     """
     mapping = _read_mapping(column_mapping, None)
 
-    def read(section: dict, kinds: dict[str, str]) -> list[tuple[pd.DataFrame, str]]:
+    def read(section: dict, kinds: dict[str, str]) -> Tables:
         split, config = section.get("split", "train"), section.get("config")
         options = {}
         # A CSV file has no types: its values are read as the text that they are.
@@ -431,9 +425,8 @@ def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], def
     if "items" in mapping:
         section = mapping["items"]
         roles = {key: section.get(key.removesuffix("_columns"), []) for key in roles}
-        kinds = dict.fromkeys(roles["multi_categorical_columns"], TEXT) | dict.fromkeys(
-            roles["numeric_columns"], NUMBER
-        )
+        kinds = dict.fromkeys(roles["multi_categorical_columns"], TEXT)
+        kinds |= dict.fromkeys(roles["numeric_columns"], NUMBER)
         kinds |= dict.fromkeys(roles["categorical_columns"], CATEGORY)
         roles |= {"text_column": section.get("text"), "embedding_column": section.get("embedding")}
         kinds |= {section[key]: TEXT for key in ("text", "embedding") if section.get(key)}
@@ -490,12 +483,7 @@ def _joined_table(id_name: str, section: dict, tables: Tables) -> tuple[pd.DataF
     frames = [
         pd.concat([own.rename(id_name), other], axis=1) for own, other in zip(same_kind(ids), others, strict=True)
     ]
-    return _joined([(frame, source) for frame, (_, source) in zip(frames, tables, strict=True)])
-
-
-def _joined(tables: Tables) -> tuple[pd.DataFrame, str]:
-    """One frame of several with their names, and all the names, for errors."""
-    return pd.concat([frame for frame, _ in tables], ignore_index=True), ", ".join(name for _, name in tables)
+    return joined([(frame, source) for frame, (_, source) in zip(frames, tables, strict=True)])
 
 
 def save_feed(feed: Feed, directory: str | Path) -> None:

@@ -41,14 +41,14 @@ def unix_seconds(values: pd.Series, unit: str | None, source: str) -> pd.Series:
     if unit == "iso" or pd.api.types.is_datetime64_any_dtype(values.dtype):
         return _of_dates(values, unit, source)
     numbers = pd.Series(values.to_numpy(dtype="float64", na_value=np.nan), index=values.index, name=values.name)
-    likely = _likely_unit(numbers)
+    median = numbers[numbers > 0].median()
+    likely = _likely_unit(median)
     if unit is None:
         unit = likely or "s"
         if unit != "s":
             text = "%s: column '%s' is read as Unix time in %s (timestamp_unit: %s), %s among them."
-            logger.warning(text, source, values.name, unit, unit, _date(numbers.median() / UNITS_PER_SECOND[unit]))
+            logger.warning(text, source, values.name, unit, unit, _date(median / UNITS_PER_SECOND[unit]))
     elif likely not in (None, unit):
-        median = numbers[numbers > 0].median()
         raise DataError(
             f"{source}: column '{values.name}' holds times such as {median:.0f}, which is "
             f"{_date(median / UNITS_PER_SECOND[likely])} in {likely}, but timestamp_unit is {unit}. Correct "
@@ -72,12 +72,10 @@ def _of_dates(values: pd.Series, unit: str | None, source: str) -> pd.Series:
     return (times.dt.tz_localize(None).astype("datetime64[us]").astype("int64") / 1e6).where(times.notna())
 
 
-def _likely_unit(numbers: pd.Series) -> str | None:
-    """The unit in which the median is a date as logs have them; None where it is one in no unit."""
-    median = numbers[numbers > 0].median()
-    return next(
-        (unit for unit, per_second in UNITS_PER_SECOND.items() if _EARLIEST <= median / per_second < _LATEST), None
-    )
+def _likely_unit(time: float) -> str | None:
+    """The unit in which it is a date as logs have them; None where it is one in no unit, or not known."""
+    fitting = [unit for unit, per_second in UNITS_PER_SECOND.items() if _EARLIEST <= time / per_second < _LATEST]
+    return fitting[0] if fitting else None
 
 
 def _refuse_impossible(seconds: pd.Series, values: pd.Series, dated: bool, source: str) -> None:

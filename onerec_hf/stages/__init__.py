@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 
 from .ablations import run_ablation
 from .align_stage import run_align
-from .data_stage import run_data
+from .data_stage import prepared_data, run_data
 from .evaluate_stage import run_evaluate
 from .hub_access import require_login
 from .preferences_stage import run_sample_preferences
@@ -27,7 +27,7 @@ def run_pipeline(args: RecipeArguments) -> None:
     require_login(args.hub_model_id, args.hub_reward_model_id)
     run_tokenize(args)
     if args.align_rounds:
-        known = known_feedback(args)
+        known = known_feedback(prepared_data(args, "reward").split.fit)
         if known:
             require_sources(args, known)  # rather than after pretraining
         else:

@@ -96,7 +96,7 @@ def typed_fields(values: dict[str, Any], name: str, owner: type, decided: dict[s
 
 def _typed(value: Any, name: str, annotation: Any) -> Any:
     """A value as its annotation says, where that is a number or true or false; others are left as they are."""
-    kind = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kind = kind.removesuffix(" | None")
     if value is None or kind not in ("bool", "int", "float"):
         return value

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..history_features import HISTORY_FEATURES
+from ..item_index import is_text
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reward import REWARD_FEATURES, SessionScorer
 from ..session_generation import Recommender
@@ -149,14 +150,12 @@ class Histories:
                     raise ValueError(f"{self.name}: {names[column]} of user {user!r} holds {problem}")
 
     def _check_type(self, column: str, kind: pa.DataType, tokenizer: OneRecTokenizer) -> None:
-        needed = "integers" if tokenizer.item_ids.dtype == np.int64 else "strings"
-        values = getattr(kind, "value_type", pa.null()) if _is_list(kind) else None
-        values = values.value_type if values is not None and pa.types.is_dictionary(values) else values
-        is_text = values is not None and any(
-            check(values) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        needed, fits = (
+            ("integers", pa.types.is_integer) if tokenizer.item_ids.dtype == np.int64 else ("strings", is_text)
         )
-        fits = values is not None and (is_text if needed == "strings" else pa.types.is_integer(values))
-        if values is None or not (fits or pa.types.is_null(values)):
+        values = kind.value_type if _is_list(kind) else kind
+        values = values.value_type if pa.types.is_dictionary(values) else values
+        if not _is_list(kind) or not (fits(values) or pa.types.is_null(values)):
             raise ValueError(
                 f"{self.name}: column '{column}' holds {kind}, where lists of item ids are needed, all {needed} as in "
                 "the catalogue. Convert the column."

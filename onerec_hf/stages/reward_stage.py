@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
@@ -47,7 +48,6 @@ def run_reward(args: RecipeArguments) -> Path:
     options = args.group(RewardArguments)
 
     def work(folder: Path) -> dict | None:
-        require_sources(args, known_feedback(args))
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward"))
         summary, exposures = {}, None
         for index, name in enumerate((REWARD_MODEL, INDEPENDENT_JUDGE)):
@@ -60,9 +60,8 @@ def run_reward(args: RecipeArguments) -> Path:
     return run_stage(Stage("reward", args.output_dir, options, ["data", "tokenize"]), work)
 
 
-def known_feedback(args: RecipeArguments) -> list[str]:
-    """The feedback columns of the fitted interactions in which something is known."""
-    interactions = prepared_data(args, "reward").split.fit
+def known_feedback(interactions: pd.DataFrame) -> list[str]:
+    """The feedback columns of interactions in which something is known."""
     return [column for column in feedback_columns(interactions) if interactions[column].notna().any()]
 
 
@@ -88,6 +87,7 @@ class _Exposures:
         self.tokenizer, self.data = tokenizer, prepared.args
         self.embeddings = load_item_content(args.output_dir)
         self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
+        require_sources(args, known_feedback(self.feed.interactions))
         self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, self.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
         self.seed = args.seed
