@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from onerec_hf.co_consumption import interaction_matrix
 from onerec_hf.evaluation import EASE, Fused, ItemKNN, Popularity, SASRec, ranking_metrics
-from onerec_hf.evaluation.baselines import interaction_matrix
 from onerec_hf.evaluation.sasrec import FullSoftmaxLoss
 
 

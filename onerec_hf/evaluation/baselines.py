@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import linalg, sparse
+from scipy import linalg
 from tqdm.auto import tqdm
 
-from .ranking_metrics import flatten_histories, rank_items
+from ..co_consumption import interaction_matrix, item_similarities
+from .ranking_metrics import rank_items
 
 
 class Baseline(ABC):
@@ -86,14 +87,11 @@ class Popularity(Baseline):
 
 @dataclass(eq=False)
 class ItemKNN(Baseline):
-    """Item-based nearest neighbours: cosine of co-consumption, shrunk towards 0 for rare items.
-
-    similarity(i, j) = users(i, j) / (sqrt(users(i) * users(j)) + shrinkage), of which each item i keeps its
-    `neighbours` largest; an item's score is the sum of its similarities to the items of the history.
+    """Item-based nearest neighbours: an item's score is the sum of its [`item_similarities`] to the items of the
+    history.
 
     Args:
-        neighbours: similarities kept for each item of the history.
-        shrinkage: added to the denominator.
+        neighbours, shrinkage: similarities kept for each item of the history, and what is added to their denominator.
         half_life: number of later items after which an item of the history counts half; None: all count alike.
     """
 
@@ -103,22 +101,7 @@ class ItemKNN(Baseline):
 
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> ItemKNN:
         self.num_items = num_items
-        consumed = interaction_matrix(histories, num_items)
-        norms = np.sqrt(consumed.sum(axis=0))
-        by_item = consumed.T.tocsr()
-        blocks = []
-        for start in tqdm(range(0, num_items, 1024), desc="item neighbours", leave=False):
-            counts = (by_item[start : start + 1024] @ consumed).tocoo()
-            row, column = counts.row, counts.col
-            other = row + start != column
-            row, column, together = row[other], column[other], counts.data[other]
-            similarity = together / (norms[row + start] * norms[column] + self.shrinkage)
-            order = np.lexsort((column, -similarity, row))
-            row, column, similarity = row[order], column[order], similarity[order]
-            kept = np.arange(len(row)) - np.searchsorted(row, row) < self.neighbours
-            entries = similarity[kept].astype(np.float32), (row[kept], column[kept])
-            blocks.append(sparse.csr_array(entries, shape=(counts.shape[0], num_items)))
-        self.similarity = sparse.vstack(blocks, format="csr")
+        self.similarity = item_similarities(histories, num_items, self.neighbours, self.shrinkage)
         return self
 
     @property
@@ -171,27 +154,3 @@ class EASE(Baseline):
 
     def score(self, histories: Sequence[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(interaction_matrix(histories, self.num_items, self.half_life) @ self.weights.numpy())
-
-
-def interaction_matrix(
-    histories: Sequence[np.ndarray], num_items: int, half_life: float | None = None
-) -> sparse.csr_array:
-    """Which user consumed which item, as (B, N).
-
-    An entry is 1, or with a half-life .5 ** (number of later items / half_life) at the item's latest occurrence.
-
-    Raises:
-        ValueError: no interactions at all, or an index outside the catalogue.
-    """
-    rows, items = flatten_histories(histories, num_items)
-    if not len(rows):
-        raise ValueError("the histories hold no interaction")
-    ends = np.cumsum([len(history) for history in histories])
-    order = np.lexsort((np.arange(len(rows)), items, rows))
-    latest = np.ones(len(rows), dtype=bool)
-    latest[:-1] = (np.diff(rows[order]) != 0) | (np.diff(items[order]) != 0)
-    kept = order[latest]
-    values = np.ones(len(kept), dtype=np.float32)
-    if half_life is not None:
-        values = 0.5 ** ((ends[rows[kept]] - 1 - kept) / half_life).astype(np.float32)
-    return sparse.csr_array((values, (rows[kept], items[kept])), shape=(len(histories), num_items))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..co_consumption import flatten_histories
 from .baselines import Baseline
-from .ranking_metrics import flatten_histories
 
 COMBINATIONS = ("standardised", "softmax")
 

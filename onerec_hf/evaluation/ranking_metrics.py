@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..co_consumption import flatten_histories
 from .bootstrap import bootstrap_interval
 
 COVERAGE_CUTOFF = 10
@@ -71,27 +72,6 @@ def _exclusion_mask(
         rows, items = flatten_histories(excluded, num_items)
         mask[torch.from_numpy(rows), torch.from_numpy(items)] = True
     return mask
-
-
-def flatten_histories(histories: Sequence[np.ndarray], num_items: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and catalogue indices of ragged histories, as two int64 arrays of their total length.
-
-    Raises:
-        ValueError: an index is outside 0..num_items-1; names the first such history.
-    """
-    lengths = np.fromiter((len(history) for history in histories), dtype=np.int64, count=len(histories))
-    rows = np.repeat(np.arange(len(histories)), lengths)
-    if not len(rows):
-        return rows, np.zeros(0, dtype=np.int64)
-    items = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
-    illegal = (items < 0) | (items >= num_items)
-    if illegal.any():
-        first = int(illegal.argmax())
-        raise ValueError(
-            f"history {rows[first]} holds the catalogue index {items[first]}, outside 0..{num_items - 1}: "
-            "map item ids to rows of the items table first"
-        )
-    return rows, items
 
 
 def user_metrics(

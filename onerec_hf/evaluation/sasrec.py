@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..co_consumption import flatten_histories
 from ..item_head import FullSoftmaxLoss
 from .baselines import Baseline
-from .ranking_metrics import flatten_histories, ranking_metrics
+from .ranking_metrics import ranking_metrics
 
 _BATCHES_PER_BUCKET = 16
 
