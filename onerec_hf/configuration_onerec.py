@@ -94,6 +94,9 @@ class OneRecConfig(PreTrainedConfig):
             their distributions. `"shared"`: the encoder itself, which then reads an item's vector beside its codes.
             `"content"` and `"learned"`: one as deep, which the codes' loss does not touch, of vectors that are learned
             and projected from the content, or learned alone.
+        item_memory: Neighbours by co-consumption that the item head has of every item, of which a history brings those
+            of its latest items to mind: see [`OneRecItemMemory`], filled by [`remember_items`]. 0: none.
+        item_memory_weight: What a similarity of 1 to the latest item adds to an item's logit.
         item_loss_weight: Weight of the item head's loss beside eq 4.
         item_share: g, the item head's share in what is generated: P(item) = g P_item + (1 - g) P_codes.
         session_item_share: g of sessions of several items, where it is another than of ranked lists. With 0 these are
@@ -141,6 +144,8 @@ class OneRecConfig(PreTrainedConfig):
     catalogue_fingerprint: str | None = None
     item_content_size: int = 0
     item_encoders: list[str] | tuple[str, ...] | int = ("shared",)
+    item_memory: int = 0
+    item_memory_weight: float = 3.0
     item_loss_weight: float = 1.0
     item_share: float = 0.5
     session_item_share: float | None = None
@@ -240,6 +245,10 @@ class OneRecConfig(PreTrainedConfig):
             )
         if self.item_gate and self.item_head == "none":
             raise ValueError("item_gate weighs the item head, which there is none of: set item_head.")
+        if self.item_memory < 0:
+            raise ValueError(f"item_memory must not be negative, got {self.item_memory}.")
+        if self.item_memory and self.item_head == "none":
+            raise ValueError("item_memory is the item head's, which there is none of: set item_head.")
         if self.item_head == "encoder" and not (
             self.encoder_attention == "causal" and self.history_positions == "item" and self.num_items > 0
         ):

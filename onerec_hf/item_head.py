@@ -1,4 +1,4 @@
-"""The item head: a vector per item, and the cross-entropy of a softmax over the whole catalogue."""
+"""The item head: a vector per item, the cross-entropy of a softmax over the whole catalogue, and its memory."""
 
 import math
 
@@ -7,6 +7,10 @@ from torch import nn
 
 _LOSS_CHUNK = 512
 _JOINED_CHUNK = 16_384  # rows
+
+# Of a history the memory reads so many latest items, each of which weighs half of one that came so many later.
+MEMORY_ITEMS = 16
+MEMORY_HALF_LIFE = 2
 
 
 class OneRecItemVectors(nn.Module):
@@ -61,6 +65,53 @@ class OneRecItemVectors(nn.Module):
             new_content = nn.functional.normalize(content.to(self.content), dim=1) * length
             self.content = torch.cat([self.content, new_content])
         self.learned = nn.Embedding.from_pretrained(torch.cat([learned, new]), freeze=False)
+
+
+class OneRecItemMemory(nn.Module):
+    """What was consumed together, remembered as it was: beside the softmax of vectors, which has to generalise.
+
+    Every item has its nearest neighbours by co-consumption. To the logit of an item come `weight` times its
+    similarities to the latest items of the history, the older the less:
+
+        logit(j) = <state, vector(j)> + weight * sum_i .5 ** (later items / half-life) similarity(i, j)
+    """
+
+    def __init__(self, num_items: int, num_neighbours: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("neighbours", torch.full((num_items, num_neighbours), -1, dtype=torch.int32))
+        self.register_buffer("similarities", torch.zeros(num_items, num_neighbours))
+
+    @torch.no_grad()
+    def set_neighbours(self, neighbours: torch.LongTensor, similarities: torch.Tensor) -> None:
+        """Takes the items' neighbours and their similarities, both (N, neighbours), -1 and 0 where there are fewer."""
+        self.neighbours.copy_(neighbours)
+        self.similarities.copy_(similarities)
+
+    @torch.no_grad()
+    def add(self, count: int) -> None:
+        """Appends items that nobody has consumed yet."""
+        self.neighbours = nn.functional.pad(self.neighbours, (0, 0, 0, count), value=-1)
+        self.similarities = nn.functional.pad(self.similarities, (0, 0, 0, count))
+
+    def forward(self, items: torch.LongTensor) -> tuple[torch.LongTensor, torch.Tensor]:
+        """What histories bring to mind.
+
+        Args:
+            items: (batch, behaviours) catalogue indices, oldest first; -1 is passed over.
+
+        Returns:
+            (batch, memories) catalogue indices, among which an item may come several times, and for each what comes to
+            the item's logit, float32: 0 where there is nothing.
+        """
+        places = torch.arange(items.shape[1], device=items.device).masked_fill(items < 0, -1)
+        place, order = places.topk(min(items.shape[1], MEMORY_ITEMS), dim=1)
+        latest = items.gather(1, order).clamp(min=0)
+        recency = self.weight * 0.5 ** (torch.arange(place.shape[1], device=items.device) / MEMORY_HALF_LIFE)
+        neighbours = self.neighbours[latest]
+        known = (neighbours >= 0) & (place >= 0)[..., None]
+        scores = self.similarities[latest].float() * recency[:, None] * known
+        return neighbours.clamp(min=0).flatten(1).long(), scores.flatten(1)
 
 
 class JoinedItemVectors(nn.Module):

@@ -28,7 +28,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_onerec import OneRecConfig
-from .item_head import FullSoftmaxLoss, JoinedItemVectors, OneRecItemVectors, sampled_softmax_loss
+from .item_head import (
+    FullSoftmaxLoss,
+    JoinedItemVectors,
+    OneRecItemMemory,
+    OneRecItemVectors,
+    sampled_softmax_loss,
+)
 
 
 class OneRecRMSNorm(nn.Module):
@@ -316,6 +322,9 @@ class OneRecPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.expert_bias)
             init.zeros_(module.tokens_per_expert)
+        elif isinstance(module, OneRecItemMemory):
+            init.constant_(module.neighbours, -1)
+            init.zeros_(module.similarities)
 
     def num_parameters(
         self, only_trainable: bool = False, exclude_embeddings: bool = False, active: bool = False
@@ -367,9 +376,11 @@ ATTENTION_TP_PLAN = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwis
 @dataclass
 class OneRecEncoderOutput(BaseModelOutput):
     """`item_states` (batch, heads, items, hidden_size): what the item head multiplies with the items' vectors, of the
-    encoder itself, where it is one of `config.item_encoders`, and of each of the others."""
+    encoder itself, where it is one of `config.item_encoders`, and of each of the others. `item_indices` (batch,
+    items): the behaviours that it read, for [`OneRecItemMemory`]."""
 
     item_states: torch.Tensor | None = None
+    item_indices: torch.LongTensor | None = None
 
 
 @dataclass
@@ -643,7 +654,11 @@ class OneRecEncoder(OneRecPreTrainedModel):
         hidden_states = self.dropout(self.norm(hidden_states))
         if causal and recency_in_output:
             hidden_states = hidden_states + recency
-        return OneRecEncoderOutput(last_hidden_state=hidden_states, item_states=item_states)
+        return OneRecEncoderOutput(
+            last_hidden_state=hidden_states,
+            item_states=item_states,
+            item_indices=history_item_indices if self.config.item_memory else None,
+        )
 
 
 class OneRecDecoder(OneRecPreTrainedModel):
@@ -904,6 +919,8 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
             self.item_gate = nn.Linear(config.hidden_size, 1)
         if config.item_head == "encoder":
             self.joined_item_vectors = JoinedItemVectors()
+        if config.item_memory:
+            self.item_memory = OneRecItemMemory(config.num_items, config.item_memory, config.item_memory_weight)
         self.post_init()
         self.generation_config = session_generation_config(config)
 
@@ -939,6 +956,8 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         """
         for vectors in self.get_encoder().item_vectors_by_head():
             vectors.add(content)
+        if self.config.item_memory:
+            self.item_memory.add(len(content))
         self.config.num_items += len(content)
 
     def item_loss(self, item_states: torch.Tensor, item_targets: torch.LongTensor) -> torch.Tensor:
@@ -994,14 +1013,43 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
         states = self.latest_item_states(item_states, mask)
         return states.flatten(1) / states.shape[1]
 
-    def item_log_probs(self, item_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def item_memories(
+        self, item_indices: torch.LongTensor | None
+    ) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+        """Items (batch, memories) that histories bring to mind, among which one may come several times, and what comes
+        to their logits for each; None and None where there is no memory.
+
+        Args:
+            item_indices: (batch, items) from the encoder.
+
+        Raises:
+            ValueError: if there is a memory, but nothing for it to read.
+        """
+        if not self.config.item_memory:
+            return None, None
+        if item_indices is None:
+            raise ValueError("The item head's memory reads the encoder's item_indices: give them with item_states.")
+        return self.item_memory(item_indices)
+
+    def item_log_probs(
+        self,
+        item_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        item_indices: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
         """The item head's distribution over the item that follows each history: the heads' geometric mean, whose
-        logits are the mean of theirs, as their normalisers are the same for all items.
+        logits are the mean of theirs, as their normalisers are the same for all items, with what is remembered.
+
+        Args:
+            item_states, mask: as of [`latest_item_states`].
+            item_indices: (batch, items) from the encoder, which a memory reads.
 
         Returns:
-            (batch, N) log-probabilities, float32; arguments as of [`latest_item_states`].
+            (batch, N) log-probabilities, float32.
         """
-        return (self.item_queries(item_states, mask) @ self.item_vectors().T).float().log_softmax(-1)
+        logits = (self.item_queries(item_states, mask) @ self.item_vectors().T).float()
+        items, remembered = self.item_memories(item_indices)
+        return (logits if items is None else logits.scatter_add(1, items, remembered)).log_softmax(-1)
 
     @can_return_tuple
     def forward(

@@ -236,10 +236,16 @@ class TestTrainer:
         assert logs["checkpointing"] == pytest.approx(logs["plain"], abs=1e-5)
         assert logs["bf16"] == pytest.approx(logs["plain"], rel=0.03) and logs["bf16"] != logs["plain"]
 
-    @pytest.mark.parametrize("overrides", [{"item_share": 0.3}, {"item_gate": True}, {"session_item_share": 0.0}])
+    @pytest.mark.parametrize(
+        "overrides",
+        [{"item_share": 0.3}, {"item_share": 0.3, "item_memory": 2}, {"item_gate": True}, {"session_item_share": 0.0}],
+    )
     def test_with_an_item_head_a_session_has_the_mixtures_probability(self, tokenizer, tmp_path, overrides):
         head = {"history_positions": "item", "encoder_attention": "causal", "item_head": "encoder"}
         model = tiny_generator(**head, num_items=NUM_ITEMS - 1, **overrides)  # an item without a vector
+        if model.config.item_memory:
+            neighbours = torch.arange(NUM_ITEMS - 1)[:, None] // torch.tensor([2, 3])
+            model.item_memory.set_neighbours(neighbours, torch.ones(neighbours.shape))
         trainer = make_trainer(tokenizer, tmp_path, model, ntp_per_pair=0, loss_type="sdpo")
         pairs = trainer.train_dataset.to_list()
         batch = trainer.data_collator(pairs)

@@ -37,6 +37,7 @@ def item_config(**overrides):
         "item_head": "encoder",
         "num_items": ITEMS,
         "item_content_size": 3,
+        "item_memory": 3,
         "initializer_range": 0.3,
     }
     return OneRecConfig.from_preset("debug", **(settings | overrides))
@@ -47,6 +48,10 @@ def item_model(**overrides):
     model = OneRecForConditionalGeneration(item_config(**overrides)).eval()
     if model.config.item_content_size:
         model.set_item_content(torch.randn(ITEMS, 3))
+    if model.config.item_memory:
+        neighbours = torch.rand(ITEMS, ITEMS).argsort(1)[:, :3]
+        neighbours[::4, 2] = -1
+        model.item_memory.set_neighbours(neighbours, torch.rand(ITEMS, 3) * (neighbours >= 0))
     return model
 
 
@@ -105,7 +110,7 @@ def test_a_vector_is_learned_plus_projected_content():
 @pytest.mark.parametrize("positions", ["absolute", "distance"])
 def test_every_position_is_the_end_of_its_prefix(positions, attention):
     """One pass over a history gives at each position what encoding that prefix alone gives, under any padding."""
-    model = item_model(encoder_positions=positions, item_encoders=["shared", "learned"])
+    model = item_model(encoder_positions=positions, item_encoders=["shared", "learned"], item_memory=0)
     model.set_attn_implementation(attention)
     encoder, history = model.get_encoder(), [3, 1, 4, 1, 5]
     whole = encoder(**history_inputs(model, [history])).item_states[0].transpose(0, 1)
@@ -136,7 +141,7 @@ def test_the_loss_is_joint():
 
 
 def test_heads_are_trained_apart_and_fused_by_their_geometric_mean():
-    model = item_model(item_encoders=["shared", "learned", "content"])
+    model = item_model(item_encoders=["shared", "learned", "content"], item_memory=0)
     encoder = model.get_encoder()
     inputs, item_targets = history_inputs(model, [[3, 1, 4], [5, 9]]), torch.tensor([[1, 4, 7], [-100, -100, 2]])
     states = encoder(**inputs).item_states
@@ -181,7 +186,10 @@ def test_new_items_have_the_vector_of_their_content(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = OneRecForConditionalGeneration.from_pretrained(tmp_path)
     states = torch.randn(1, 2, 1, 16)
-    torch.testing.assert_close(loaded.item_log_probs(states), model.item_log_probs(states))
+    latest = torch.tensor([[3, ITEMS]])  # nobody has consumed a new item: there is no memory of it
+    expected = model.item_log_probs(states, item_indices=latest)
+    torch.testing.assert_close(loaded.item_log_probs(states, item_indices=latest), expected)
+    assert (loaded.item_memory.neighbours[ITEMS:] == -1).all()
     learned = model.get_encoder().item_encoders[0].item_vectors.learned.weight
     torch.testing.assert_close(learned[ITEMS:], learned[:ITEMS].mean(0).expand(2, -1))
     vectors.content.mul_(4)  # as long as checkpoints once had them
@@ -260,7 +268,7 @@ def test_checkpoints_with_a_number_of_further_encoders_are_read():
 
 
 def test_off_where_it_is_not_configured():
-    model = item_model(item_head="none", encoder_positions="absolute", num_items=0, item_content_size=0)
+    model = item_model(item_head="none", encoder_positions="absolute", num_items=0, item_content_size=0, item_memory=0)
     assert not [name for name in model.state_dict() if "item_" in name.replace("item_proj", "") or "distance" in name]
     inputs = history_inputs(model, [[3, 1]])
     with pytest.raises(ValueError, match="takes no history_item_indices"):
@@ -276,6 +284,8 @@ def test_off_where_it_is_not_configured():
         ({"item_encoders": ["shared", "shared"]}, "shared at most once"),
         ({"item_encoders": []}, "must list some of shared, content, learned"),
         ({"item_head": "none", "item_gate": True}, "item_gate weighs the item head"),
+        ({"item_head": "none"}, "item_memory is the item head's"),
+        ({"item_memory": -1}, "item_memory must not be negative"),
         ({"num_items": 0}, "needs encoder_attention='causal'"),
         ({"encoder_attention": "bidirectional"}, "needs encoder_attention='causal'"),
         ({"encoder_positions": "relative"}, "encoder_positions must be"),
@@ -304,8 +314,9 @@ def item_probabilities(model, trie, inputs, share, normalization, excluded=None,
         model, trie, codes, **inputs, allowed=allowed, normalization=normalization, item_share=0
     ).exp()
     encoder = model.get_encoder()
-    states = encoder(**inputs).item_states
-    of_items = model.item_log_probs(states, encoder.position_mask(inputs["attention_mask"])).exp() * free
+    encoded = encoder(**inputs)
+    mask = encoder.position_mask(inputs["attention_mask"])
+    of_items = model.item_log_probs(encoded.item_states, mask, encoded.item_indices).exp() * free
     if normalization == "constrained":
         of_items = of_items / of_items.sum(1, keepdim=True)
     return share * of_items + (1 - share) * of_codes * free
@@ -436,8 +447,9 @@ def shared_probabilities(model, trie, inputs, leaf, share, normalization, free, 
     sharing = torch.zeros(3, 5).index_add_(1, leaf, free.float())[:, leaf]
     of_codes = of_codes.exp() / sharing.clamp(min=1) * free
     encoder = model.get_encoder()
-    states = encoder(**inputs).item_states
-    of_items = model.item_log_probs(states, encoder.position_mask(inputs["attention_mask"])).exp() * free
+    encoded = encoder(**inputs)
+    mask = encoder.position_mask(inputs["attention_mask"])
+    of_items = model.item_log_probs(encoded.item_states, mask, encoded.item_indices).exp() * free
     if normalization == "constrained":
         of_items = of_items / of_items.sum(1, keepdim=True)
     return share * of_items + (1 - share) * of_codes
@@ -554,7 +566,8 @@ def test_an_item_far_above_the_first_ones_keeps_its_probability(monkeypatch):
         model.get_encoder().item_vectors.learned.weight.mul_(1000)
     encoder = model.get_encoder()
     mask = encoder.position_mask(inputs["attention_mask"])
-    assert (model.item_log_probs(encoder(**inputs).item_states, mask)[:, 0] < -100).any()
+    encoded = encoder(**inputs)
+    assert (model.item_log_probs(encoded.item_states, mask, encoded.item_indices)[:, 0] < -100).any()
     options = {**inputs, "num_items": 1, "num_beams": ITEMS, "item_share": 0.6}
     expected = generate_sessions(model, trie, **options)
     assert expected.scores.isfinite().all()

@@ -77,11 +77,13 @@ def exported(tmp_path):
         "num_items": 12,
         "item_content_size": 4,
         "item_encoders": ["shared", "learned"],
+        "item_memory": 2,
     }
     causal = {"encoder_attention": "causal", "encoder_positions": "distance", "initializer_range": 0.3}
     config = onerec_hf.OneRecConfig.from_preset("debug", **config_of_items, **causal, **item_head)
     mixture = onerec_hf.OneRecForConditionalGeneration(config).eval()
     mixture.set_item_content(torch.randn(12, 4))
+    mixture.item_memory.set_neighbours(torch.arange(24).view(12, 2) % 12, torch.rand(12, 2))
     for name, exported_model in (("generator", model), ("reward", reward_model), ("mixture", mixture)):
         assert export_remote_code(exported_model, tokenizer, tmp_path / name) == tmp_path / name
     return model, reward_model, tokenizer, mixture

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 
 from ..history_features import HISTORY_FEATURES, encode_history_rows
-from ..modeling_onerec import OneRecForConditionalGeneration
+from ..modeling_onerec import OneRecEncoderOutput, OneRecForConditionalGeneration
 from ..pretraining import SessionCollator
 from ..tokenization_onerec import BOS_TOKEN_ID, IGNORE_INDEX, PAD_TOKEN_ID, OneRecTokenizer
 
@@ -206,9 +206,9 @@ class _SessionModel:
             if torch.is_tensor(value) and value.shape[:1] == rows.shape:
                 outputs[name] = value[given]
         if session_items is not None and outputs.get("log_probs") is not None:
-            generator, states = self._generator(), encoded[0].item_states
+            generator = self._generator()
             mask = generator.get_encoder().position_mask(encoder_attention_mask)
-            outputs["log_probs"] = _mixture_log_probs(generator, outputs["log_probs"], session_items, states, mask)
+            outputs["log_probs"] = _mixture_log_probs(generator, outputs["log_probs"], session_items, encoded[0], mask)
         return outputs
 
     def _generator(self) -> OneRecForConditionalGeneration:
@@ -229,7 +229,7 @@ def _mixture_log_probs(
     model: OneRecForConditionalGeneration,
     log_probs: torch.Tensor,
     items: torch.LongTensor,
-    item_states: torch.Tensor,
+    encoded: OneRecEncoderOutput,
     mask: torch.Tensor,
 ) -> torch.Tensor:
     """Log-probabilities of codes (rows, tokens - 1) in which each item's last code makes up what its log-probability
@@ -237,19 +237,20 @@ def _mixture_log_probs(
 
     Args:
         items: (rows, m) catalogue indices, -1 for none; row r has the history r modulo the batch.
-        item_states, mask: of the batch's histories, from the encoder.
+        encoded, mask: of the batch's histories, from the encoder.
     """
-    levels, share = model.config.num_levels, model.item_shares(item_states, mask, items.shape[1])
+    states = encoded.item_states
+    levels, share = model.config.num_levels, model.item_shares(states, mask, items.shape[1])
     if not torch.is_tensor(share) and not share:
         return log_probs
-    history = torch.arange(len(items), device=items.device)[:, None] % len(item_states)
-    of_catalogue = F.pad(model.item_log_probs(item_states, mask), (0, 1), value=-torch.inf)
+    history = torch.arange(len(items), device=items.device)[:, None] % len(states)
+    of_catalogue = F.pad(model.item_log_probs(states, mask, encoded.item_indices), (0, 1), value=-torch.inf)
     # Items that are newer than the head have no probability by it.
     of_items = of_catalogue[history, items.clamp(0, of_catalogue.shape[1] - 1)]
     of_codes = F.pad(log_probs, (0, 1)).view(*items.shape, levels + 1)
     total = of_codes[..., :levels].sum(-1)
     share = torch.as_tensor(share, dtype=total.dtype, device=total.device)
-    share = share.expand(len(item_states))[history]
+    share = share.expand(len(states))[history]
     mixed = torch.logaddexp(share.log() + of_items, (-share).log1p() + total)
     more = torch.where(items >= 0, mixed - total, 0.0)
     return (of_codes + F.pad(more[..., None], (levels - 1, 1))).flatten(1)[:, :-1]

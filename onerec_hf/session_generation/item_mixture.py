@@ -34,9 +34,10 @@ class ItemMixture:
 
     Args:
         constraint: what each user may be given; other items have no probability.
-        queries, vectors: (batch, size) and (N, size), whose products are the item head's logits, N at most the
-            catalogue's items; later ones have no probability.
-        item_share: g, in (0, 1], or by user as a tensor (batch,) in (0, 1), which is not checked.
+        histories: have the item head's part of [`EncodedHistories`]: queries (batch, size) and vectors (N, size),
+            whose products are its logits, N at most the catalogue's items, as later ones have no probability; what
+            comes to the logits from a memory; and g, in (0, 1], or by user as a tensor (batch,) in (0, 1), which is
+            not checked.
         normalization: with `"constrained"` P_item is normalised over what the user may still be given.
 
     Raises:
@@ -48,21 +49,15 @@ class ItemMixture:
         """The mixture for [`EncodedHistories`], None where the item head takes no part."""
         if histories.item_queries is None:
             return None
-        return cls(constraint, histories.item_queries, histories.item_vectors, histories.item_share, normalization)
+        return cls(constraint, histories, normalization)
 
-    def __init__(
-        self,
-        constraint: ItemConstraint,
-        queries: torch.Tensor,
-        vectors: torch.Tensor,
-        item_share: float | torch.Tensor,
-        normalization: str,
-    ):
+    def __init__(self, constraint: ItemConstraint, histories, normalization: str):
+        item_share = histories.item_share
         if not torch.is_tensor(item_share) and not 0 < item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {item_share}.")
         self.constraint, self.trie, self.constrained = constraint, constraint.trie, normalization == "constrained"
-        self.log_shares = _log_shares(item_share, queries)
-        items, total = _exponentials(queries, vectors, self.trie.num_items)
+        self.log_shares = _log_shares(item_share, histories.item_queries)
+        items, total = _exponentials(histories, self.trie.num_items)
         constraint.mask_items(items)
         # By level the sums (nodes, batch), at last the items' own (catalogue, batch), all but for the normaliser.
         # Users stand side by side, so that the items below a node are added up for all of them at once; level by
@@ -148,12 +143,13 @@ def _log_shares(item_share: float | torch.Tensor, queries: torch.Tensor) -> tupl
     )
 
 
-def _exponentials(queries: torch.Tensor, vectors: torch.Tensor, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _exponentials(histories, num_items: int) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(logit - a shift of the user's) (num_items + 1, batch), 0 for items without a vector and in the last row, and
     the sums (batch,).
 
     On a CPU chunk by chunk, each of which stays in the cache, with the first one's largest logit as the shift.
     """
+    queries, vectors = histories.item_queries, histories.item_vectors
     on_cpu = queries.device.type == "cpu"
     count, batch = len(vectors), len(queries)
     # Fresh memory costs about as much as the product; numpy asks for it in large pages.
@@ -169,18 +165,38 @@ def _exponentials(queries: torch.Tensor, vectors: torch.Tensor, num_items: int) 
             return torch.mm(vectors[rows], queries.T, out=logits)
         return logits.copy_(vectors[rows] @ queries.T)
 
+    items, remembered = histories.remembered_items, 0.0
+    if items is not None:
+        items, remembered = (each.T for each in _summed_by_item(items, histories.remembered_logits, num_items))
+    # So that nothing overflows where the memory comes to the largest logit.
+    room = 0.0 if items is None else remembered.amax(0).clamp(min=0)
+
     def pass_over(largest: torch.Tensor | None) -> torch.Tensor:
         total = values.new_zeros(batch)
         for start in range(0, count, size):
             logits = logits_of(start)
-            largest = _largest_of_columns(logits).clone() if largest is None else largest
+            largest = _largest_of_columns(logits) + room if largest is None else largest
             total += logits.sub_(largest).exp_().sum(0)
         return total
 
     total = pass_over(None)
     if size < count and not (total < _LARGEST_TOTAL).all():  # a later chunk's logits lie far above the first one's
-        total = pass_over(torch.stack([_largest_of_columns(logits_of(i)) for i in range(0, count, size)]).amax(0))
+        of_chunks = [_largest_of_columns(logits_of(start)) for start in range(0, count, size)]
+        total = pass_over(torch.stack(of_chunks).amax(0) + room)
+    if items is not None:
+        before = values.gather(0, items)
+        after = (before.log() + remembered).exp()
+        values.scatter_(0, items, after)
+        total += (after - before).sum(0)
     return values, total
+
+
+def _summed_by_item(items: torch.LongTensor, logits: torch.Tensor, none: int) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Each user's items (batch, memories) once, with the sum of what comes to its logit; `none` and 0 at the end."""
+    items, order = items.sort(dim=1)
+    place = nn.functional.pad((items[:, 1:] != items[:, :-1]).long(), (1, 0)).cumsum(1)
+    summed = torch.zeros_like(logits).scatter_add(1, place, logits.gather(1, order))
+    return torch.full_like(items, none).scatter(1, place, items), summed
 
 
 def _largest_of_columns(values: torch.Tensor) -> torch.Tensor:

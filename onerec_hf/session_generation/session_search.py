@@ -24,17 +24,20 @@ class Beams(NamedTuple):
 
 class EncodedHistories(NamedTuple):
     """The encoder's output and the mask over its positions; where the item head takes part, its queries (batch, size),
-    the items' vectors (N, size) and its share g in the mixture, which may be a tensor (batch,)."""
+    the items' vectors (N, size), its share g in the mixture, which may be a tensor (batch,), and where it has a memory
+    what [`OneRecForConditionalGeneration.item_memories`] gives."""
 
     hidden_states: torch.Tensor
     attention_mask: torch.Tensor | None
     item_queries: torch.Tensor | None = None
     item_vectors: torch.Tensor | None = None
     item_share: float | torch.Tensor = 0.0
+    remembered_items: torch.LongTensor | None = None
+    remembered_logits: torch.Tensor | None = None
 
     def of_users(self, users: slice) -> "EncodedHistories":
         """Those of some users."""
-        by_user = {"hidden_states", "attention_mask", "item_queries"}
+        by_user = {"hidden_states", "attention_mask", "item_queries", "remembered_items", "remembered_logits"}
         by_user |= {"item_share"} if torch.is_tensor(self.item_share) else set()
         given = {name: getattr(self, name) for name in by_user}
         return self._replace(**{name: value[users] for name, value in given.items() if value is not None})
@@ -76,8 +79,14 @@ def encoded_histories(
         return histories
     states = encoder_outputs.item_states, histories.attention_mask
     item_share = model.item_shares(*states, num_items) if item_share is None else item_share
-    queries = model.item_queries(*states)
-    return histories._replace(item_queries=queries, item_vectors=model.item_vectors(), item_share=item_share)
+    remembered_items, remembered_logits = model.item_memories(encoder_outputs.item_indices)
+    return histories._replace(
+        item_queries=model.item_queries(*states),
+        item_vectors=model.item_vectors(),
+        item_share=item_share,
+        remembered_items=remembered_items,
+        remembered_logits=remembered_logits,
+    )
 
 
 def user_chunks(

@@ -12,6 +12,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
 from ..evaluation.policy_inputs import generation_inputs
+from ..item_memory import remember_items
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import OneRecPretrainer
@@ -20,7 +21,7 @@ from ..session_rows import index_sessions, user_feature_values
 from ..shared_histories import share_histories
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import latest_complete_checkpoint
-from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
+from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, PreparedData, prepared_data
 from .recipe_arguments import PretrainArguments, RecipeArguments
 from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
 from .tokenize_stage import load_item_content
@@ -121,6 +122,9 @@ def run_pretrain(
             trainer = train_generator(model, tokenizer, recent, options, last, positive, **options.pretrain_recent)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
+        if config.item_memory:
+            histories = index_sessions(prepared.read(USER_HISTORIES), tokenizer)
+            remember_items(model, [np.asarray(history) for history in histories["history"][:]])
         if config.item_gate:
             results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
         save_trained_model(trainer, folder / MODEL)
