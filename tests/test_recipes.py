@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from metrics_keys import undescribed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
+from onerec_hf.item_memory import remember_items
 from onerec_hf.reporting import number
 from onerec_hf.reporting.served_report import served_name
 from onerec_hf.stages import parse_recipe_arguments
@@ -208,7 +210,7 @@ def test_real_data_runs_in_debug_size(data_set, tmp_path):
 def test_a_run_with_several_semantic_ids(item_head, tmp_path):
     flags = ["--num_semantic_ids", "2", "--align_rounds", "0", "--judged_users", "4", "--evaluation_users", "8"]
     if item_head:
-        model = {"encoder_attention": "causal", "item_head": "encoder", "item_gate": True}
+        model = {"encoder_attention": "causal", "item_head": "encoder", "item_gate": True, "item_memory": 4}
         flags += ["--model", json.dumps(model), "--holdout_sessions", "64"]
     run("pipeline", "quickstart", tmp_path / "run", *flags, "--baselines", '{"ease": false, "sasrec": false}')
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -216,6 +218,14 @@ def test_a_run_with_several_semantic_ids(item_head, tmp_path):
     assert metrics["onerec"]["illegal_rate"] == metrics["onerec"]["duplicate_rate"] == 0
     recommendations = pq.read_table(tmp_path / "run" / "recommend" / "recommendations.parquet")
     assert all(len(set(items)) == len(items) == 50 for items in recommendations["items"].to_pylist())
+    if item_head:
+        folder = tmp_path / "run" / "pretrain" / "model"
+        model, again = (onerec_hf.OneRecForConditionalGeneration.from_pretrained(folder) for _ in range(2))
+        tokenizer = onerec_hf.OneRecTokenizer.from_pretrained(folder)
+        fitted = pq.read_table(tmp_path / "run" / "data" / "user_histories.parquet")["history_item_ids"]
+        remember_items(again, [tokenizer.item_index(history) for history in fitted.to_pylist()])
+        assert (model.item_memory.neighbours >= 0).any()
+        assert torch.equal(model.item_memory.neighbours, again.item_memory.neighbours)
 
 
 CONFIGURATIONS = [

@@ -10,6 +10,7 @@ a run for one user that warms it up.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--history_positions", choices=["token", "item"], default="token")
     parser.add_argument("--ranked_users", type=int, default=1000, help="users of the mixture's part")
     parser.add_argument("--item_encoders", nargs="+", type=int, default=[0, 1], help="an item head's further encoders")
+    parser.add_argument("--item_memory", nargs="+", type=int, default=[0, 64], help="neighbours that it remembers")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peer_seconds", type=float, default=20.0, help="time for the repeats of one peer")
     parser.add_argument("--threads", type=int, default=None)
@@ -289,7 +291,7 @@ def compare_catalogues(args, model) -> list[dict]:
     return [{"build_s": sides[1]["build_s"], "megabytes": sides[1]["megabytes"]}, *rows]
 
 
-def build_ranker(num_items: int, codes: int, item_encoders: int) -> OneRecForConditionalGeneration:
+def build_ranker(num_items: int, codes: int, item_encoders: int, item_memory: int) -> OneRecForConditionalGeneration:
     """The small preset (d 128) with an item head."""
     set_seed(0)
     config = OneRecConfig.from_preset(
@@ -304,10 +306,14 @@ def build_ranker(num_items: int, codes: int, item_encoders: int) -> OneRecForCon
         num_items=num_items,
         item_content_size=CONTENT_SIZE,
         item_encoders=["shared", *["learned"] * item_encoders],
+        item_memory=item_memory,
         initializer_range=0.06,
     )
     model = OneRecForConditionalGeneration(config).eval()
     model.set_item_content(torch.randn(num_items, CONTENT_SIZE))
+    if item_memory:
+        neighbours = torch.randint(num_items, (num_items, item_memory))
+        model.item_memory.set_neighbours(neighbours, torch.rand(neighbours.shape))
     return model
 
 
@@ -356,21 +362,21 @@ def measure_mixture(model: OneRecForConditionalGeneration, trie: ItemTrie, batch
 
 def compare_mixtures(args) -> list[dict]:
     rows = []
-    print("    items codes heads   plain ms  mixture ms   ratio  plain GiB  mixture GiB  of it kept")
+    print("    items codes heads memory   plain ms  mixture ms   ratio  plain GiB  mixture GiB  of it kept")
     for num_items, codes in ((args.num_items, 256), (args.many_items, 256), (args.many_items, 1024)):
         catalogue = torch.from_numpy(random_catalogue(num_items, codes))
         trie = ItemTrie(catalogue, [codes] * 3)
         generator = np.random.default_rng(0)
         histories = torch.from_numpy(generator.integers(0, num_items, (args.ranked_users, RANKING_HISTORY)))
-        for item_encoders in args.item_encoders:
-            model = build_ranker(num_items, codes, item_encoders)
+        for item_encoders, item_memory in itertools.product(args.item_encoders, args.item_memory):
+            model = build_ranker(num_items, codes, item_encoders, item_memory)
             batches = [encode_items(model, catalogue, users) for users in histories.split(RANKING_BATCH)]
-            row = {"items": num_items, "codes": codes, "heads": 1 + item_encoders}
+            row = {"items": num_items, "codes": codes, "heads": 1 + item_encoders, "item_memory": item_memory}
             row |= measure_mixture(model, trie, batches, args.repeats)
             rows.append(row)
             print(
-                "{items:>9,} {codes:>5} {heads:>5} {plain_ms:>10.2f} {mixture_ms:>11.2f} {ratio:>7.2f} "
-                "{plain_gib:>10.2f} {mixture_gib:>12.2f} {kept_gib:>11.2f}".format(**row),
+                "{items:>9,} {codes:>5} {heads:>5} {item_memory:>6} {plain_ms:>10.2f} {mixture_ms:>11.2f} "
+                "{ratio:>7.2f} {plain_gib:>10.2f} {mixture_gib:>12.2f} {kept_gib:>11.2f}".format(**row),
                 flush=True,
             )
     return rows
