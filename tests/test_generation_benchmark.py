@@ -19,7 +19,10 @@ def test_the_mixture_is_measured_beside_plain_beams(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(generation, "machine_rate", lambda: 1.0)
     generation.main()
     rows = json.loads(path.read_text())["mixture"]
-    assert [(row["items"], row["codes"], row["heads"]) for row in rows] == [(60, 256, 2), (90, 256, 2), (90, 1024, 2)]
+    catalogues = [(60, 256, 2), (90, 256, 2), (90, 1024, 2)]
+    assert [(row["items"], row["codes"], row["heads"], row["item_memory"]) for row in rows] == [
+        (*catalogue, neighbours) for catalogue in catalogues for neighbours in (0, 64)
+    ]
     for row in rows:
         assert row["plain_ms"] > 0 and row["mixture_ms"] > 0 and row["ratio"] > 0
     assert "mixture ms" in capsys.readouterr().out
