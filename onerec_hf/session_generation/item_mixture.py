@@ -165,11 +165,10 @@ def _exponentials(histories, num_items: int) -> tuple[torch.Tensor, torch.Tensor
             return torch.mm(vectors[rows], queries.T, out=logits)
         return logits.copy_(vectors[rows] @ queries.T)
 
-    items, remembered = histories.remembered_items, 0.0
+    items, room = histories.remembered_items, 0.0
     if items is not None:
         items, remembered = (each.T for each in _summed_by_item(items, histories.remembered_logits, num_items))
-    # So that nothing overflows where the memory comes to the largest logit.
-    room = 0.0 if items is None else remembered.amax(0).clamp(min=0)
+        room = remembered.amax(0).clamp(min=0)  # so that nothing overflows where it comes to the largest logit
 
     def pass_over(largest: torch.Tensor | None) -> torch.Tensor:
         total = values.new_zeros(batch)

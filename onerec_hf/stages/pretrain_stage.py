@@ -21,10 +21,10 @@ from ..session_rows import index_sessions, user_feature_values
 from ..shared_histories import share_histories
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import latest_complete_checkpoint
-from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, PreparedData, prepared_data
+from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .recipe_arguments import PretrainArguments, RecipeArguments
 from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
-from .tokenize_stage import load_item_content
+from .tokenize_stage import fitted_histories, load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
@@ -122,11 +122,10 @@ def run_pretrain(
             trainer = train_generator(model, tokenizer, recent, options, last, positive, **options.pretrain_recent)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
-        if config.item_memory:
-            histories = index_sessions(prepared.read(USER_HISTORIES), tokenizer)
-            remember_items(model, [np.asarray(history) for history in histories["history"][:]])
         if config.item_gate:
             results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
+        if config.item_memory:  # after the gate, whose held-out users are remembered too
+            remember_items(model, fitted_histories(prepared.feed, prepared))
         save_trained_model(trainer, folder / MODEL)
         return results
 
