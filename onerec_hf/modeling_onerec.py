@@ -824,6 +824,7 @@ class OneRecModel(OneRecPreTrainedModel):
         history_time_gaps: torch.LongTensor | None = None,
         user_features: torch.LongTensor | None = None,
         history_item_indices: torch.LongTensor | None = None,
+        with_item_states: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> OneRecModelOutput:
         """Runs encoder and decoder.
@@ -837,6 +838,7 @@ class OneRecModel(OneRecPreTrainedModel):
         Args:
             target_histories: (decoder rows,) the history of each row.
             target_prefixes: (decoder rows,) how many of its oldest items the row reads, at least 1.
+            with_item_states: as in [`OneRecEncoder`].
         """
         shared = target_histories is not None
         if shared and (self.config.encoder_attention != "causal" or encoder_outputs is not None or use_cache):
@@ -853,6 +855,7 @@ class OneRecModel(OneRecPreTrainedModel):
                 user_features=user_features,
                 history_item_indices=history_item_indices,
                 recency_in_output=not shared,
+                with_item_states=with_item_states,
                 **kwargs,
             )
         elif not isinstance(encoder_outputs, BaseModelOutput):

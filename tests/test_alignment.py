@@ -238,7 +238,12 @@ class TestTrainer:
 
     @pytest.mark.parametrize(
         "overrides",
-        [{"item_share": 0.3}, {"item_share": 0.3, "item_memory": 2}, {"item_gate": True}, {"session_item_share": 0.0}],
+        [
+            {"item_share": 0.3},
+            {"item_share": 0.3, "item_memory": 2},
+            {"item_gate": True},
+            {"session_item_share": 0.0, "item_encoders": ["shared", "learned"]},
+        ],
     )
     def test_with_an_item_head_a_session_has_the_mixtures_probability(self, tokenizer, tmp_path, overrides):
         head = {"history_positions": "item", "encoder_attention": "causal", "item_head": "encoder"}
@@ -258,8 +263,11 @@ class TestTrainer:
         torch.testing.assert_close(of_chosen, expected[:, 0])
         kept = batch["rejected_mask"]
         torch.testing.assert_close(of_rejected[kept], expected[:, 1:][kept])
-        # Both parts are trained, but for a head that has no share in sessions: its vectors in the histories alone.
+        # Both parts are trained, but for a head that has no share in sessions: its vectors in the histories alone, and
+        # its own encoders do not run.
         model.eval()
+        for encoder in model.get_encoder().item_encoders:
+            encoder.register_forward_hook(lambda *_: pytest.fail("ran for nothing"))
         trainer.compute_loss(model, batch).backward()
         gradient = model.get_encoder().item_vectors.learned.weight.grad
         assert gradient.any() and model.lm_head.weight.grad.any()

@@ -192,24 +192,32 @@ class _SessionModel:
         by_history = rows.view(-1, len(encoder_input_ids)).T.flatten()
         if labels is not None:
             kwargs["labels"] = labels[by_history]
-        encoded = []
-        with self._encoder_outputs(encoded) if session_items is not None else nullcontext():
+        encoded, mixed = [], self._is_mixture(session_items)
+        with self._encoder_outputs(encoded) if mixed else nullcontext():
             # The decoder is causal and its padding stands on the right, so it needs no mask of its own.
             outputs = self.model(
                 input_ids=encoder_input_ids,
                 attention_mask=encoder_attention_mask,
                 decoder_input_ids=input_ids[by_history],
+                with_item_states=mixed,
                 **kwargs,
             )
         given = by_history.argsort()
         for name, value in outputs.items():
             if torch.is_tensor(value) and value.shape[:1] == rows.shape:
                 outputs[name] = value[given]
-        if session_items is not None and outputs.get("log_probs") is not None:
+        if mixed and outputs.get("log_probs") is not None:
             generator = self._generator()
             mask = generator.get_encoder().position_mask(encoder_attention_mask)
             outputs["log_probs"] = _mixture_log_probs(generator, outputs["log_probs"], session_items, encoded[0], mask)
         return outputs
+
+    def _is_mixture(self, session_items: torch.LongTensor | None) -> bool:
+        """Whether the item head takes part in these sessions; its own encoders run only then."""
+        if session_items is None:
+            return False
+        share = self._generator().configured_item_share(session_items.shape[1])
+        return share is None or share > 0
 
     def _generator(self) -> OneRecForConditionalGeneration:
         return next(part for part in self.model.modules() if isinstance(part, OneRecForConditionalGeneration))
@@ -241,8 +249,6 @@ def _mixture_log_probs(
     """
     states = encoded.item_states
     levels, share = model.config.num_levels, model.item_shares(states, mask, items.shape[1])
-    if not torch.is_tensor(share) and not share:
-        return log_probs
     history = torch.arange(len(items), device=items.device)[:, None] % len(states)
     of_catalogue = F.pad(model.item_log_probs(states, mask, encoded.item_indices), (0, 1), value=-torch.inf)
     # Items that are newer than the head have no probability by it.
