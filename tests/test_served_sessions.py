@@ -99,7 +99,7 @@ def test_guidance_needs_a_guide_and_few_beams_give_real_sessions():
     inputs = evaluator.inputs(model, rows)
     with pytest.raises(ValueError, match="needs a guide"):
         generate_sessions(model, evaluator.trie, **inputs, search="guided_beam")
-    sessions = evaluator.guided_sessions(model, scorer, num_beams=2, num_item_beams=3, guidance_weight=5.0)
+    sessions = evaluator.best_sessions(model, scorer=scorer, num_beams=2, num_item_beams=3, guidance_weight=5.0)
     for session, row in zip(sessions.tolist(), rows, strict=True):
         assert len(set(session)) == 2 and min(session) >= 0 and not set(session) & set(row["history"])
     histories = [[100 + item for item in row["history"]] for row in rows]
@@ -109,6 +109,8 @@ def test_guidance_needs_a_guide_and_few_beams_give_real_sessions():
     assert [row["session"] for row in recommended] == (sessions + 100).tolist()
     plain = Recommender(model, evaluator.tokenizer)(histories, top_k=3, num_beams=6)
     assert [row["items"] for row in recommended] == [row["items"] for row in plain]
+    likeliest = evaluator.best_sessions(model, num_beams=6)
+    assert [row["session"] for row in plain] == (likeliest + 100).tolist()
     with pytest.raises(ValueError, match="give the Recommender a scorer"):
         Recommender(model, evaluator.tokenizer)(histories, search="guided_beam")
 

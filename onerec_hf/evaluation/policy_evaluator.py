@@ -175,22 +175,28 @@ class PolicyEvaluator:
         """
         sessions = torch.full((len(self.judged), self.options.judged_sessions, model.config.session_items), -1)
         token_ids = torch.full((*sessions.shape, self.tokenizer.num_levels), -1)
-        for rows, judged in self._judged_batches(model, f"sessions, {name}"):
+        for rows, judged in self._judged_batches(model, f"sessions, {name}", sessions.shape[1]):
             inputs = self.inputs(model, judged)
             found = generate_sessions(model, self.trie, **inputs, num_beams=sessions.shape[1], **search)
             sessions[rows, : found.items.shape[1]] = found.items.cpu()
             token_ids[rows, : found.items.shape[1]] = found.token_ids.cpu()
         return sessions, token_ids
 
-    def guided_sessions(
-        self, model: OneRecForConditionalGeneration, scorer: SessionScorer, name: str = "policy", **search
+    def best_sessions(
+        self,
+        model: OneRecForConditionalGeneration,
+        name: str = "policy",
+        scorer: SessionScorer | None = None,
+        **search,
     ) -> torch.LongTensor:
-        """The judged cases' best sessions (users, m) of a search that the scorer guides; `search` as of [`generate`],
-        with `num_beams`."""
+        """The judged cases' best sessions (users, m) of a search: with a scorer one that it guides, otherwise by
+        beams; `search` as of [`generate`], with `num_beams`."""
         sessions = torch.full((len(self.judged), model.config.session_items), -1)
-        for rows, judged in self._judged_batches(model, f"guided sessions, {name}"):
-            search |= {"search": "guided_beam", "guide": scorer.guide(judged), "num_return": 1}
-            found = generate_sessions(model, self.trie, **self.inputs(model, judged), **search)
+        beams = search["num_beams"] * search.get("num_item_beams", 1)
+        for rows, judged in self._judged_batches(model, f"sessions, {name}", beams):
+            if scorer is not None:
+                search |= {"search": "guided_beam", "guide": scorer.guide(judged)}
+            found = generate_sessions(model, self.trie, **self.inputs(model, judged), num_return=1, **search)
             sessions[rows] = found.items[:, 0].cpu()
         return sessions
 
@@ -212,11 +218,11 @@ class PolicyEvaluator:
         return divergence
 
     def _judged_batches(
-        self, model: OneRecForConditionalGeneration, title: str
+        self, model: OneRecForConditionalGeneration, title: str, beams: int = 32
     ) -> Iterator[tuple[np.ndarray, list[Mapping]]]:
-        """Places among the judged cases, and their rows."""
+        """Places among the judged cases, and their rows; more at a time where there are few beams."""
         histories = [self.histories[row] for row in self.judged]
-        for rows in _batches(histories, model.config.history_items, 512, title):
+        for rows in _batches(histories, model.config.history_items, 512 * max(1, 32 // beams), title):
             yield rows, [self.judged_rows[row] for row in rows]
 
     def inputs(self, model: OneRecForConditionalGeneration, rows: Sequence[Mapping]) -> dict[str, torch.Tensor | None]:

@@ -137,11 +137,6 @@ def rank_fitted(model: Baseline, run: EvaluatedRun) -> tuple[np.ndarray, np.ndar
     return model.rank_with_scores(run.evaluator.histories, options.ranked_items, options.exclude_consumed)
 
 
-def rank_baseline(name: str, run: EvaluatedRun) -> tuple[np.ndarray, np.ndarray]:
-    """[`rank_fitted`] of a baseline that is fitted with the run's options."""
-    return rank_fitted(BaselineFits().fit(name, fitting_options(run.args, name), run).model, run)
-
-
 def recent_behaviours(run: EvaluatedRun) -> np.ndarray | None:
     """How many of each fitted history's latest behaviours lie in the latest `recent_days`; None without these."""
     if run.args.recent_days is None:

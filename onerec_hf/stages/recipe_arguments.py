@@ -493,6 +493,7 @@ class PolicyArguments(Guidance, JudgedSessions, RankingBeams, EvaluatedUsers):
     """Ranking and generating by a policy, and judging what it generates."""
 
     judged_users: int = option(500, "Users whose generated sessions are judged.")
+    session_beams: int = option(32, "Beams that find the session served without a reward model, the likeliest.")
     divergence_sessions: int = option(8, "Sessions drawn by judged user for the KL from the seed model; 0: none.")
 
 

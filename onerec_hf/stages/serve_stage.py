@@ -192,8 +192,10 @@ class OneRecServing:
         return Served(torch.from_numpy(ranked), milliseconds)
 
     def likeliest(self) -> Served:
-        sessions, milliseconds = self._found(BEAMS)
-        return Served(sessions[:, 0], milliseconds)
+        model, beams, started = self.model, self.run.args.session_beams, time.monotonic()
+        with evaluation_mode(model):
+            sessions = self.run.evaluator.best_sessions(model, f"round {self.number}", num_beams=beams)
+        return Served(sessions, 1000 * (time.monotonic() - started) / len(sessions))
 
     def best_session(self, search: str) -> Served:
         """Of a search's sessions the one of highest reward."""
@@ -208,10 +210,10 @@ class OneRecServing:
         """By a search of `count` beams in all that the reward model guides."""
         args, model, started = self.run.args, self.model, time.monotonic()
         with evaluation_mode(model):
-            sessions = self.run.evaluator.guided_sessions(
+            sessions = self.run.evaluator.best_sessions(
                 model,
+                f"round {self.number}, guided, {count} beams",
                 self.run.scorers[REWARD_MODEL],
-                f"round {self.number}, {count} beams",
                 guidance_weight=args.guidance_weight,
                 **SearchOptions.divided(count, args.num_item_beams),
             )
