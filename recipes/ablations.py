@@ -1,6 +1,6 @@
 """Ablations of the alignment and the paper's Table 1, each with its table, on a run that has a reward model.
 
-    accelerate launch recipes/ablations.py r_dpo --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart
+    accelerate launch recipes/ablations.py r_dpo --config recipes/quickstart/preference_alignment.yaml --output_dir RUN
 
 The first word is r_dpo, num_candidates, losses, reference, ntp, rounds or table1; further words are the cells that
 are run, by default all: `r_dpo 0.01 0.05`, `losses dpo sdpo`, `table1 sasrec ipa`. Reads the run's data, tokenize,
