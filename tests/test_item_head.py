@@ -371,6 +371,20 @@ def test_the_heads_own_encoders_run_only_for_its_share():
     assert ran
 
 
+@pytest.mark.parametrize("search", ["beam", "diverse_beam", "sample", "stochastic_beam"])
+def test_the_decoder_does_not_run_for_the_head_alone(search):
+    model, trie, inputs = mixture_case()
+    hook = model.get_decoder().register_forward_hook(lambda *_: pytest.fail("the decoder ran for nothing"))
+    options = {"item_share": 1.0, "normalization": "constrained"}
+    found = generate_sessions(model, trie, **inputs, num_items=2, num_beams=8, search=search, **options)
+    again = session_log_probs(model, trie, found.items, **inputs, **options)
+    hook.remove()
+    nearly = session_log_probs(model, trie, found.items, **inputs, **options | {"item_share": 1 - 1e-7})
+    torch.testing.assert_close(again, nearly)
+    given = found.items[..., 0] >= 0
+    torch.testing.assert_close(found.scores[given], nearly[given])
+
+
 def test_sessions_have_the_mixtures_probability_and_draws_follow_it():
     model, trie, inputs = mixture_case(item_share=0.6)
     options = {"normalization": "constrained"}

@@ -56,6 +56,7 @@ class ItemMixture:
         if not torch.is_tensor(item_share) and not 0 < item_share <= 1:
             raise ValueError(f"item_share must lie in [0, 1], got {item_share}.")
         self.constraint, self.trie, self.constrained = constraint, constraint.trie, normalization == "constrained"
+        self.with_codes = torch.is_tensor(item_share) or item_share < 1  # or nothing of theirs is read
         self.log_shares = _log_shares(item_share, histories.item_queries)
         items, total = _exponentials(histories, self.trie.num_items)
         constraint.mask_items(items)

@@ -78,8 +78,11 @@ def forced_log_probs(
     mixture = ItemMixture.of(histories, constraints[0], normalization)
     several = len(constraints) > 1
     apart = several or mixture is not None
-    by_id = [_code_log_probs(model, sessions, histories, own, normalization, apart) for own in constraints]
-    of_items = torch.stack(by_id).logsumexp(0) - math.log(len(by_id)) if several else by_id[0]
+    if mixture is None or mixture.with_codes:
+        by_id = [_code_log_probs(model, sessions, histories, own, normalization, apart) for own in constraints]
+        of_items = torch.stack(by_id).logsumexp(0) - math.log(len(by_id)) if several else by_id[0]
+    else:
+        of_items = torch.zeros(sessions.shape, device=model.device)
     there = sessions >= 0
     positions, before = _trie_positions(sessions, constraints[0].trie)
     log_probs = torch.zeros(sessions.shape[:2], device=model.device)

@@ -167,9 +167,7 @@ class SessionSearch:
 
     def _candidates(self, node: torch.LongTensor, level: int, exhausted: torch.BoolTensor) -> Candidates:
         """What may follow beams at nodes (batch, beams) of the level before."""
-        self.paths.extend(self.tokens.shape[1])
-        hidden_states = self.decoder(input_ids=self.tokens, **self.decoder_inputs).last_hidden_state[:, -1]
-        logits = self.code_scores.logits(hidden_states.view(*node.shape, -1), level)
+        logits = self._code_logits(node.shape, level)
         children, exists = self.trie.child_nodes(node, level)
         codes = self.trie.codes(children, level)
         available = self.constraint.available(node, children, exists, level, self.used)
@@ -192,6 +190,14 @@ class SessionSearch:
         of_items = of_items.masked_fill(available & exhausted, 0.0)
         scores = self.before[..., None] + of_items
         return Candidates(scores, logits, available, codes, children, of_codes, of_items)
+
+    def _code_logits(self, shape: torch.Size, level: int) -> torch.Tensor:
+        """Scores (batch, beams, K) of a level's codes, without the decoder where an item head alone decides."""
+        if self.mixture is not None and not self.mixture.with_codes:
+            return self.scores.new_zeros(*shape, self.code_scores.codebook_sizes[level])
+        self.paths.extend(self.tokens.shape[1])
+        hidden_states = self.decoder(input_ids=self.tokens, **self.decoder_inputs).last_hidden_state[:, -1]
+        return self.code_scores.logits(hidden_states.view(*shape, -1), level)
 
     def _extend(self, candidates: Candidates, level: int) -> torch.LongTensor:
         """Chooses the new beams, has everything follow them and gives their nodes."""
