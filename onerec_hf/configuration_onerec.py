@@ -1,15 +1,20 @@
 """OneRec's configuration: the encoder-decoder of section 3.2 with sparse mixture-of-experts decoder FFNs (eq 2)."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # At ids 0 to 4 in every vocabulary, whatever the codebooks.
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<sep>", "<unk>")
 NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
 PAD_TOKEN_ID, EOS_TOKEN_ID, BOS_TOKEN_ID, SEP_TOKEN_ID, UNK_TOKEN_ID = range(NUM_SPECIAL_TOKENS)
+
+FINGERPRINT = re.compile(r"\d{1,18}-[0-9a-f]+")
+MOST_LAYERS = 1000  # no model is as deep, and one that a damaged file asks for would be built for hours
 
 # Shapes by name. "debug" and "small" are for CPUs. The others have the paper's named sizes with its 24 experts, 2
 # active, and three levels of 8,192 codes. The paper gives no widths: these follow its technical report's shapes.
@@ -51,6 +56,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 def vocabulary_size(codebook_sizes: Sequence[int], num_semantic_ids: int) -> int:
     """The special tokens, the codes of all levels, and a BOS for every semantic ID but the first."""
     return NUM_SPECIAL_TOKENS + sum(codebook_sizes) + num_semantic_ids - 1
+
+
+def require_ranges(config: PreTrainedConfig, least: dict[int, Sequence[str]], layers: Sequence[str], eps: str) -> None:
+    """Checks what stands alone in a configuration, before it is calculated with.
+
+    Args:
+        config: has a `vocab_size`, in which its special tokens lie.
+        least: Fields by the least that they may be.
+        layers: Those of `least` that are numbers of layers.
+        eps: Of the norms.
+
+    Raises:
+        ValueError: with the field's name.
+    """
+    ranges = {
+        name: (start, MOST_LAYERS if name in layers else None) for start, names in least.items() for name in names
+    }
+    tokens = [name for name in ("pad", "bos", "sep", "decoder_start") if hasattr(config, f"{name}_token_id")]
+    ranges |= {f"{name}_token_id": (0, config.vocab_size - 1) for name in tokens}
+    for name, (start, end) in ranges.items():
+        value = getattr(config, name)
+        if value is None or value < start or (end is not None and value > end):
+            most = "" if end is None else f" and at most {end}"
+            raise ValueError(f"{name} must be at least {start}{most}, got {value}.")
+    if not getattr(config, eps) > 0:
+        raise ValueError(f"{eps} must be more than 0, got {getattr(config, eps)}.")
 
 
 @strict
@@ -169,7 +200,7 @@ class OneRecConfig(PreTrainedConfig):
         self.codebook_sizes = list(self.codebook_sizes)
         self.history_feedback = list(self.history_feedback)
         if isinstance(self.item_encoders, int):  # checkpoints once had the number of further ones
-            self.item_encoders = ["shared", *["learned"] * self.item_encoders]
+            self.item_encoders = ["shared", *["learned"] * min(self.item_encoders, MOST_LAYERS)]
         self.item_encoders = list(self.item_encoders)
         self.user_features = dict(self.user_features or {})
         if self.vocab_size is None:
@@ -177,7 +208,15 @@ class OneRecConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: fields that only make sense together."""
+        """Part of `@strict`-powered validation: sizes, and fields that only make sense together."""
+        sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
+        layers = ("encoder_layers", "decoder_layers")
+        least = {1: (*sizes, *layers, "history_items", "session_items"), 0: ("num_items", "item_content_size")}
+        require_ranges(self, least, layers, "rms_norm_eps")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACT2FN)}.")
+        if self.catalogue_fingerprint is not None and not FINGERPRINT.fullmatch(self.catalogue_fingerprint):
+            raise ValueError(f"catalogue_fingerprint is none of a tokenizer's: {self.catalogue_fingerprint[:60]!r}.")
         if not self.codebook_sizes or min(self.codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes must hold at least one positive size, got {self.codebook_sizes}.")
         count = self.num_semantic_ids
@@ -225,6 +264,9 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(
                 "encoder_positions='distance' needs encoder_attention='causal' and history_positions='item'."
             )
+        self._validate_item_head()
+
+    def _validate_item_head(self):
         if self.item_negatives < 0:
             raise ValueError(f"item_negatives must not be negative, got {self.item_negatives}.")
         for name in ("item_share", "session_item_share"):

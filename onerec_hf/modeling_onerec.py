@@ -35,6 +35,7 @@ from .item_head import (
     OneRecItemVectors,
     sampled_softmax_loss,
 )
+from .readable_checkpoints import readable_checkpoint
 
 
 class OneRecRMSNorm(nn.Module):
@@ -310,6 +311,12 @@ class OneRecPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # Its steps are finer than a bfloat16 of its size.
     _keep_in_fp32_modules_strict = ["expert_bias"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As every model's; for files that cannot be loaded a ValueError with the folder's name."""
+        with readable_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

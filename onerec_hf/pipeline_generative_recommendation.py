@@ -28,7 +28,7 @@ class GenerativeRecommendationPipeline(Pipeline):
 
     def __call__(self, histories, **kwargs):
         """Recommends; a single history gives a single result."""
-        if not isinstance(histories, (Mapping, str, bytes, pd.DataFrame)):
+        if isinstance(histories, Iterable) and not isinstance(histories, (Mapping, str, bytes, pd.DataFrame)):
             histories = list(histories)
         single = isinstance(histories, Mapping) or (isinstance(histories, list) and _begin_with_item_id(histories))
         rows = history_rows([histories] if single else histories)

@@ -46,6 +46,7 @@ from .configuration_onerec import (
     vocabulary_size,
 )
 from .item_index import ItemIdLookup, SemanticIdLookup, as_item_ids, item_id_array, read_item_index, write_item_index
+from .readable_checkpoints import readable_checkpoint
 from .renamed_arguments import renamed_arguments
 from .semantic_ids.refit import added_items, displaced_items, refit_reasons
 from .staged_files import staged_files
@@ -791,13 +792,14 @@ class OneRecTokenizer(TokenizersBackend):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "OneRecTokenizer":
         """The tokenizer that `save_pretrained` or `push_to_hub` wrote; a broken or foreign file is a ValueError."""
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"tokenizer_config.json or config.json of {pretrained_model_name_or_path} is not valid JSON "
-                f"({error}); save or download it again"
-            ) from error
+        with readable_checkpoint(pretrained_model_name_or_path):
+            try:
+                return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"tokenizer_config.json or config.json of {pretrained_model_name_or_path} is not valid JSON "
+                    f"({error}); save or download it again"
+                ) from error
 
     @classmethod
     def _from_pretrained(cls, resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs):
@@ -851,4 +853,6 @@ class OneRecTokenizer(TokenizersBackend):
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"{paths['tokenizer']} cannot be read as a tokenizer ({error}); save it again") from error
         kwargs["report"] = json.loads(Path(paths["semantic_id_report"]).read_text(encoding="utf-8"))
+        if not isinstance(kwargs["report"], dict):
+            raise ValueError(f"{paths['semantic_id_report']} holds no JSON object; save or download it again")
         return kwargs

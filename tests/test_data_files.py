@@ -321,6 +321,49 @@ def test_archives_are_read_and_broken_ones_are_named(tmp_path):
                 read(tmp_path, name)
 
 
+def test_an_encrypted_archive_and_text_that_is_none_are_named(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("log.csv", log_frame().to_csv(index=False))
+    data = bytearray(packed.getvalue())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.rindex(mark) + flags] |= 1
+    (tmp_path / "log.csv.zip").write_bytes(data)
+    with pytest.raises(DataError, match="log.csv.zip: cannot be read: .* is encrypted"):
+        read(tmp_path, "log.csv.zip")
+    table = pa.Table.from_pandas(log_frame(time="2024-01-01"), preserve_index=False)
+    pq.write_table(table, tmp_path / "log.parquet", compression="none", use_dictionary=False)
+    data = (tmp_path / "log.parquet").read_bytes()
+    (tmp_path / "log.parquet").write_bytes(data.replace(b"2024-01-01", b"\xff024-01-01"))
+    with pytest.raises(DataError, match="log.parquet: is not written in utf-8"):
+        read(tmp_path, "log.parquet")
+
+
+def test_a_mapping_of_other_values_is_named(tmp_path):
+    log_frame().to_csv(tmp_path / "log.csv", index=False)
+    pd.DataFrame({"item": [1, 2, 3], "t": "x"}).to_csv(tmp_path / "items.csv", index=False)
+    columns = {"user_id": "uid", "item_id": "item", "timestamp": "time"}
+    items = {"file": "items.csv", "columns": {"item_id": "item"}}
+    for place, changes in {
+        "interactions.columns.user_id": {"interactions": {"columns": columns | {"user_id": ["uid"]}}},
+        "interactions.feedback.view": {"interactions": {"feedback": {"view": ["time"]}}},
+        "interactions.feedback.view.column": {"interactions": {"feedback": {"view": {"column": ["time"]}}}},
+        "interactions.file": {"interactions": {"file": "log\0.csv"}},
+        "items.text": {"items": items | {"text": ["t"]}},
+        "items.categorical": {"items": items | {"categorical": [["t"]]}},
+        "timezone": {"timezone": ["UTC"]},
+    }.items():
+        with pytest.raises(DataError, match=f"mapping.yaml: '{place}' must be text or a number, got"):
+            read(tmp_path, **changes)
+    typed = columns | {"user_id": {"column": "uid", "type": ["string"]}}
+    with pytest.raises(DataError, match="mapping.yaml: 'interactions.columns.user_id' must be a column"):
+        read(tmp_path, interactions={"columns": typed})
+    for text in ("[" * 5000 + "]" * 5000, "name: !!binary |\n  AA==\n"):
+        (tmp_path / "mapping.yaml").write_text(text)
+        with pytest.raises(DataError, match="mapping.yaml"):
+            read_table(tmp_path, tmp_path / "mapping.yaml")
+
+
 def test_odd_tables_are_read_or_named(tmp_path):
     frame = log_frame()
     for delimiter in (";", "\t"):

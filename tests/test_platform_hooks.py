@@ -21,6 +21,8 @@ import onerec_hf
 # stands among them, some that must be there. What has no parentheses needs only exist.
 HOOKS = r"""
 transformers.PreTrainedModel._init_weights(module): both models' initial weights, on top of the library's own
+transformers.PreTrainedModel.from_pretrained(pretrained_model_name_or_path, *model_args, ...): both models, errors \
+with the folder's name
 transformers.PreTrainedModel.get_encoder(modality): OneRecModel; generation reads the encoder by it
 transformers.PreTrainedModel.get_decoder(): OneRecModel; generation reads the decoder by it
 transformers.PreTrainedModel.get_input_embeddings(): both models

@@ -426,6 +426,12 @@ def test_histories_come_as_people_have_them(tmp_path):
             ([[], [ids[0], None]], r"histories\[1\] has no item id at place 1"),
             ([{"history_item_ids": "1,2"}], r"histories\[0\] is '1,2' \(str\), where a list"),
             ([[], {ids[0]}], r"histories\[1\] .*set.*where a list"),
+            ([[], pd.Series([ids[0], pd.NA], dtype="Int64")], r"histories\[1\] has no item id at place 1"),
+            ([[], [ids[:2]]], r"the history_item_ids of histories\[1\] must be integers or strings"),
+            ([[ids[0]], [float(ids[0])]], r"the history_item_ids of histories\[1\] must be integers or strings"),
+            ([[], [ids[0], 2**64 + ids[0]]], r"the history_item_ids of histories\[1\] must fit into 64 bits"),
+            ([[str(ids[0])]], "histories: item ids of this catalogue are integers"),
+            (None, "histories must be a list with a history for each user, got None"),
         ]:
             for unknown_items in ("error", "skip"):
                 with pytest.raises(ValueError, match=message):
@@ -437,9 +443,22 @@ def test_histories_come_as_people_have_them(tmp_path):
             recommend(model, tokenizer, wrong, unknown_items="skip")
     blocked = {"blocked_items": [ids[0], -7], "allowed_items": [ids[0], ids[5], -8], "unknown_items": "skip"}
     assert recommend(model, tokenizer, [[]], **blocked)[0]["items"] == [ids[5]]
-    for option in ({"top_k": 2.5}, {"allowed_items": "item 1"}):
-        with pytest.raises(ValueError, match="top_k must be an integer|allowed_items must be a list"):
-            recommend(model, tokenizer, lists, **option)
+    for name, wrong, message in [
+        *((name, 2.5, "must be an integer of at least 1") for name in ("top_k", "num_beams", "batch_size")),
+        *(
+            ("num_beams", -1, "must be an integer of at least 1"),
+            ("batch_size", -1, "must be an integer of at least 1"),
+        ),
+        *(
+            ("seed", 0.5, "must be an integer"),
+            ("seed", 2**64, "must be an integer"),
+            ("allowed_items", 5, "must be a"),
+        ),
+        *(("allowed_items", "item 1", "must be a list"), ("blocked_items", [-5], ": item id -5 .* is not in the")),
+        ("blocked_items", [float(ids[0])], ": item_ids must be integers or strings"),
+    ]:
+        with pytest.raises(ValueError, match=name + " ?" + message):
+            recommend(model, tokenizer, lists, **{name: wrong})
     for wrong in (["item 1"], [None]):
         with pytest.raises(ValueError, match=r"histories\[0\] must be a list of items"):
             tokenizer.encode_histories(wrong)

@@ -32,7 +32,7 @@ NULL_VALUES = ["", "nan", "NaN"]
 CSV_OPTIONS = {"keep_default_na": False, "na_values": NULL_VALUES}
 UNREADABLE = (
     *(pa.ArrowException, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, OSError, EOFError),
-    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError),  # the last of an encrypted archive
 )
 # The first by which a CSV file's header has the columns parts them.
 DELIMITERS = (",", ";", "\t")
@@ -81,6 +81,7 @@ def read_columns(path: Path, columns: list[str], kinds: Mapping[str, str] | None
         if path.suffix.lower() == ".parquet":
             require_columns(pq.read_schema(path).names, columns, path.name)
             table = pq.ParquetFile(path).read(columns=columns)
+            table.validate(full=True)  # text of a damaged page need not be any
             return frame_of_table(table, kinds or {}, path.name)
         return _read_csv(path, columns, kinds or {})
     except UNREADABLE as error:
@@ -333,6 +334,6 @@ def read_json_columns(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    if isinstance(error, UnicodeError) or "invalid UTF8" in str(error):
+    if isinstance(error, UnicodeError) or "invalid utf8" in str(error).lower():
         return DataError(f"{path}: is not written in utf-8: {error}. Save it in this encoding.")
     return DataError(f"{path}: cannot be read: {error or type(error).__name__}. Correct the file, or write it again.")

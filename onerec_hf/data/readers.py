@@ -45,6 +45,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import reprlib
 import warnings
 from collections.abc import Callable
 from glob import glob
@@ -56,10 +57,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from safetensors import SafetensorError
 
 from ..staged_files import staged_directory
 from .data_arguments import DataArguments
-from .data_files import CSV_OPTIONS, Tables, data_folder, frame_of_table, is_table, joined, read_columns, typed_columns
+from .data_files import (
+    CSV_OPTIONS,
+    UNREADABLE,
+    Tables,
+    data_folder,
+    frame_of_table,
+    is_table,
+    joined,
+    read_columns,
+    typed_columns,
+)
 from .feed import Feed
 from .public_sets import (
     read_amazon_reviews,
@@ -312,6 +324,7 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
 
 
 ID_COLUMNS = ("user_id", "item_id", "session_id")
+LIST_KEYS = ("file", "categorical", "multi_categorical", "numeric")
 MAPPING_KEYS = ("interactions", "items", "name", "positive_feedback", "timezone", "users")
 # Of each section: the schema's columns, of which the first two are needed, and the other keys.
 MAPPING_SECTIONS = {
@@ -330,8 +343,8 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not written in utf-8: {error}. Save it in this encoding.") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{path}: not valid YAML: {error}. Correct it.") from None
     if not isinstance(mapping, dict) or not isinstance(mapping.get("interactions"), dict):
         raise DataError(f"{path}: a column mapping needs a section 'interactions' with 'columns' in it.")
     for key in mapping:
@@ -366,9 +379,10 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
         given = {name: value for name, value in part["columns"].items() if isinstance(value, dict)}
         part["types"] = {name: value["type"] for name, value in given.items()}
         part["columns"] = part["columns"] | {name: value["column"] for name, value in given.items()}
-    if mapping["interactions"].get("timestamp_unit", "s") not in TIMESTAMP_UNITS:
-        unit = mapping["interactions"]["timestamp_unit"]
-        raise DataError(f"{path}: timestamp_unit '{unit}' is not known; use {', '.join(TIMESTAMP_UNITS)}.")
+    unit = mapping["interactions"].get("timestamp_unit", "s")
+    if unit not in TIMESTAMP_UNITS:
+        shown = unit if isinstance(unit, str) else reprlib.repr(unit)
+        raise DataError(f"{path}: timestamp_unit '{shown}' is not known; use {', '.join(TIMESTAMP_UNITS)}.")
     for section in ("items", "users"):
         for key in ("categorical", "multi_categorical", "numeric"):
             if not isinstance(mapping.get(section, {}).get(key, []), list):
@@ -385,7 +399,22 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
             column["scale"] = _factor(column["scale"], f"{path}: scale of feedback '{name}'")
     if not isinstance(mapping.get("positive_feedback", []), list):
         raise DataError(f"{path}: 'positive_feedback' must be a list, e.g. [view, 'rating>=4'].")
+    _require_plain(path, mapping)
     return mapping
+
+
+def _require_plain(path: Path, value: object, place: tuple = ()) -> None:
+    """Raises DataError for a value below `place` of a mapping that is neither text nor a number, such as a list in the
+    place of a column's name."""
+    if isinstance(value, dict) and len(place) < 4:
+        for key, inner in value.items():
+            _require_plain(path, inner, (*place, key))
+        return
+    lists = isinstance(value, list) and (place == ("positive_feedback",) or len(place) == 2 and place[1] in LIST_KEYS)
+    for one in value if lists else [value]:
+        if not (one is None or isinstance(one, (str, int, float))) or isinstance(one, str) and "\0" in one:
+            name = ".".join(map(str, place))
+            raise DataError(f"{path}: '{name}' must be text or a number, got {reprlib.repr(one)}. Correct it.")
 
 
 def _factor(value: object, name: str) -> float:
@@ -395,13 +424,13 @@ def _factor(value: object, name: str) -> float:
     except (TypeError, ValueError):
         factor = np.nan
     if not np.isfinite(factor):
-        raise DataError(f"{name} must be a number such as 0.001, got {value!r}.")
+        raise DataError(f"{name} must be a number such as 0.001, got {reprlib.repr(value)}.")
     return factor
 
 
 def _states_type(name: str, column: dict) -> bool:
     types = {"string", "integer"} if name in ID_COLUMNS else set()
-    return set(column) == {"column", "type"} and column["type"] in types
+    return set(column) == {"column", "type"} and str(column["type"]) in types
 
 
 def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], default_name: str) -> Feed:
@@ -517,11 +546,22 @@ def load_saved_feed(directory: str | Path) -> Feed:
     """Reads what `save_feed` wrote.
 
     Raises:
-        DataError: `directory` holds no saved feed.
+        DataError: `directory` holds no saved feed, or a damaged one.
     """
     folder = Path(directory)
     if not (folder / "feed.json").is_file():
         raise DataError(f"{folder}: holds no saved feed (feed.json is missing). Run the stage that writes it first.")
+    try:
+        return _saved_feed(folder)
+    except (*UNREADABLE, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{folder}: holds no saved feed that can be read ({problem}). Delete the folder, and run the stage that "
+            "writes it again."
+        ) from error
+
+
+def _saved_feed(folder: Path) -> Feed:
     fields = json.loads((folder / "feed.json").read_text())
     world = SimulatedFeed.load(folder / "world") if (folder / "world").is_dir() else None
     interactions, items = (pd.read_parquet(folder / f"{name}.parquet") for name in ("interactions", "items"))

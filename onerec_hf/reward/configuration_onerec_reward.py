@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from ..configuration_onerec import NUM_SPECIAL_TOKENS
+from ..configuration_onerec import NUM_SPECIAL_TOKENS, require_ranges
 
 LABEL_KINDS = ("binary", "share", "quantile")
 SCALARS = ("weighted_sum", "z_score")
@@ -118,7 +118,11 @@ class OneRecRewardConfig(PreTrainedConfig):
         return [objective["weight"] for objective in self.objectives]
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: fields that only make sense together."""
+        """Part of `@strict`-powered validation: sizes, and fields that only make sense together."""
+        sizes = ("hidden_size", "num_attention_heads", "tower_hidden_size", "feature_size", "num_members")
+        counts = ("num_hidden_layers", "taste_size", "num_items", "item_embedding_size", "num_item_values")
+        least = {1: (*sizes, "history_items", "session_items"), 0: counts}
+        require_ranges(self, least, ["num_hidden_layers"], "layer_norm_eps")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
@@ -128,8 +132,6 @@ class OneRecRewardConfig(PreTrainedConfig):
             raise ValueError(
                 f"taste_size is {self.taste_size}, but items have no embeddings to be compared by: leave it at 0."
             )
-        if self.num_members < 1:
-            raise ValueError(f"num_members ({self.num_members}) must be at least 1.")
         if self.vocab_size < NUM_SPECIAL_TOKENS + sum(self.codebook_sizes):
             raise ValueError(
                 f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS} special tokens and the "

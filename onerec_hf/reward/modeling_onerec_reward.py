@@ -39,6 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..modeling_onerec import eager_attention_forward
+from ..readable_checkpoints import readable_checkpoint
 from .configuration_onerec_reward import OneRecRewardConfig
 
 RANK_WAVES = 6
@@ -390,6 +391,12 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(OneRecRewardAttention, index=1, layer_name="layers"),
         "cross_attentions": OutputRecorder(OneRecRewardAttention, index=1, layer_name="target_attention"),
     }
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As every model's; for files that cannot be loaded a ValueError with the folder's name."""
+        with readable_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

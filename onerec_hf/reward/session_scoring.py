@@ -76,7 +76,8 @@ class SessionScorer:
             batch_size: Users scored at once.
 
         Raises:
-            ValueError: if the catalogue indices are not the tokenizer's, or there is not one row for each user.
+            ValueError: if the catalogue indices are not the tokenizer's, there is not one row for each user, or the
+                model gives no numbers.
         """
         if len(rows) != len(sessions):
             raise ValueError(f"Got {len(rows)} rows for {len(sessions)} users' sessions: give one for each.")
@@ -93,7 +94,13 @@ class SessionScorer:
                 empty = (batch < 0).all(-1)
                 reward.append(output.reward.float().cpu().masked_fill(empty, torch.nan))
                 probabilities.append(output.probabilities.float().cpu().masked_fill(empty[..., None], torch.nan))
-        return SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))
+        scores = SessionScores(reward=torch.cat(reward), probabilities=torch.cat(probabilities))
+        if (scores.reward.isnan() & (sessions >= 0).any(-1)).any():
+            raise ValueError(
+                "The reward model's scores are NaN: its weights are damaged, or its training diverged. "
+                "Download or train it again."
+            )
+        return scores
 
 
 class RewardGuide:

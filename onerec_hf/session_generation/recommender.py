@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation_mode import evaluation_mode
 from ..history_features import encode_history_rows
+from ..item_index import as_item_ids
 from ..item_trie import ItemTrie
 from ..renamed_arguments import renamed_arguments
 from .generation import generate_sessions
@@ -28,12 +29,16 @@ def history_rows(histories: Iterable[Iterable | Mapping | None]) -> list[Mapping
     """Users' histories, in any container of them, as rows with `history_item_ids`.
 
     Raises:
-        ValueError: for a single row, or text.
+        ValueError: for a single row, text, or what is no list.
     """
     if isinstance(histories, (str, bytes, Mapping)):
         raise ValueError(f"histories must be a list with a history for each user, got {type(histories).__name__}.")
     if isinstance(histories, pd.DataFrame):
         histories = histories.to_dict("records")
+    try:
+        histories = iter(histories)
+    except TypeError:
+        raise ValueError(f"histories must be a list with a history for each user, got {histories!r:.40}.") from None
     return [row if isinstance(row, Mapping) else {"history_item_ids": row} for row in histories]
 
 
@@ -57,9 +62,14 @@ def item_list(row: Mapping, user: int) -> list:
         )
     items = list(items)
     for place, item in enumerate(items):
-        if item is None or item != item:  # NaN
+        if item is None or not isinstance(item, (int, str)) and pd.isna(item) is True:
             raise ValueError(f"histories[{user}] has no item id at place {place} ({item}): drop it.")
     return items
+
+
+def _require_count(name: str, value: Any, remedy: str = "") -> None:
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.{remedy}")
 
 
 class Recommender:
@@ -131,8 +141,8 @@ class Recommender:
                 a history is no list of item ids.
             TypeError: For an option that there is not.
         """
-        if not isinstance(top_k, (int, np.integer)) or top_k < 1:
-            raise ValueError(f"top_k must be an integer of at least 1, got {top_k!r}.")
+        _require_count("top_k", top_k)
+        _require_count("batch_size", batch_size)
         if unknown_items not in ("error", "skip"):
             raise ValueError(f"unknown_items must be 'error' or 'skip', got {unknown_items!r}.")
         model = self.model
@@ -161,7 +171,11 @@ class Recommender:
         **options,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arguments of [`generate_sessions`] for the ranked list and for the sessions."""
-        num_beams = self.model.generation_config.num_beams if num_beams is None else num_beams
+        saved = num_beams is None
+        num_beams = self.model.generation_config.num_beams if saved else num_beams
+        _require_count("num_beams", num_beams, " Give num_beams, or correct generation_config.json." if saved else "")
+        if seed is not None and (type(seed) is bool or not isinstance(seed, (int, np.integer)) or abs(seed) >= 2**63):
+            raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}.")
         num_beams = min(max(num_beams, top_k), self.trie.num_positions)
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
         wanted, added = options.get("search", "beam"), 0
@@ -190,11 +204,15 @@ class Recommender:
             return None
         allowed = np.full(self.trie.num_items, allowed_items is None)
         for name, items, value in (("allowed_items", allowed_items, True), ("blocked_items", blocked_items, False)):
-            if isinstance(items, (str, bytes)):
+            if items is None:
+                continue
+            if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
                 raise ValueError(f"{name} must be a list of item ids, got {items!r}.")
-            if items is not None:
+            try:
                 indices = self.tokenizer.item_index(list(items), unknown_items=unknown_items)
-                allowed[indices[indices >= 0]] = value
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            allowed[indices[indices >= 0]] = value
         return torch.from_numpy(allowed).to(self.model.device)
 
     def _known_rows(self, rows: list[dict], first: int, unknown_items: str) -> list[dict]:
@@ -217,7 +235,12 @@ class Recommender:
         lists = [row.get(f"{name}_item_ids") for row in rows]
         items = [item for items in lists if items is not None for item in items]
         ends = np.cumsum([0 if items is None else len(items) for items in lists])
-        indices = self.tokenizer.item_index(items, unknown_items="skip")
+        try:
+            indices = self.tokenizer.item_index(items, unknown_items="skip")
+        except ValueError as error:
+            for user, own in enumerate(lists, start=first):
+                as_item_ids([] if own is None else own, f"the {name}_item_ids of histories[{user}]")
+            raise ValueError(f"histories: {error}") from None
         missing = np.flatnonzero(indices < 0)
         if len(missing) and unknown_items == "error":
             user = first + int(np.searchsorted(ends, missing[0], side="right"))
@@ -253,6 +276,11 @@ class Recommender:
         if self.scorer is not None and not guided:
             rewards = self.scorer.score(rows, found).reward
             chosen = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
+        if ranked.scores[ranked.items[..., 0] >= 0].isnan().any():
+            raise ValueError(
+                "The model's scores are NaN: its weights are damaged, or its training diverged. "
+                "Download or train it again."
+            )
         # Draws come in their own order; the list is by score.
         scores, order = ranked.scores.sort(dim=1, descending=True, stable=True)
         items = ranked.items[..., 0].gather(1, order)

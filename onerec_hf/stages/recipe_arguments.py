@@ -576,8 +576,16 @@ def base_options(config: Path) -> dict[str, Any]:
 
 def read_options(config: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; an empty one of a file that the parser will refuse."""
-    options = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    options = read_yaml(config) if config.is_file() else None
     return options if isinstance(options, dict) else {}
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises ValueError with its name where it is none, or has tags of Python's."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}. Correct it.") from None
 
 
 def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:

@@ -34,13 +34,22 @@ def write_json(path: Path, content: Any):
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What a JSON file holds. Raises ValueError with its name where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete its folder, and run the stage again.") from None
 
 
 def completed_stage(output_dir: Path, name: str) -> dict[str, Any] | None:
-    """What a complete stage says of itself, or None."""
+    """What a complete stage says of itself, or None. Raises ValueError for a damaged stage.json."""
     path = output_dir / name / STAGE_FILE
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or "fingerprint" not in content:
+        raise ValueError(f"{path} has no fingerprint: no stage wrote it. Delete its folder, and run the stage again.")
+    return content
 
 
 @dataclass(frozen=True)
