@@ -209,10 +209,6 @@ class OneRecConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: sizes, and fields that only make sense together."""
-        sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
-        layers = ("encoder_layers", "decoder_layers")
-        least = {1: (*sizes, *layers, "history_items", "session_items"), 0: ("num_items", "item_content_size")}
-        require_ranges(self, least, layers, "rms_norm_eps")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACT2FN)}.")
         if self.catalogue_fingerprint is not None and not FINGERPRINT.fullmatch(self.catalogue_fingerprint):
@@ -234,6 +230,10 @@ class OneRecConfig(PreTrainedConfig):
                 f"vocab_size ({self.vocab_size}) is smaller than the {NUM_SPECIAL_TOKENS + count - 1} special tokens "
                 f"and the {sum(self.codebook_sizes)} codes of codebook_sizes {self.codebook_sizes}; leave it out."
             )
+        sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
+        layers = ("encoder_layers", "decoder_layers")
+        least = {1: (*sizes, *layers, "history_items", "session_items"), 0: ("num_items", "item_content_size")}
+        require_ranges(self, least, layers, "rms_norm_eps")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "

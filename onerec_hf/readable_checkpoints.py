@@ -45,5 +45,5 @@ def _require_shards_inside(folder: Path) -> None:
             problem = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is no index of shards ({problem}); save or download it again.") from error
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise ValueError(f"{path} names {name!r} as a file of weights, where only those beside it are read.")

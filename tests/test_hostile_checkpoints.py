@@ -131,7 +131,7 @@ def test_code_in_the_folder_is_not_run_without_consent(folder, tmp_path, kind):
 def test_shards_outside_of_the_folder_are_refused(folder, kind):
     (folder / kind / WEIGHTS).rename(folder / WEIGHTS)
     index = folder / kind / "model.safetensors.index.json"
-    for name in (f"../{WEIGHTS}", str(folder / WEIGHTS), f"part/../../{WEIGHTS}", 5, None):
+    for name in (f"../{WEIGHTS}", str(folder / WEIGHTS), f"part/../../{WEIGHTS}", "..", "", 5, None):
         weight_map = dict.fromkeys(load_file(folder / WEIGHTS), name)
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         for loader in LOADERS[kind]:

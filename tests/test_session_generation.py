@@ -455,6 +455,7 @@ def test_histories_come_as_people_have_them(tmp_path):
             ("allowed_items", 5, "must be a"),
         ),
         *(("allowed_items", "item 1", "must be a list"), ("blocked_items", [-5], ": item id -5 .* is not in the")),
+        ("item_share", [], r"is \[\], but the model has no item head"),
         ("blocked_items", [float(ids[0])], ": item_ids must be integers or strings"),
     ]:
         with pytest.raises(ValueError, match=name + " ?" + message):

@@ -61,7 +61,7 @@ def encoded_histories(
         TypeError: For an input that the encoder does not have; it would go unnoticed there.
         ValueError: For a share of an item head that there is not.
     """
-    if model.config.item_head == "none" and (torch.is_tensor(item_share) or item_share):
+    if model.config.item_head == "none" and (torch.is_tensor(item_share) or item_share not in (None, 0)):
         raise ValueError(f"item_share is {item_share}, but the model has no item head.")
     encoder = model.get_encoder()
     unknown = encoder_inputs.keys() - inspect.signature(encoder.forward).parameters.keys()
