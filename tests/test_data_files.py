@@ -277,6 +277,9 @@ def test_times_of_no_date_are_seconds_and_sentinels_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(read(tmp_path).interactions) == 6
     assert "column 'time' is -1.0 in 1 of 6 rows, first at row 4" in caplog.text or "is -1 in 1" in caplog.text
+    log_frame(time=[True, False] * 3).to_parquet(tmp_path / "log.parquet")
+    with pytest.raises(DataError, match="'time' holds true and false where times are needed, first at row 0"):
+        read(tmp_path, "log.parquet")
     log_frame(time=[*map(str, times[:4]), "-", ""]).to_csv(tmp_path / "log.csv", index=False)
     with pytest.raises(DataError, match="'time' has dtype str where times are needed, first at row 4 .*'-' .1 of 6"):
         read(tmp_path)

@@ -31,6 +31,9 @@ def unix_seconds(values: pd.Series, unit: str | None, source: str) -> pd.Series:
     Raises:
         DataError: a value that is no time, a unit that contradicts the values, a date after 2100 in a log of dates.
     """
+    if pd.api.types.is_bool_dtype(values.dtype):
+        bad, remedy = values.notna().to_numpy(), "Name the column of the times."
+        refuse(source, str(values.name), bad, values, "holds true and false where times are needed", remedy)
     if unit != "iso" and not _has_units(values):
         numbers = pd.to_numeric(values, errors="coerce").notna().any()
         if unit is not None or numbers:
