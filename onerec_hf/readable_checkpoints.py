@@ -38,7 +38,7 @@ def readable_checkpoint(source: Any, subfolder: str | None = None) -> Iterator[N
 
 def _require_shards_inside(folder: Path) -> None:
     """Raises ValueError if an index of shards names a file that is not in its folder."""
-    for path in sorted(folder.glob("*.index.json")):
+    for path in (*folder.glob("*.safetensors.index.*json"), *folder.glob("*.bin.index.*json")):  # and of variants
         try:
             names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (AttributeError, LookupError, TypeError, ValueError) as error:

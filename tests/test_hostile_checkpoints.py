@@ -137,6 +137,10 @@ def test_shards_outside_of_the_folder_are_refused(folder, kind):
         for loader in LOADERS[kind]:
             with pytest.raises(ValueError, match="model.safetensors.index.json names .* as a file of weights"):
                 loader(folder / kind)
+    variant = index.rename(index.with_suffix(".fp16.json"))
+    with pytest.raises(ValueError, match="model.safetensors.index.fp16.json names .* as a file of weights"):
+        LOADERS[kind][0](folder / kind, variant="fp16")
+    variant.unlink()
     for text in ("{", "{}", "[]", '{"weight_map": []}'):
         index.write_text(text)
         with pytest.raises(ValueError, match="model.safetensors.index.json is no index"):

@@ -478,7 +478,7 @@ YAML_TEXTS = {
     "itself": lambda text, key: text.replace(f"{key}: ", f"{key}: &self [*self] #", 1),
     "a key twice": lambda text, key: text + f"\n{key}: 5\n",
     "tabs": lambda text, key: text.replace("  ", "\t"),
-    "deep": lambda text, key: text.replace(f"{key}: ", f"{key}: " + "[" * 5000 + "]" * 5000 + " #", 1),
+    "deep": lambda text, key: text.replace(f"{key}: ", f"{key}: " + "[" * 500 + "]" * 500 + " #", 1),
     "two documents": lambda text, key: text + "---\n" + text,
     "a list": lambda text, key: "- " + text.replace("\n", "\n  "),
     "nothing": lambda text, key: pick_first(("", "null", "5", "[]", "name: x"), key),
