@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "onerec_hf"
 # stands for a module, or for a package with all that is in it. "" is the package's own __init__, which gives users the
 # models and what recommends with them.
 FLOORS = [
-    ["co_consumption", "evaluation_mode", "figure_style", "renamed_arguments", "staged_files"],
+    ["co_consumption", "evaluation_mode", "figure_style", "free_memory", "renamed_arguments", "staged_files"],
     ["data"],
     ["item_embeddings", "item_alignment", "embedding_adaptation", "item_index", "semantic_ids"],
     ["configuration_onerec", "tokenization_onerec", "item_trie"],

@@ -25,7 +25,13 @@ from ..reporting.report import write_report
 from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import generate_sessions
 from ..staged_files import staged_file
-from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
+from .baselines_stage import (
+    BASELINE_STAGE,
+    baseline_stage,
+    evaluated_baselines,
+    run_baselines,
+    skipped_baselines,
+)
 from .evaluated_run import EvaluatedRun
 from .hub_access import require_login
 from .pretrain_stage import MODEL
@@ -147,7 +153,8 @@ def run_metrics(
             "config": model.config.to_diff_dict(),
         },
         "onerec": {name: value for name, value in last_kept(entries).items() if name not in ROUND_ALONE},
-        "baselines": {name: read_json(baselines / f"{name}.json") for name in fitted_baselines(args)},
+        "baselines": {name: read_json(baselines / f"{name}.json") for name in evaluated_baselines(args)},
+        "skipped_baselines": skipped_baselines(baselines),
         "alignment": entries,
         "timings": {name: stage["seconds"] for name, stage in stages.items()},
         "environment": environment(),
