@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -30,6 +29,7 @@ from ..embedding_adaptation import EmbeddingAdaptation
 from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
 from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
+from ..yaml_files import read_yaml
 from .hub_access import require_repositories
 
 logger = logging.getLogger(__name__)
@@ -552,31 +552,39 @@ def option_names() -> set[str]:
     return {entry.name for entry in fields(RecipeArguments)}
 
 
-def base_options(config: Path) -> dict[str, Any]:
-    """The options that a YAML file takes from its `base`, and that one from its own.
+def all_options(config: Path) -> dict[str, Any]:
+    """The options of a YAML file, with those that it takes from its `base`, and that one from its own.
 
     Raises:
         ValueError: a base that is no file or no recipe, or that has the file as its own base.
     """
-    options, files, latest = {}, [config], read_options(config)
+    files, latest = [config], read_options(config)
+    options = latest
     while latest.get("base") is not None:
         base = files[-1].parent / latest["base"]
         if not base.is_file() or any(base.samefile(file) for file in files):
             reason = "itself" if base.is_file() else "no file"
             raise ValueError(f"{files[-1]} has base: {latest['base']}, which is {reason}.")
         latest = read_options(base)
-        unknown = sorted(set(latest) - option_names())
-        if unknown:
-            raise ValueError(f"{base} has {unknown[0]!r}, which is no option of a recipe.")
         options = latest | options
         files.append(base)
     return options
 
 
 def read_options(config: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty one of a file that the parser will refuse."""
-    options = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
-    return options if isinstance(options, dict) else {}
+    """The options that a YAML file has of its own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not in UTF-8, no YAML, or has anything else than options of a recipe; names it.
+    """
+    options = read_yaml(config)
+    if not isinstance(options, dict):
+        raise ValueError(f"{config}: must hold options of a recipe, as `name: value`, and holds {options!r:.40}.")
+    unknown = sorted(map(str, options.keys() - option_names()))
+    if unknown:
+        raise ValueError(f"{config} has {unknown[0]!r}, which is no option of a recipe.")
+    return options
 
 
 def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
@@ -588,8 +596,13 @@ def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
     if any(flag.partition("=")[0] == "--base" for flag in argv):
         raise ValueError("base stands in a YAML file; on the command line a file is given with --config.")
     if "--config" in argv[:-1]:
-        parser.set_defaults_with_config(**base_options(Path(argv[argv.index("--config") + 1])))
+        # Not by the parser, which would read the file in the encoding of the locale.
+        place = argv.index("--config")
+        parser.set_defaults_with_config(**all_options(Path(argv[place + 1])))
+        argv = argv[:place] + argv[place + 2 :]
     [args] = parser.parse_args_and_config(args=argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a table has characters that an ASCII terminal has not
     # Told so, it joins the processes of any launcher on the CPU too.
     state = PartialState(cpu=not torch.accelerator.is_available())
     # Launchers count physical cores, which halves a small virtual machine; and several processes with all of the

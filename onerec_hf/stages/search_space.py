@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import Seq2SeqTrainingArguments
 
 from ..configuration_onerec import OneRecConfig
+from ..yaml_files import read_yaml
 from .recipe_arguments import BASELINES, FUSED, PretrainArguments, RankingBeams, RecipeArguments, TokenizeArguments
 
 ONEREC = "onerec"
@@ -117,7 +117,7 @@ def read_space(path: Path, methods: Sequence[str], args: RecipeArguments) -> dic
     Raises:
         ValueError: a method that has none, or a field that is not the method's or has no range; names them.
     """
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    content = read_yaml(path) or {}
     spaces = {}
     for method in methods:
         if method not in METHODS:

@@ -95,7 +95,7 @@ def main():
     ]
     print(Table(["session", *before], cells).text())
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
