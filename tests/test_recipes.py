@@ -301,7 +301,9 @@ def test_files_are_utf_8_where_the_locale_is_ascii(tmp_path):
     (tmp_path / "map.yaml").write_text(
         "interactions: {file: log.csv, columns: {user_id: wer, item_id: waß, timestamp: t}}", encoding="utf-8"
     )
-    (tmp_path / "log.csv").write_text("wer,waß,t\n" + "".join(f"{i % 2},ü{i},{i}\n" for i in range(3)), encoding="utf-8")
+    (tmp_path / "log.csv").write_text(
+        "wer,waß,t\n" + "".join(f"{i % 2},ü{i},{i}\n" for i in range(3)), encoding="utf-8"
+    )
     code = """if True:
         import locale
         from onerec_hf.data import load_saved_feed, read_table, save_feed

@@ -237,6 +237,24 @@ def test_fields_of_other_types_are_refused(arguments):
             arguments(f"--{option}", json.dumps(values))
 
 
+@pytest.mark.parametrize("field, value", [("eval_strategy", "steps"), ("load_best_model_at_end", True)])
+def test_nothing_is_evaluated_in_training_where_nothing_is_held_out(arguments, field, value):
+    given = json.dumps({field: value})
+    assert arguments("--pretrain", given).pretrain == {field: value}
+    for flags, message in [
+        (
+            ["--pretrain", given, "--holdout_sessions", "0"],
+            rf"pretrain.{field} is .*, but holdout_sessions is 0: hold",
+        ),
+        (["--pretrain_recent", given, "--recent_days", "2", "--holdout_sessions", "0"], f"pretrain_recent.{field}"),
+        (["--reward", given], f"reward.{field} is .* leave the field out"),
+        (["--align", given], f"align.{field} is .* leave the field out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            arguments(*flags)
+    arguments("--holdout_sessions", "0", "--reward", '{"eval_strategy": "no"}')
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -53,7 +53,7 @@ SAMPLING_OPTIONS = (
 BY_EXPOSURES = dict.fromkeys(
     (
         *("feedback", "signals", "num_items", "item_features", "item_embedding_size", "numeric_features"),
-        *("num_item_values", "objective_means", "objective_deviations"),
+        *("num_item_values", "objective_means", "objective_deviations", "catalogue_fingerprint"),
     ),
     "the data",
 )
@@ -145,6 +145,13 @@ def check_fused(baselines: dict[str, Any]) -> None:
         Fused(**{**(baselines.get(FUSED) or {}), "members": members})
     except (TypeError, ValueError) as error:
         raise ValueError(f"baselines.fused: {error}.") from error
+
+
+def require_held_out(options: dict[str, Any], name: str, why: str) -> None:
+    """Raises ValueError, which says why there is nothing to do it on, for options that evaluate while training."""
+    for field in ("eval_strategy", "load_best_model_at_end"):
+        if options.get(field) not in (None, False, "no"):
+            raise ValueError(f"{name}.{field} is {options[field]!r}, but {why}.")
 
 
 def lora_config(values: dict[str, Any]):
@@ -297,6 +304,10 @@ class PretrainArguments(RecentSessions, StageArguments):
         super().__post_init__()
         if self.pretrain_recent and self.recent_days is None:
             raise ValueError("pretrain_recent is of the sessions of recent_days: set recent_days too.")
+        if self.holdout_sessions < 1:
+            for name in ("pretrain", "pretrain_recent"):
+                why = f"holdout_sessions is {self.holdout_sessions}: hold some out, or leave the field out"
+                require_held_out(getattr(self, name), name, why)
 
 
 @dataclass
@@ -311,6 +322,11 @@ class RewardArguments(StageArguments):
     reward_model: Nested = option(None, "OneRecRewardConfig fields of the reward model that aligns.")
     judge_model: Nested = option(None, "OneRecRewardConfig fields of the independent judge.")
     reward: Nested = option(None, "TrainingArguments fields, for the reward model and the judge.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        why = "nothing is held out of the reward models' training to evaluate them on: leave the field out"
+        require_held_out(self.reward, "reward", why)
 
 
 @dataclass
@@ -394,6 +410,7 @@ class AlignArguments(PreferenceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        require_held_out(self.align, "align", "rounds are checked when they end (align_holdout): leave the field out")
         self.align_lora = as_mapping(self.align_lora, "align_lora")
         lora_config(self.align_lora)
         if self.align_lora and not self.align_encoder:
