@@ -232,9 +232,27 @@ def test_fields_of_other_types_are_refused(arguments):
         ("preferences", {"num_rejected": 1.5}, "preferences.num_rejected must be a whole number, got 1.5"),
         ("model", {"item_gate": "yes"}, "model.item_gate must be true or false, got 'yes'"),
         ("reward_model", {"dropout": [0.1]}, "reward_model.dropout must be a number"),
+        (
+            "pretrain",
+            {"eval_strategy": "never"},
+            "pretrain.eval_strategy must be one of no, steps, epoch, got 'never'",
+        ),
+        ("align", {"lr_scheduler_type": "cosin"}, "align.lr_scheduler_type must be one of linear, cosine"),
+        ("judge_model", {"objectives": ["ltr", "none"]}, "judge_model: .*objective .*none.* lacks kind, source"),
+        (
+            "reward_model",
+            {"objectives": [{"name": "wtr", "source": "follow", "kind": "binary", "weight": "1e-1"}]},
+            "reward_model: .*'wtr': weight must be a number, got '1e-1'",
+        ),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             arguments(f"--{option}", json.dumps(values))
+
+
+def test_no_is_what_yaml_reads_as_false(arguments, tmp_path):
+    (tmp_path / "run.yaml").write_text("pretrain: {save_strategy: no, eval_strategy: no}\nholdout_sessions: 0")
+    found = arguments("--config", str(tmp_path / "run.yaml"))
+    assert found.pretrain == {"save_strategy": "no", "eval_strategy": "no"}
 
 
 @pytest.mark.parametrize("field, value", [("eval_strategy", "steps"), ("load_best_model_at_end", True)])

@@ -12,11 +12,13 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.hf_argparser import HfArg
 from trl import TrlParser
@@ -95,7 +97,14 @@ def typed_fields(values: dict[str, Any], name: str, owner: type, decided: dict[s
 
 
 def _typed(value: Any, name: str, annotation: Any) -> Any:
-    """A value as its annotation says, where that is a number or true or false; others are left as they are."""
+    """A value as its annotation says, where that is a number, true or false, or one of an enumeration; others are left
+    as they are."""
+    for choices in get_args(annotation):
+        if isinstance(choices, type) and issubclass(choices, Enum):
+            allowed = [choice.value for choice in choices]
+            value = "no" if value is False else value  # as YAML reads no
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
     kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kind = kind.removesuffix(" | None")
     if value is None or kind not in ("bool", "int", "float"):
@@ -327,6 +336,12 @@ class RewardArguments(StageArguments):
         super().__post_init__()
         why = "nothing is held out of the reward models' training to evaluate them on: leave the field out"
         require_held_out(self.reward, "reward", why)
+        for name in ("reward_model", "judge_model"):
+            given = {field: value for field, value in getattr(self, name).items() if field == "objectives"}
+            try:
+                OneRecRewardConfig(**given)
+            except StrictDataclassError as error:
+                raise ValueError(f"{name}: {error}") from None
 
 
 @dataclass
