@@ -1,9 +1,12 @@
 """When a stage is done again: its arguments, the stages that it reads, and what it reads from outside the run."""
 
+import errno
 import json
 import os
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +53,26 @@ def counted(stage: Stage) -> int:
 
     run_stage(stage, work)
     return int(path.read_text())
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def run(error):
+        def work(folder):
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            run_stage(Stage("first", tmp_path, Options()), work)
+        return getattr(caught.value, "__notes__", [])
+
+    full = f"The disk of {tmp_path / 'first.partial'} is full: make room, and run the same command again. "
+    by_rust = RuntimeError("I/O error: No space left on device (os error 28)")
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), by_rust):
+        [note] = run(error)
+        assert note.startswith(full)
+    assert run(RuntimeError("file write failed")) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    [note] = run(RuntimeError("file write failed"))  # as of torch's checkpoints
+    assert note.startswith(full)
 
 
 def test_a_stage_is_done_again_when_its_arguments_or_a_stage_that_it_reads_change(tmp_path, caplog):
