@@ -53,6 +53,13 @@ def test_stages_that_are_lost_or_done_again_are_found(tmp_path):
     assert interrupted_runs.lost({**before, "align": 5}, tmp_path) == ["data: was complete", "align: was complete"]
 
 
+def test_what_a_full_disk_makes_a_run_say():
+    said = "OSError: No space left\nThe disk of run is full: make room, and run the same command again.\n 50%|##  |"
+    assert interrupted_runs.last_error(said) == ("OSError: No space left", True)
+    assert interrupted_runs.last_error("OSError: No space left\n") == ("OSError: No space left", False)
+    assert interrupted_runs.last_error("") == ("", False)
+
+
 def test_metrics_are_compared_without_what_the_machine_decides(tmp_path):
     ours, theirs = tmp_path / "run_0", tmp_path / "undisturbed"
     for folder, recall, seconds in ((ours, 0.1, 1.0), (theirs, 0.1, 2.0)):

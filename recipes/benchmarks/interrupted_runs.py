@@ -40,7 +40,7 @@ AT_WORK = (".partial", ".former")
 OF_THE_MACHINE = ("timings", "environment", "fit_seconds", "users_per_second", "milliseconds")
 FULL = "is full: make room"
 LONGEST_SHARE = 0.25  # of the undisturbed run's time, the longest time to a kill
-DISKS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of what the undisturbed run has written
+DISKS = (0.1, 0.3, 0.45, 0.9)  # of what the undisturbed run has written
 READERS: dict[str, Callable[[Path], Any]] = {
     ".json": read_json,
     ".parquet": pq.read_table,
@@ -183,6 +183,13 @@ def kill_runs(config: Path, output_dir: Path, kills: int, seed: int) -> list[dic
     return entries
 
 
+def last_error(said: str) -> tuple[str, bool]:
+    """The line of a process's last error, and whether the next one says that the disk is full, and which."""
+    lines = said.strip().splitlines() or [""]
+    named = [place for place, line in enumerate(lines) if FULL in line]
+    return (lines[named[-1] - 1], True) if named else (lines[-1], False)
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[bool]:
     """A file system of that size [bytes] for a folder, and whether it could be mounted."""
@@ -206,9 +213,9 @@ def fill_disks(config: Path, output_dir: Path) -> list[dict[str, Any]]:
         with small_disk(disk, int(share * known["bytes"])) as mounted:
             run.start(None if mounted else int(share * known["largest_file"]))
             code = run.process.wait()
-            said = (run.said().strip().splitlines() or [""])[-1]
+            said, named = last_error(run.said())
             found, before, at_work = faults(run.folder), stages(run.folder), run.at_work()
-            found += [] if code == 1 and (FULL in said or not mounted) else [f"code {code}, says {said!r}"]
+            found += [] if code == 1 and (named or not mounted) else [f"code {code}, says {said!r}"]
             if mounted:
                 subprocess.run(["mount", "-o", "remount,size=4g", disk], check=True)
             run.start()
