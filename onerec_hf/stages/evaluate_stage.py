@@ -38,7 +38,7 @@ from .pretrain_stage import MODEL
 from .recipe_arguments import EvaluateArguments, RecipeArguments
 from .reward_stage import REWARD_MODEL
 from .serve_stage import SERVE_STAGE, run_serve, served_entries
-from .stage_runner import Stage, completed_stage, read_json, run_stage, write_json
+from .stage_runner import Stage, completed_stage, full_disk_named, read_json, run_stage, write_json
 from .tokenize_stage import semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
@@ -69,9 +69,10 @@ def run_evaluate(args: RecipeArguments) -> Path:
     reads += [BASELINE_STAGE, SEED_STAGE]
     folder = run_stage(Stage("evaluate", args.output_dir, args.group(EvaluateArguments), reads), work)
     if PartialState().is_main_process:
-        for name in ("metrics.json", "report.html"):
-            with staged_file(args.output_dir / name) as partial:
-                shutil.copy2(folder / name, partial)
+        with full_disk_named(args.output_dir):
+            for name in ("metrics.json", "report.html"):
+                with staged_file(args.output_dir / name) as partial:
+                    shutil.copy2(folder / name, partial)
         metrics = read_json(folder / "metrics.json")
         print(print_table(metrics))
         print(f"Report: {args.output_dir / 'report.html'}")
