@@ -18,7 +18,6 @@ from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
 from accelerate import PartialState
-from huggingface_hub.errors import StrictDataclassError
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.hf_argparser import HfArg
 from trl import TrlParser
@@ -340,8 +339,8 @@ class RewardArguments(StageArguments):
             given = {field: value for field, value in getattr(self, name).items() if field == "objectives"}
             try:
                 OneRecRewardConfig(**given)
-            except StrictDataclassError as error:
-                raise ValueError(f"{name}: {error}") from None
+            except Exception as error:  # of the fields, or of what is no mapping of fields at all
+                raise ValueError(f"{name}: {error}") from error
 
 
 @dataclass
