@@ -12,6 +12,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.8",
     "numpy>=2.0",
     "pandas>=3.0",
+    "psutil>=5.9",
     "pyarrow>=21.0",
     "pyyaml>=6.0.1",
     "safetensors>=0.8",

@@ -134,7 +134,8 @@ class ExpertBalanceCallback(TrainerCallback):
 
 
 class OneRecPretrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step.
+    """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step. The model is tied to
+    the tokenizer's catalogue, as another fit's codes would be other items to it.
 
     Args:
         sessions_continue_histories: See [`SessionCollator`].
@@ -153,6 +154,7 @@ class OneRecPretrainer(Seq2SeqTrainer):
         self.expert_balance = ExpertBalanceCallback()
         kwargs["callbacks"] = [self.expert_balance, CheckpointCompleteCallback(), *kwargs.get("callbacks", [])]
         collator = SessionCollator(tokenizer, model, sessions_continue_histories)
+        tokenizer.tie(model.config)
         super().__init__(model=model, args=args, data_collator=collator, processing_class=tokenizer, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:

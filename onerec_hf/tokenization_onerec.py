@@ -378,6 +378,13 @@ class OneRecTokenizer(TokenizersBackend):
                 "been added, or train the model anew."
             )
 
+    def tie(self, config) -> None:
+        """Lets a model's configuration say that it is trained on this catalogue, unless it says what it was trained
+        on; see [`require_trained_with`]."""
+        self.require_trained_with(config)
+        if config.catalogue_fingerprint is None:
+            config.catalogue_fingerprint = self.catalogue_fingerprint()
+
     @property
     def num_items(self) -> int:
         return len(self.item_ids)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 CHECKPOINT_COMPLETE = "checkpoint_complete"
 
@@ -25,6 +25,22 @@ def latest_complete_checkpoint(output_dir: str | Path) -> str | None:
         else:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def train_from_latest(trainer: Trainer) -> None:
+    """Trains, after the latest whole checkpoint of the trainer's folder where there is one.
+
+    Raises:
+        ValueError: there is not one batch to train on.
+    """
+    args, rows = trainer.args, len(trainer.train_dataset)
+    together = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < together:
+        raise ValueError(
+            f"{rows} training rows do not fill one batch of {together} on all devices together, and "
+            "dataloader_drop_last drops the last: lower per_device_train_batch_size, or keep the last batch."
+        )
+    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(args.output_dir))
 
 
 __all__ = ["CHECKPOINT_COMPLETE", "CheckpointCompleteCallback", "latest_complete_checkpoint"]

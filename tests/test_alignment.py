@@ -287,3 +287,9 @@ class TestTrainer:
             OneRecDPOTrainer(tiny_generator(), dpo_arguments(tmp_path), preference_pairs(), tokenizer)
         with pytest.raises(ValueError, match="negative"):
             dpo_arguments(tmp_path, lambda_dpo=-1.0)
+        model = tiny_generator()
+        make_trainer(tokenizer, tmp_path, model)
+        assert model.config.catalogue_fingerprint == tokenizer.catalogue_fingerprint()
+        model.config.catalogue_fingerprint = "3-other"
+        with pytest.raises(ValueError, match="trained on other items or semantic IDs"):
+            make_trainer(tokenizer, tmp_path, model)

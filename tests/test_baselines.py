@@ -1,11 +1,24 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from onerec_hf.co_consumption import interaction_matrix
-from onerec_hf.evaluation import EASE, Fused, ItemKNN, Popularity, SASRec, ranking_metrics
+from onerec_hf.evaluation import (
+    EASE,
+    CatalogueTooLargeError,
+    Fused,
+    ItemKNN,
+    Popularity,
+    SASRec,
+    baselines,
+    ranking_metrics,
+)
 from onerec_hf.evaluation.sasrec import FullSoftmaxLoss
+from onerec_hf.free_memory import free_memory
 
 
 def random_histories(users=60, items=12, longest=9, seed=0):
@@ -32,6 +45,40 @@ class TestInteractionMatrix:
             Popularity().fit([np.array([], dtype=int)], 3)
         with pytest.raises(ValueError, match="history 1 holds the catalogue index 3"):
             EASE().fit([np.array([0]), np.array([1, 3])], 3)
+
+
+class TestLargeCatalogues:
+    HISTORIES = [np.array([1, 2, 3]), np.array([2, 3, 131_341])] * 5
+
+    def test_ease_says_at_once_that_the_memory_is_too_little(self, monkeypatch):
+        monkeypatch.setattr(baselines, "free_memory", lambda: 100 * 2**30)
+        lacking = "EASE needs 257.1 GiB of memory for a catalogue of 131,342 items, and 100.0 GiB are free"
+        popularity = Popularity()
+        for model in (EASE(), Fused({"popularity": popularity, "ease": EASE()})):
+            with pytest.raises(CatalogueTooLargeError, match=lacking):
+                model.fit(self.HISTORIES, 131_342)
+        assert not hasattr(popularity, "counts")  # nothing was fitted in vain
+        EASE().require_memory(80_000)
+
+    def test_a_fitted_member_needs_no_memory(self, monkeypatch):
+        ease = EASE().fit([np.array([0, 1])], 3)
+        monkeypatch.setattr(baselines, "free_memory", lambda: 0)
+        Fused({"ease": ease}).require_memory(3)
+
+    def test_users_are_ranked_in_smaller_batches(self, monkeypatch):
+        model = Popularity().fit(self.HISTORIES, 131_342)
+        asked, score = [], model.score
+        monkeypatch.setattr(model, "score", lambda histories: asked.append(len(histories)) or score(histories))
+        whole = model.rank(self.HISTORIES, 3)
+        monkeypatch.setattr(baselines, "RANKING_BYTES", 4 * 30 * 131_342)
+        assert (model.rank(self.HISTORIES, 3) == whole).all() and asked == [10, 4, 4, 2]
+
+
+def test_free_memory_knows_a_limit_of_the_process():
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
+    code += "from onerec_hf.free_memory import free_memory; print(free_memory())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(found.stdout.split()[-1]) < 8 << 30 and 0 < free_memory()
 
 
 class TestClosedForms:

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,8 +20,10 @@ from onerec_hf.data import (
     feedback_columns,
     pretraining_sessions,
     split_feed,
+    user_exposures,
     user_histories,
 )
+from onerec_hf.data.sessions import list_array
 from onerec_hf.reward.configuration_onerec_reward import DEFAULT_OBJECTIVES
 from onerec_hf.reward.reward_objectives import session_label
 
@@ -290,6 +293,24 @@ def test_string_ids():
     feed = Feed.from_frames("tiny", [(frame, "log")], (pd.DataFrame({"item_id": ["x", "y"]}), "items"), [])
     sessions = pretraining_sessions(feed.interactions, feed, DataArguments())
     assert sessions["history_item_ids"][:] == [["x"], ["y"]] and sessions["user_id"][:] == ["a", "b"]
+
+
+def test_text_may_be_longer_than_32_bits_count():
+    frame = pd.DataFrame({"user_id": list("aabb"), "item_id": ["x", "y", "y", "x"], "timestamp": [0, 1, 2, 3]})
+    feed = Feed.from_frames("tiny", [(frame, "log")], (pd.DataFrame({"item_id": ["x", "y"]}), "items"), [])
+    feed.users = pd.DataFrame({"user_id": ["a", "b"], "sex": ["f", "m"]})
+    args = DataArguments(user_features=["sex"], test_start="1970-01-01T00:00:03+00:00", min_history_items=1)
+    split = split_feed(feed, args)
+    for table in (
+        pretraining_sessions(feed.interactions, feed, args),
+        user_histories(feed.interactions, feed, args),
+        evaluation_cases(split, feed, args),
+        user_exposures(feed.interactions, feed, 2),
+    ):
+        schema = str(table.features.arrow_schema.remove_metadata())
+        assert "large_string" in schema and "string" not in schema.replace("large_string", "")
+    lists = list_array(pa.array(["x", "y"]), np.array([0, 1]), np.array([2, 1]))
+    assert lists.to_pylist() == [["x", "y"], ["y"]] and lists.type.value_type == pa.large_string()
 
 
 @pytest.mark.parametrize(

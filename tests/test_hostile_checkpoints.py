@@ -248,12 +248,12 @@ def test_yaml_runs_nothing(folder, tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match="odd.yaml: not valid YAML"):
             read_table(folder, path)
-        with pytest.raises(ValueError, match="odd.yaml is not valid YAML"):
+        with pytest.raises(ValueError, match="odd.yaml: not valid YAML"):
             parse_recipe_arguments(["--config", str(path), "--output_dir", str(tmp_path / "run")])
-        with pytest.raises(ValueError, match="odd.yaml is not valid YAML"):
+        with pytest.raises(ValueError, match="odd.yaml: not valid YAML"):
             read_space(path, ["ease"], parse_recipe_arguments(["--output_dir", str(tmp_path / "run")]))
         (folder / "child.yaml").write_text("base: odd.yaml\n")
-        with pytest.raises(ValueError, match="odd.yaml is not valid YAML"):
+        with pytest.raises(ValueError, match="odd.yaml: not valid YAML"):
             parse_recipe_arguments(["--config", str(folder / "child.yaml"), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "ran").exists()
 

@@ -12,6 +12,7 @@ from onerec_hf import (
     OneRecConfig,
     OneRecForConditionalGeneration,
     OneRecTokenizer,
+    Recommender,
     pretraining,
     session_rows,
     shared_histories,
@@ -19,7 +20,8 @@ from onerec_hf import (
 )
 from onerec_hf.pretraining import OneRecPretrainer, SessionCollator
 from onerec_hf.session_rows import index_sessions
-from onerec_hf.stages.pretrain_stage import recent_sessions
+from onerec_hf.stages.pretrain_stage import recent_sessions, train_generator
+from onerec_hf.stages.recipe_arguments import PretrainArguments
 from onerec_hf.training_checkpoints import CHECKPOINT_COMPLETE, latest_complete_checkpoint
 
 
@@ -122,6 +124,44 @@ def test_training_learns_balances_and_resumes_exactly(tokenizer, model, tmp_path
     _, resumed = train(tmp_path / "twice", 60, resume=True)
     for name, tensor in once.items():
         torch.testing.assert_close(resumed[name], tensor, msg=name)
+
+
+@pytest.fixture
+def parts(tokenizer):
+    rows = {"user_id": range(12), "history": [[0, 1]] * 12, "session": [[2, 3]] * 12, "length": [2] * 12}
+    return {"train": Dataset.from_dict(rows), "test": Dataset.from_dict(rows).select([])}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 16},
+            "12 training rows do not fill one batch of 16 .* lower per_device_train_batch_size",
+        ),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "pretrain.eval_strategy is 'steps', but of 12 sessions none"),
+    ],
+)
+def test_a_training_that_would_do_nothing_is_refused(tokenizer, model, parts, tmp_path, options, message):
+    given = PretrainArguments(pretrain={"save_strategy": "no", "max_steps": 1, "disable_tqdm": True, **options})
+    with pytest.raises(ValueError, match=message):
+        train_generator(model, tokenizer, parts, given, tmp_path, False)
+
+
+def test_a_trained_model_goes_with_the_tokenizer_that_it_was_trained_with(tokenizer, model, parts, tmp_path):
+    other = OneRecTokenizer.from_semantic_ids(
+        ["w", "x", "y", "z"], [[1, 0], [0, 1], [2, 2], [3, 1]], tokenizer.codebooks
+    )
+    given = PretrainArguments(pretrain={"save_strategy": "no", "max_steps": 1, "disable_tqdm": True})
+    train_generator(model, tokenizer, parts, given, tmp_path, False)
+    Recommender(model, tokenizer)
+    arguments = Seq2SeqTrainingArguments(output_dir=str(tmp_path), report_to="none")
+    for use in (
+        lambda: Recommender(model, other),
+        lambda: OneRecPretrainer(model, other, arguments, train_dataset=parts["train"]),
+    ):
+        with pytest.raises(ValueError, match="trained on other items or semantic IDs"):
+            use()
 
 
 def test_only_whole_checkpoints_are_resumed_from(tmp_path):

@@ -278,6 +278,51 @@ def test_a_configuration_takes_from_its_base_what_it_leaves_out(tmp_path):
         parse_recipe_arguments(given)
 
 
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
+    config = tmp_path / "run.yaml"
+    for content, message in {
+        "# Für alle\ntop_k: 3".encode("utf-16"): "run.yaml: is not written in utf-8: .* Save it in this encoding",
+        "# Für alle\ntop_k: 3".encode("latin-1"): "run.yaml: is not written in utf-8",
+        b"top_k: [3": "run.yaml: not valid YAML",
+        b"- top_k": "run.yaml: must hold options of a recipe",
+        b"": "run.yaml: must hold options of a recipe, .* holds None",
+    }.items():
+        config.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            parse_recipe_arguments(["--config", str(config), "--output_dir", str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        parse_recipe_arguments(["--config", str(tmp_path / "nowhere.yaml"), "--output_dir", str(tmp_path)])
+    config.write_text("top_k: 3", encoding="utf-8-sig")
+    assert parse_recipe_arguments(["--config", str(config), "--output_dir", str(tmp_path)]).top_k == 3
+
+
+def test_files_are_utf_8_where_the_locale_is_ascii(tmp_path):
+    (tmp_path / "run.yaml").write_text("# Für alle\ntext_encoder: ü\ntop_k: 3", encoding="utf-8")
+    (tmp_path / "map.yaml").write_text(
+        "interactions: {file: log.csv, columns: {user_id: wer, item_id: waß, timestamp: t}}", encoding="utf-8"
+    )
+    (tmp_path / "log.csv").write_text(
+        "wer,waß,t\n" + "".join(f"{i % 2},ü{i},{i}\n" for i in range(3)), encoding="utf-8"
+    )
+    code = """if True:
+        import locale
+        from onerec_hf.data import load_saved_feed, read_table, save_feed
+        from onerec_hf.stages import parse_recipe_arguments
+        args = parse_recipe_arguments(["--config", "run.yaml", "--output_dir", "run"])
+        save_feed(read_table(".", "map.yaml"), "feed")
+        items = load_saved_feed("feed").items["item_id"].tolist()
+        assert locale.getpreferredencoding(False) == "ANSI_X3.4-1968"
+        print(ascii(args.text_encoder), args.top_k, ascii(items))
+        print(chr(0x2013))
+    """
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | ascii_locale | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.splitlines()[-2:] == ["'\\xfc' 3 ['\\xfc0', '\\xfc1', '\\xfc2']", "?"]
+
+
 @pytest.mark.parametrize(
     "option, fields, message",
     [

@@ -192,6 +192,12 @@ class TestPrintTable:
         assert re.search(r"2 +0\.0819 +0\.2500 +0\.4000 +0\.2000 \[0\.182, 0\.222\]", text)
         assert "illegal rate 0," in text
 
+    def test_what_did_not_fit_into_memory_is_said(self, tmp_path, metrics, arguments):
+        metrics["skipped_baselines"] = {"ease": "EASE needs 257.1 GiB <more>"}
+        assert "\nWithout EASE: EASE needs 257.1 GiB <more>.\n" in print_table(metrics)
+        page = write_report(tmp_path / "r.html", metrics, **arguments).read_text(encoding="utf-8")
+        assert page.count("Without EASE: EASE needs 257.1 GiB &lt;more&gt;.") == 1
+
     def test_without_alignment(self):
         assert "OneRec " in print_table({"onerec": ranking(0.05)}) and "aligned" not in print_table({"onerec": {}})
 

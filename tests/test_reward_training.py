@@ -14,8 +14,10 @@ from onerec_hf.pretraining import index_sessions
 from onerec_hf.reward import (
     ExposureEncoder,
     ItemTotals,
+    OneRecRewardModel,
     RewardCollator,
     RewardPredictions,
+    SessionScorer,
     create_reward_model,
     fit_calibration,
     group_auc,
@@ -232,6 +234,12 @@ class TestTraining:
         assert config.feedback == ["watch_time", "duration", "view"] and config.signals == ["watched", "view"]
         assert config.item_features == ["parity", "length"] and config.numeric_features == ["length"]
         assert config.user_features == {"group": ["0", "1"]}
+        other = OneRecTokenizer.from_semantic_ids(
+            tokenizer.item_ids, tokenizer.codes[::-1], codebook_sizes=tokenizer.codebook_sizes
+        )
+        SessionScorer(OneRecRewardModel(config), tokenizer)
+        with pytest.raises(ValueError, match="trained on other items or semantic IDs"):
+            SessionScorer(OneRecRewardModel(config), other)
         watched = config.objectives[2]
         assert len(watched["quantiles"]) == 99 and watched["quantiles"][0] == 2.0
         assert config.taste_size and not self.model(feed, totals, tokenizer, taste_size=0).config.taste_size

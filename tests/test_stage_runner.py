@@ -1,9 +1,12 @@
 """When a stage is done again: its arguments, the stages that it reads, and what it reads from outside the run."""
 
+import errno
 import json
 import os
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +53,26 @@ def counted(stage: Stage) -> int:
 
     run_stage(stage, work)
     return int(path.read_text())
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def run(error):
+        def work(folder):
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            run_stage(Stage("first", tmp_path, Options()), work)
+        return getattr(caught.value, "__notes__", [])
+
+    full = f"The disk of {tmp_path / 'first.partial'} is full: make room, and run the same command again. "
+    by_rust = RuntimeError("I/O error: No space left on device (os error 28)")
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), by_rust):
+        [note] = run(error)
+        assert note.startswith(full)
+    assert run(RuntimeError("file write failed")) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    [note] = run(RuntimeError("file write failed"))  # as of torch's checkpoints
+    assert note.startswith(full)
 
 
 def test_a_stage_is_done_again_when_its_arguments_or_a_stage_that_it_reads_change(tmp_path, caplog):
@@ -232,9 +255,45 @@ def test_fields_of_other_types_are_refused(arguments):
         ("preferences", {"num_rejected": 1.5}, "preferences.num_rejected must be a whole number, got 1.5"),
         ("model", {"item_gate": "yes"}, "model.item_gate must be true or false, got 'yes'"),
         ("reward_model", {"dropout": [0.1]}, "reward_model.dropout must be a number"),
+        (
+            "pretrain",
+            {"eval_strategy": "never"},
+            "pretrain.eval_strategy must be one of no, steps, epoch, got 'never'",
+        ),
+        ("align", {"lr_scheduler_type": "cosin"}, "align.lr_scheduler_type must be one of linear, cosine"),
+        ("judge_model", {"objectives": ["ltr", "none"]}, "judge_model: .*objective .*none.* lacks kind, source"),
+        (
+            "reward_model",
+            {"objectives": [{"name": "wtr", "source": "follow", "kind": "binary", "weight": "1e-1"}]},
+            "reward_model: .*'wtr': weight must be a number, got '1e-1'",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            arguments(f"--{option}", json.dumps(values))
+
+
+def test_no_is_what_yaml_reads_as_false(arguments, tmp_path):
+    (tmp_path / "run.yaml").write_text("pretrain: {save_strategy: no, eval_strategy: no}\nholdout_sessions: 0")
+    found = arguments("--config", str(tmp_path / "run.yaml"))
+    assert found.pretrain == {"save_strategy": "no", "eval_strategy": "no"}
+
+
+@pytest.mark.parametrize("field, value", [("eval_strategy", "steps"), ("load_best_model_at_end", True)])
+def test_nothing_is_evaluated_in_training_where_nothing_is_held_out(arguments, field, value):
+    given = json.dumps({field: value})
+    assert arguments("--pretrain", given).pretrain == {field: value}
+    for flags, message in [
+        (
+            ["--pretrain", given, "--holdout_sessions", "0"],
+            rf"pretrain.{field} is .*, but holdout_sessions is 0: hold",
+        ),
+        (["--pretrain_recent", given, "--recent_days", "2", "--holdout_sessions", "0"], f"pretrain_recent.{field}"),
+        (["--reward", given], f"reward.{field} is .* leave the field out"),
+        (["--align", given], f"align.{field} is .* leave the field out"),
     ]:
         with pytest.raises(ValueError, match=message):
-            arguments(f"--{option}", json.dumps(values))
+            arguments(*flags)
+    arguments("--holdout_sessions", "0", "--reward", '{"eval_strategy": "no"}')
 
 
 @pytest.mark.parametrize(

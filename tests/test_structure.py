@@ -10,7 +10,16 @@ PACKAGE = Path(__file__).parents[1] / "onerec_hf"
 # stands for a module, or for a package with all that is in it. "" is the package's own __init__, which gives users the
 # models and what recommends with them.
 FLOORS = [
-    ["co_consumption", "evaluation_mode", "figure_style", "readable_checkpoints", "renamed_arguments", "staged_files"],
+    [
+        "co_consumption",
+        "evaluation_mode",
+        "figure_style",
+        "free_memory",
+        "readable_checkpoints",
+        "renamed_arguments",
+        "staged_files",
+        "yaml_files",
+    ],
     ["data"],
     ["item_embeddings", "item_alignment", "embedding_adaptation", "item_index", "semantic_ids"],
     ["configuration_onerec", "tokenization_onerec", "item_trie"],
@@ -142,3 +151,25 @@ def test_no_function_takes_too_many_arguments():
         if count > MAX_ARGUMENTS and name not in PLATFORM_SIGNATURES
     ]
     assert not most, "\n".join(most)
+
+
+def text_without_encoding(tree: ast.Module) -> list[int]:
+    """Lines of calls that open a text file in the encoding of the locale."""
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", None)
+        modes = [argument.value for argument in call.args[:2] if isinstance(argument, ast.Constant)]
+        binary = any(isinstance(mode, str) and "b" in mode and set(mode) <= set("rwaxb+") for mode in modes)
+        opened = name == "open" and isinstance(call.func, ast.Name) and not binary
+        if (opened or name in ("read_text", "write_text")) and "encoding" not in {word.arg for word in call.keywords}:
+            found.append(call.lineno)
+    return found
+
+
+def test_text_files_are_opened_in_utf_8_whatever_the_locale():
+    assert text_without_encoding(
+        ast.parse('open("a"); open("a", "rb"); path.read_text(); open("a", encoding="x")')
+    ) == [1, 1]
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "recipes").rglob("*.py")]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+    assert {str(path): lines for path, tree in trees.items() if (lines := text_without_encoding(tree))} == {}

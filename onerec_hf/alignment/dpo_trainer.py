@@ -283,7 +283,8 @@ class OneRecDPOTrainer(DPOTrainer):
             adapter; none where the loss is reference-free.
 
     Raises:
-        ValueError: if there are no pairs, or `args.ntp_per_pair` is above 0 without rows in `ntp_dataset`.
+        ValueError: if there are no pairs, `args.ntp_per_pair` is above 0 without rows in `ntp_dataset`, or the model
+            was trained on the catalogue of another fit.
     """
 
     def __init__(
@@ -302,6 +303,7 @@ class OneRecDPOTrainer(DPOTrainer):
             )
         if args.ntp_per_pair and not ntp_dataset:
             raise ValueError(f"ntp_per_pair is {args.ntp_per_pair}, but ntp_dataset has no rows: give them, or set 0.")
+        processing_class.tie(model.config)
         self._ntp_rows = len(ntp_dataset) if ntp_dataset is not None else 0
         if args.reference_free or REFERENCE_COLUMNS[0] in train_dataset.column_names:
             args.precompute_ref_log_probs, ref_model = True, None  # constants, or there already

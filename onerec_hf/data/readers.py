@@ -56,10 +56,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from safetensors import SafetensorError
 
 from ..staged_files import staged_directory
+from ..yaml_files import read_yaml
 from .data_arguments import DataArguments
 from .data_files import (
     CSV_OPTIONS,
@@ -340,11 +340,9 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
     if not path.is_file():
         raise DataError(f"{path}: there is no such column mapping. Give column_mapping the path of a YAML file.")
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not written in utf-8: {error}. Save it in this encoding.") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{path}: not valid YAML: {error}. Correct it.") from None
+        mapping = read_yaml(path)
+    except ValueError as error:
+        raise DataError(str(error)) from None
     if not isinstance(mapping, dict) or not isinstance(mapping.get("interactions"), dict):
         raise DataError(f"{path}: a column mapping needs a section 'interactions' with 'columns' in it.")
     for key in mapping:
@@ -533,7 +531,7 @@ def save_feed(feed: Feed, directory: str | Path) -> None:
             pq.write_table(table.replace_schema_metadata(None), folder / f"{name}.parquet", compression="zstd")
         names = [field.name for field in dataclasses.fields(feed)]
         fields = {name: getattr(feed, name) for name in names if name not in (*tables, "users", "world")}
-        (folder / "feed.json").write_text(json.dumps(fields, indent=2) + "\n")
+        (folder / "feed.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if isinstance(feed.world, SimulatedFeed):
             feed.world.save(folder / "world")
         elif feed.world is not None:
@@ -562,7 +560,7 @@ def load_saved_feed(directory: str | Path) -> Feed:
 
 
 def _saved_feed(folder: Path) -> Feed:
-    fields = json.loads((folder / "feed.json").read_text())
+    fields = json.loads((folder / "feed.json").read_text(encoding="utf-8"))
     world = SimulatedFeed.load(folder / "world") if (folder / "world").is_dir() else None
     interactions, items = (pd.read_parquet(folder / f"{name}.parquet") for name in ("interactions", "items"))
     for column in fields["multi_categorical_columns"]:

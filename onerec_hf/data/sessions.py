@@ -347,13 +347,14 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
 
 
 def id_array(ids: pd.Series) -> pa.Array:
-    return pa.array(ids.to_numpy(), type=pa.int64() if id_type(ids) == "int64" else pa.string())
+    """Ids as int64 or large_string."""
+    return pa.array(ids.to_numpy(), type=pa.int64() if id_type(ids) == "int64" else pa.large_string())
 
 
 def user_categories(table: pd.DataFrame, user_ids: pd.Series, names: Sequence[str]) -> pa.Array:
     """Struct array of users' categories in the named columns of the table of users."""
     found = table.set_index("user_id").reindex(user_ids)
-    return pa.StructArray.from_arrays([pa.array(found[name], type=pa.string()) for name in names], list(names))
+    return pa.StructArray.from_arrays([pa.array(found[name], type=pa.large_string()) for name in names], list(names))
 
 
 def list_array(values: pa.Array, starts: np.ndarray, lengths: np.ndarray) -> pa.Array:
@@ -369,6 +370,9 @@ def _lists_by_index(values: pa.Array, index: np.ndarray, lengths: np.ndarray) ->
             f"the lists hold {offsets[-1]} items, more than Arrow's 32-bit offsets reach. Raise session_stride or "
             "lower history_items."
         )
+    if pa.types.is_string(values.type):
+        # The offsets of a string array have 32 bits, which `take` overflows without a word beyond 2 GiB of text.
+        values = values.cast(pa.large_string())
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values.take(pa.array(index)))
 
 

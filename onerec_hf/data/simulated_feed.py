@@ -354,12 +354,14 @@ class SimulatedFeed:
             tensors = {f"truth.{name}": np.ascontiguousarray(values) for name, values in self.truth.items()}
             tensors |= {f"log.{name}": np.ascontiguousarray(values) for name, values in self.log.items()}
             save_file(tensors, folder / "world.safetensors")
-            (folder / "world.json").write_text(json.dumps(dataclasses.asdict(self.parameters), indent=2) + "\n")
+            text = json.dumps(dataclasses.asdict(self.parameters), indent=2) + "\n"
+            (folder / "world.json").write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path) -> SimulatedFeed:
         """Reads what `save` wrote."""
-        parameters = SimulatedFeedParameters(**json.loads((Path(directory) / "world.json").read_text()))
+        text = (Path(directory) / "world.json").read_text(encoding="utf-8")
+        parameters = SimulatedFeedParameters(**json.loads(text))
         tensors = load_file(Path(directory) / "world.safetensors")
         parts = {"truth": {}, "log": {}}
         for name, values in tensors.items():

@@ -7,7 +7,7 @@ import importlib
 import warnings
 
 from .alignment_checks import AlignmentChecks
-from .baselines import EASE, Baseline, ItemKNN, Popularity
+from .baselines import EASE, Baseline, CatalogueTooLargeError, ItemKNN, Popularity
 from .bootstrap import bootstrap_interval, coverage_change, percentile_interval, relative_change, resampled_means
 from .cascade import RANKERS, cascade_sessions, oracle_sessions
 from .counterfactual import LoggedFeedback, PolicyOnLog, exposure_shares

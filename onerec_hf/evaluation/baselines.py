@@ -16,7 +16,15 @@ from scipy import linalg
 from tqdm.auto import tqdm
 
 from ..co_consumption import interaction_matrix, item_similarities
+from ..free_memory import free_memory
 from .ranking_metrics import rank_items
+
+RANKING_BYTES = 2**31  # of memory, when a catalogue is so large that a usual batch of users would need more
+USERS_AT_ONCE = 512
+
+
+class CatalogueTooLargeError(ValueError):
+    """A baseline would need more memory for its catalogue than is free."""
 
 
 class Baseline(ABC):
@@ -29,8 +37,21 @@ class Baseline(ABC):
         """Fit on every user's history before the evaluation period, over a catalogue of N items, and return self.
 
         Raises:
-            ValueError: no interactions, or an index outside the catalogue.
+            ValueError: no interactions, an index outside the catalogue, or a catalogue too large for the memory.
         """
+
+    def fitting_bytes(self, num_items: int) -> int:
+        """Memory that `fit` needs [bytes], as far as it grows faster than the catalogue."""
+        return 0
+
+    def require_memory(self, num_items: int) -> None:
+        """Raises CatalogueTooLargeError where a catalogue of N items cannot be fitted in the memory that is free."""
+        needed, free = self.fitting_bytes(num_items), free_memory()
+        if needed > free:
+            raise CatalogueTooLargeError(
+                f"{type(self).__name__} needs {needed / 2**30:,.1f} GiB of memory for a catalogue of {num_items:,} "
+                f"items, and {free / 2**30:,.1f} GiB are free: leave it out, or fit it on a larger machine"
+            )
 
     @property
     @abstractmethod
@@ -42,23 +63,26 @@ class Baseline(ABC):
         """Scores of the whole catalogue, higher is better: (B, N)."""
 
     def rank(
-        self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int = 512
+        self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int | None = None
     ) -> np.ndarray:
         """Each history's ranking of the catalogue, (B, k) catalogue indices, best first, -1 for nothing.
 
         Args:
             histories: B of them, untruncated.
             exclude_consumed: leave out the items of the history.
-            batch_size: users scored at a time; memory is about 30 * batch_size * N bytes.
+            batch_size: users scored at a time; memory is about 30 * batch_size * N bytes. None: 512, or as many as
+                take 2 GiB where the catalogue is so large that these are fewer.
         """
         return self.rank_with_scores(histories, k, exclude_consumed, batch_size)[0]
 
     def rank_with_scores(
-        self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int = 512
+        self, histories: Sequence[np.ndarray], k: int, exclude_consumed: bool = True, batch_size: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `rank`, and the ranked items' scores, (B, k), -inf where there is no item."""
         ranked = np.full((len(histories), k), -1, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
+        if batch_size is None:
+            batch_size = max(1, min(USERS_AT_ONCE, RANKING_BYTES // (30 * self.num_items)))
         starts = range(0, len(histories), batch_size)
         for start in tqdm(starts, desc=f"rank by {type(self).__name__}", leave=False):
             batch = histories[start : start + batch_size]
@@ -118,7 +142,8 @@ class EASE(Baseline):
     """Embarrassingly shallow autoencoder (Steck, 2019): the closed-form ridge regression of each item on all others.
 
     B = I - P / diag(P) with P = (X^T X + regularization * I)^-1, diagonal 0; scores are X B. Fitting holds two N x N
-    float64 matrices (16 N^2 bytes) and takes N^3 operations: half a minute at 10,000 items, out of reach at 100,000.
+    float64 matrices (16 N^2 bytes) and takes N^3 operations: half a minute at 10,000 items, out of reach at
+    100,000. Where memory is short `fit` raises at once.
 
     Args:
         regularization: ridge penalty lambda.
@@ -128,9 +153,13 @@ class EASE(Baseline):
     regularization: float = 300.0
     half_life: float | None = 10.0
 
+    def fitting_bytes(self, num_items: int) -> int:
+        return 16 * num_items**2
+
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> EASE:
         if self.regularization <= 0:
             raise ValueError(f"regularization must be positive, got {self.regularization}")
+        self.require_memory(num_items)
         self.num_items = num_items
         consumed = interaction_matrix(histories, num_items).astype(np.float64)
         gram = (consumed.T @ consumed).toarray(order="F")

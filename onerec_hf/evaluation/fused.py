@@ -55,8 +55,15 @@ class Fused(Baseline):
         if not any(self.weights.get(name, 1.0) for name in self.members):
             raise ValueError("all weights are 0: give one of the members more")
 
+    def require_memory(self, num_items: int) -> None:
+        """As `Baseline.require_memory`, of the members that are not fitted yet."""
+        for member in self.members.values():
+            if not hasattr(member, "num_items"):
+                member.require_memory(num_items)
+
     def fit(self, histories: Sequence[np.ndarray], num_items: int) -> Fused:
         """As `Baseline.fit`, of the members that are not fitted yet."""
+        self.require_memory(num_items)
         self.num_items = num_items
         for name, member in self.members.items():
             if not hasattr(member, "num_items"):

@@ -177,6 +177,7 @@ METRICS: dict[str, Any] = {
     },
     "onerec": POLICY,
     "baselines": {"<baseline>": BASELINE},
+    "skipped_baselines": {"<baseline>": "Why it could not be fitted."},
     "served": [SERVED],
     "alignment": [ROUND],
     "reward_models": {"<judge>": {**REWARD_FIGURES, "num_runs": TRAINED_ON, "exposures": REWARD_FIGURES}},

@@ -37,6 +37,7 @@ PARTS = {
     "tokenizer": {},
     "onerec": {},
     "baselines": {},
+    "skipped_baselines": {},
     "alignment": [],
     "reward_models": {},
     "served": [],
@@ -145,7 +146,7 @@ def print_table(metrics: Mapping[str, Any]) -> str:
     """The run's figures as plain text for a terminal: methods, served sessions, rounds, judges and the log."""
     metrics, columns = PARTS | metrics, ("recall@10", "recall@50", "ndcg@10", "coverage")
     rows = [[name, *(row.get(column) for column in columns)] for name, row in _methods(metrics)]
-    blocks, onerec = [Table(["", *columns], rows).text()], metrics["onerec"]
+    blocks, onerec = ["\n".join([Table(["", *columns], rows).text(), *_skipped(metrics)])], metrics["onerec"]
     rates = [f"{name.replace('_', ' ')} {number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
     if rates:
         blocks.append("Sessions: " + ", ".join(rates))
@@ -162,6 +163,11 @@ def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     if aligned:
         rows.append(("OneRec, pre-trained", metrics["alignment"][0]))
     return rows + [(BASELINE_NAMES.get(name, name), values) for name, values in metrics["baselines"].items()]
+
+
+def _skipped(metrics: Mapping[str, Any]) -> list[str]:
+    """What is said below the comparison of the baselines that could not be fitted."""
+    return [f"Without {BASELINE_NAMES.get(name, name)}: {why}." for name, why in metrics["skipped_baselines"].items()]
 
 
 def _is_aligned(alignment: Sequence[Mapping[str, Any]]) -> bool:
@@ -212,6 +218,7 @@ def _quality_section(metrics: Mapping[str, Any]) -> str:
     )
     text += svg_image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
     text += Table(["", *RANKING_COLUMNS], rows, classes).html()
+    text += "".join(f'<p class="note">{escape(line)}</p>' for line in _skipped(metrics))
     if len(metrics["alignment"]) > 1:
         return text + rounds_section(metrics["alignment"])
     columns = [column for column in SESSION_COLUMNS if column in onerec]
@@ -290,7 +297,7 @@ def _reward_model_section(reward_models: Mapping[str, Any], plots: Mapping[str, 
 
 
 def _details_section(parts: Mapping[str, Any]) -> str:
-    text, shown = "", ("onerec", "baselines", "tokenizer", "served")
+    text, shown = "", ("onerec", "baselines", "skipped_baselines", "tokenizer", "served")
     for key, value in parts.items():
         title = key.replace("_", " ")
         rows = fact_rows(value if isinstance(value, Mapping) else {title: value})

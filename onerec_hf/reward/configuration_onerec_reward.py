@@ -59,6 +59,8 @@ class OneRecRewardConfig(PreTrainedConfig):
         numeric_features: Numeric columns of the items, read as ranks beside their bins among `item_features`.
         num_item_values: Values of all item features, 0 for unknown among them.
         user_features: Known values by column of the user's profile; other values count as unknown.
+        catalogue_fingerprint: [`OneRecTokenizer.catalogue_fingerprint`] of the items and semantic IDs that the model
+            was trained on, with which it is used; None: not known.
         pad_token_id: Token id that stands in place of the codes of a missing item.
     """
 
@@ -93,6 +95,7 @@ class OneRecRewardConfig(PreTrainedConfig):
     numeric_features: list[str] | tuple[str, ...] = ()
     num_item_values: int = 1
     user_features: dict[str, list[str]] | None = None
+    catalogue_fingerprint: str | None = None
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     pad_token_id: int | None = 0

@@ -22,7 +22,7 @@ from ..data import Feed, signal_names
 from ..evaluation_mode import evaluation_mode
 from ..renamed_arguments import renamed_arguments
 from ..tokenization_onerec import OneRecTokenizer
-from ..training_checkpoints import CheckpointCompleteCallback, latest_complete_checkpoint
+from ..training_checkpoints import CheckpointCompleteCallback, train_from_latest
 from .configuration_onerec_reward import OneRecRewardConfig
 from .exposure_encoding import REWARD_FEATURES, ExposureEncoder, ItemFeatures, ItemTotals, known_user_values
 from .modeling_onerec_reward import OneRecRewardModel
@@ -76,6 +76,7 @@ def create_reward_model(
         numeric_features=features.numeric_columns,
         num_item_values=features.num_values,
         user_features=known_user_values(feed.users),
+        catalogue_fingerprint=tokenizer.catalogue_fingerprint(),
     )
     for objective in known.objectives:
         if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
@@ -312,7 +313,7 @@ def train_reward_model(
     trainer = OneRecRewardTrainer(
         model, tokenizer, totals, args=TrainingArguments(**arguments), train_dataset=runs, **kwargs
     )
-    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(arguments["output_dir"]))
+    train_from_latest(trainer)
     return trainer.state.log_history
 
 

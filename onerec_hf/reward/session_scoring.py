@@ -30,9 +30,14 @@ class SessionScores:
 
 
 class SessionScorer:
-    """A reward model, the judge, with the tokenizer of the codes that it was trained on."""
+    """A reward model, the judge, with the tokenizer of the codes that it was trained on.
+
+    Raises:
+        ValueError: the model was trained on the semantic IDs of another fit.
+    """
 
     def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer):
+        tokenizer.require_trained_with(model.config)
         self.model, self.tokenizer = model, tokenizer
         self._encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
 

@@ -75,7 +75,7 @@ def _require_count(name: str, value: Any, remedy: str = "") -> None:
 class Recommender:
     """Recommends to users from their histories of item ids; keeps the trie on the model's device between calls.
 
-    Items that the tokenizer adds or removes are added or removed here at the next call.
+    Items that the tokenizer adds or removes are added or removed here at the next call. Threads may share it.
 
     Args:
         model: The trained [`OneRecForConditionalGeneration`].
@@ -92,7 +92,7 @@ class Recommender:
         self.model, self.tokenizer, self.scorer = model, tokenizer, scorer
         if scorer is not None and scorer.tokenizer.semantic_id_fingerprint != tokenizer.semantic_id_fingerprint:
             raise ValueError("The reward model's catalogue differs from the generator's: they are of different runs.")
-        self.catalogue = self.trie = None
+        self._kept: tuple[str, ItemTrie] | None = None  # of which catalogue, and its trie
 
     @renamed_arguments(exclude_seen="exclude_consumed", unknown="unknown_items")
     def __call__(
@@ -145,23 +145,28 @@ class Recommender:
         _require_count("batch_size", batch_size)
         if unknown_items not in ("error", "skip"):
             raise ValueError(f"unknown_items must be 'error' or 'skip', got {unknown_items!r}.")
-        model = self.model
-        if self.catalogue != self.tokenizer.semantic_id_fingerprint:  # at first, or items were added or removed
-            self.catalogue = self.tokenizer.semantic_id_fingerprint
-            self.trie = ItemTrie.from_tokenizer(self.tokenizer)
-        self.trie = self.trie.to(model.device)
-        ranking, sessions = self._searches(
-            top_k, self._allowed(blocked_items, allowed_items, unknown_items), **options
-        )
+        trie = self._trie()
+        allowed = self._allowed(trie, blocked_items, allowed_items, unknown_items)
+        ranking, sessions = self._searches(trie, top_k, allowed, **options)
         rows, results = history_rows(histories), []
-        with evaluation_mode(model):
+        with evaluation_mode(self.model):
             for start in tqdm(range(0, len(rows), batch_size), desc="Recommending", disable=not show_progress):
                 batch = self._known_rows(rows[start : start + batch_size], start, unknown_items)
-                results.extend(self._recommend(batch, exclude_consumed, ranking, sessions))
+                results.extend(self._recommend(trie, batch, exclude_consumed, ranking, sessions))
         return results
+
+    def _trie(self) -> ItemTrie:
+        """The catalogue's, on the model's device."""
+        fingerprint, kept = self.tokenizer.semantic_id_fingerprint, self._kept
+        if kept is None or kept[0] != fingerprint:  # at first, or items were added or removed
+            kept = fingerprint, ItemTrie.from_tokenizer(self.tokenizer)
+        trie = kept[1].to(self.model.device)
+        self._kept = fingerprint, trie
+        return trie
 
     def _searches(
         self,
+        trie: ItemTrie,
         top_k: int,
         allowed: torch.BoolTensor | None,
         num_beams: int | None = None,
@@ -176,7 +181,7 @@ class Recommender:
         _require_count("num_beams", num_beams, " Give num_beams, or correct generation_config.json." if saved else "")
         if seed is not None and (type(seed) is bool or not isinstance(seed, (int, np.integer)) or abs(seed) >= 2**63):
             raise ValueError(f"seed must be an integer of 64 bits, got {seed!r}.")
-        num_beams = min(max(num_beams, top_k), self.trie.num_positions)
+        num_beams = min(max(num_beams, top_k), trie.num_positions)
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
         wanted, added = options.get("search", "beam"), 0
         if wanted == "sample":
@@ -198,11 +203,11 @@ class Recommender:
         )
 
     def _allowed(
-        self, blocked_items: Iterable | None, allowed_items: Iterable | None, unknown_items: str
+        self, trie: ItemTrie, blocked_items: Iterable | None, allowed_items: Iterable | None, unknown_items: str
     ) -> torch.BoolTensor | None:
         if blocked_items is None and allowed_items is None:
             return None
-        allowed = np.full(self.trie.num_items, allowed_items is None)
+        allowed = np.full(trie.num_items, allowed_items is None)
         for name, items, value in (("allowed_items", allowed_items, True), ("blocked_items", blocked_items, False)):
             if items is None:
                 continue
@@ -259,9 +264,11 @@ class Recommender:
             indexed.append({**row, **kept, name: None if given is None else found[known]})
         return indexed
 
-    def _recommend(self, rows: list[dict], exclude_consumed: bool, ranking: dict, sessions: dict) -> list[dict]:
+    def _recommend(
+        self, trie: ItemTrie, rows: list[dict], exclude_consumed: bool, ranking: dict, sessions: dict
+    ) -> list[dict]:
         """Results of users encoded together; `ranking` and `sessions` are the arguments of the two searches."""
-        model, trie = self.model, self.trie
+        model = self.model
         encoded = encode_history_rows(rows, self.tokenizer, model.config).to(model.device)
         users = {
             "attention_mask": encoded["attention_mask"],

@@ -7,6 +7,7 @@ from accelerate.logging import get_logger
 
 from .ablations import run_ablation
 from .align_stage import run_align
+from .baselines_stage import warn_of_skipped_baselines
 from .data_stage import prepared_data, run_data
 from .evaluate_stage import run_evaluate
 from .hub_access import require_login
@@ -26,6 +27,7 @@ def run_pipeline(args: RecipeArguments) -> None:
     the seed model is the last."""
     require_login(args.hub_model_id, args.hub_reward_model_id)
     run_tokenize(args)
+    warn_of_skipped_baselines(args)
     if args.align_rounds:
         known = known_feedback(prepared_data(args, "reward").split.fit)
         if known:

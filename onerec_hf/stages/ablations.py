@@ -22,7 +22,7 @@ from ..reporting import comparison_figure, comparison_table
 from ..reporting.served_report import BASELINE_NAMES
 from ..staged_files import staged_file
 from .align_stage import align_stage, run_align
-from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
+from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines, skipped_baselines
 from .evaluate_stage import ROUND, SEED_STAGE, seed_stage
 from .evaluated_run import EvaluatedRun
 from .preferences_stage import run_sample_preferences
@@ -296,7 +296,8 @@ def _table_1(comparison: _Comparison, cells: Sequence[str]) -> list[dict[str, An
         if not baseline_stage(args).is_complete():
             baselines = f"{base}/{BASELINE_STAGE}"
             run_baselines(baseline_stage(args, baselines), comparison.run)
-        for name in ranked:
+        skipped = skipped_baselines(args.output_dir / baselines)
+        for name in (name for name in ranked if name not in skipped):
             file = args.output_dir / baselines / f"{name}.safetensors"
             results = comparison.results(
                 f"{base}/{name}", [baselines], lambda run, file=file: run.evaluator.ranking_method(**load_file(file))

@@ -29,7 +29,7 @@ from ..session_rows import index_sessions
 from ..shared_histories import share_histories
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
-from ..training_checkpoints import CheckpointCompleteCallback, latest_complete_checkpoint
+from ..training_checkpoints import CheckpointCompleteCallback, train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
 from .preferences_stage import PAIRS, draw_pairs
 from .pretrain_stage import (
@@ -203,7 +203,7 @@ class Alignment:
             peft_config=self.lora,
             callbacks=[CheckpointCompleteCallback()],
         )
-        trainer.train(resume_from_checkpoint=latest_complete_checkpoint(checkpoints))
+        train_from_latest(trainer)
         if not options.align_lora:
             save_trained_model(trainer, target)
         elif PartialState().is_main_process:

@@ -10,15 +10,19 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from safetensors.numpy import save_file
 
 from ..data import positive_mask
-from ..evaluation import CUTOFFS, Baseline, ranking_metrics
+from ..evaluation import CUTOFFS, Baseline, CatalogueTooLargeError, ranking_metrics
 from .evaluated_run import EvaluatedRun
 from .recipe_arguments import BASELINES, FUSED, BaselineArguments, RecipeArguments, fused_members
-from .stage_runner import Stage, run_stage, write_json
+from .stage_runner import Stage, completed_stage, read_json, run_stage, write_json
 
 BASELINE_STAGE = "baselines"
+SKIPPED = "skipped.json"  # why baselines could not be fitted, by name
+
+logger = get_logger(__name__)
 
 Options = dict[str, Any]
 
@@ -33,6 +37,34 @@ def fitted_baselines(args: RecipeArguments) -> list[str]:
     if FUSED not in args.baselines and left_out & fused_members(args.baselines).keys():
         left_out.add(FUSED)
     return [name for name in BASELINES if name not in left_out]
+
+
+def skipped_baselines(folder: Path) -> dict[str, str]:
+    """Why, by name, a complete stage could not fit some of its baselines."""
+    path = folder / SKIPPED
+    return read_json(path) if path.exists() else {}
+
+
+def evaluated_baselines(args: RecipeArguments, name: str = BASELINE_STAGE) -> list[str]:
+    """The baselines whose results a complete stage has."""
+    skipped = skipped_baselines(args.output_dir / name)
+    return [baseline for baseline in fitted_baselines(args) if baseline not in skipped]
+
+
+def warn_of_skipped_baselines(args: RecipeArguments) -> None:
+    """Says, as soon as the size of the catalogue is known, which baselines will not fit into memory."""
+    num_items = completed_stage(args.output_dir, "data")["dataset"]["num_items"]
+    for name in () if baseline_stage(args).is_complete() else fitted_baselines(args):
+        try:
+            unfitted_baseline(name, fitting_options(args, name)).require_memory(num_items)
+        except CatalogueTooLargeError as error:
+            logger.warning(f"The evaluation will have to go without the baseline {name}: {error}.")
+
+
+def unfitted_baseline(name: str, options: Options) -> Baseline:
+    """A baseline with all of [`fitting_options`]."""
+    members = {member: unfitted_baseline(member, of) for member, of in options.get("members", {}).items()}
+    return BASELINES[name](**{**options, **({"members": members} if members else {})})
 
 
 def fitting_options(args: RecipeArguments, name: str, options: Options | None = None) -> Options:
@@ -102,8 +134,8 @@ def _key(name: str, options: Options) -> tuple[str, str]:
 
 
 def run_baselines(stage: Stage, run: EvaluatedRun, fits: BaselineFits | None = None) -> Path:
-    """Stage `baselines`: fits and evaluates each of them; writes `<name>.json`, the metrics, and `<name>.safetensors`,
-    the rankings with their scores.
+    """Stage `baselines`: fits and evaluates each of them; writes `<name>.json`, the metrics, `<name>.safetensors`, the
+    rankings with their scores, and `skipped.json`, why the others did not fit into memory.
 
     Args:
         fits: holds what is fitted already.
@@ -112,8 +144,14 @@ def run_baselines(stage: Stage, run: EvaluatedRun, fits: BaselineFits | None = N
 
     def work(folder: Path) -> None:
         missing = [name for name in fitted_baselines(run.args) if not (folder / f"{name}.json").exists()]
+        skipped = {}
         for place, name in enumerate(missing if PartialState().is_main_process else ()):
-            fitted = fits.fit(name, fitting_options(run.args, name), run)
+            try:
+                fitted = fits.fit(name, fitting_options(run.args, name), run)
+            except CatalogueTooLargeError as error:
+                skipped[name] = str(error)
+                logger.warning(f"The baseline {name} is left out: {error}.")
+                continue
             started = time.monotonic()
             ranked, scores = rank_fitted(fitted.model, run)
             seconds = time.monotonic() - started
@@ -127,6 +165,8 @@ def run_baselines(stage: Stage, run: EvaluatedRun, fits: BaselineFits | None = N
             }
             write_json(folder / f"{name}.json", metrics)
             fits.keep([(FUSED, fitting_options(run.args, FUSED))] if FUSED in missing[place + 1 :] else [])
+        if PartialState().is_main_process:
+            write_json(folder / SKIPPED, skipped)
 
     return run_stage(stage, work)
 

@@ -25,14 +25,20 @@ from ..reporting.report import write_report
 from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import generate_sessions
 from ..staged_files import staged_file
-from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, run_baselines
+from .baselines_stage import (
+    BASELINE_STAGE,
+    baseline_stage,
+    evaluated_baselines,
+    run_baselines,
+    skipped_baselines,
+)
 from .evaluated_run import EvaluatedRun
 from .hub_access import require_login
 from .pretrain_stage import MODEL
 from .recipe_arguments import EvaluateArguments, RecipeArguments
 from .reward_stage import REWARD_MODEL
 from .serve_stage import SERVE_STAGE, run_serve, served_entries
-from .stage_runner import Stage, completed_stage, read_json, run_stage, write_json
+from .stage_runner import Stage, completed_stage, full_disk_named, read_json, run_stage, write_json
 from .tokenize_stage import semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
@@ -63,9 +69,10 @@ def run_evaluate(args: RecipeArguments) -> Path:
     reads += [BASELINE_STAGE, SEED_STAGE]
     folder = run_stage(Stage("evaluate", args.output_dir, args.group(EvaluateArguments), reads), work)
     if PartialState().is_main_process:
-        for name in ("metrics.json", "report.html"):
-            with staged_file(args.output_dir / name) as partial:
-                shutil.copy2(folder / name, partial)
+        with full_disk_named(args.output_dir):
+            for name in ("metrics.json", "report.html"):
+                with staged_file(args.output_dir / name) as partial:
+                    shutil.copy2(folder / name, partial)
         metrics = read_json(folder / "metrics.json")
         print(print_table(metrics))
         print(f"Report: {args.output_dir / 'report.html'}")
@@ -147,7 +154,8 @@ def run_metrics(
             "config": model.config.to_diff_dict(),
         },
         "onerec": {name: value for name, value in last_kept(entries).items() if name not in ROUND_ALONE},
-        "baselines": {name: read_json(baselines / f"{name}.json") for name in fitted_baselines(args)},
+        "baselines": {name: read_json(baselines / f"{name}.json") for name in evaluated_baselines(args)},
+        "skipped_baselines": skipped_baselines(baselines),
         "alignment": entries,
         "timings": {name: stage["seconds"] for name, stage in stages.items()},
         "environment": environment(),

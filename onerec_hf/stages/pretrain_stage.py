@@ -20,9 +20,9 @@ from ..session_generation import fit_item_gate
 from ..session_rows import index_sessions, user_feature_values
 from ..shared_histories import share_histories
 from ..tokenization_onerec import OneRecTokenizer
-from ..training_checkpoints import latest_complete_checkpoint
+from ..training_checkpoints import train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
-from .recipe_arguments import PretrainArguments, RecipeArguments
+from .recipe_arguments import PretrainArguments, RecipeArguments, require_held_out
 from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
 from .tokenize_stage import fitted_histories, load_item_content
 
@@ -193,6 +193,9 @@ def train_generator(
         changes: fields of `options.pretrain` that differ.
     """
     rows, held_out = parts["train"], parts["test"]
+    if not len(held_out):
+        why = f"of {len(rows)} sessions none is held out: a tenth of them at most is (holdout_sessions)"
+        require_held_out({**options.pretrain, **changes}, "pretrain", why)
     training_args = Seq2SeqTrainingArguments(
         **{
             **TRAINING_DEFAULTS,
@@ -211,5 +214,5 @@ def train_generator(
         rows = share_histories(rows, model.config.history_items, targets_per_row)
     data = {"train_dataset": rows, "eval_dataset": held_out if len(held_out) else None}
     trainer = OneRecPretrainer(model, tokenizer, training_args, sessions_continue_histories, **data)
-    trainer.train(resume_from_checkpoint=latest_complete_checkpoint(folder))
+    train_from_latest(trainer)
     return trainer

@@ -12,11 +12,11 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.hf_argparser import HfArg
@@ -30,6 +30,7 @@ from ..embedding_adaptation import EmbeddingAdaptation
 from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
 from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
+from ..yaml_files import read_yaml
 from .hub_access import require_repositories
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ SAMPLING_OPTIONS = (
 BY_EXPOSURES = dict.fromkeys(
     (
         *("feedback", "signals", "num_items", "item_features", "item_embedding_size", "numeric_features"),
-        *("num_item_values", "objective_means", "objective_deviations"),
+        *("num_item_values", "objective_means", "objective_deviations", "catalogue_fingerprint"),
     ),
     "the data",
 )
@@ -95,7 +96,14 @@ def typed_fields(values: dict[str, Any], name: str, owner: type, decided: dict[s
 
 
 def _typed(value: Any, name: str, annotation: Any) -> Any:
-    """A value as its annotation says, where that is a number or true or false; others are left as they are."""
+    """A value as its annotation says, where that is a number, true or false, or one of an enumeration; others are left
+    as they are."""
+    for choices in get_args(annotation):
+        if isinstance(choices, type) and issubclass(choices, Enum):
+            allowed = [choice.value for choice in choices]
+            value = "no" if value is False else value  # as YAML reads no
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
     kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kind = kind.removesuffix(" | None")
     if value is None or kind not in ("bool", "int", "float"):
@@ -145,6 +153,13 @@ def check_fused(baselines: dict[str, Any]) -> None:
         Fused(**{**(baselines.get(FUSED) or {}), "members": members})
     except (TypeError, ValueError) as error:
         raise ValueError(f"baselines.fused: {error}.") from error
+
+
+def require_held_out(options: dict[str, Any], name: str, why: str) -> None:
+    """Raises ValueError, which says why there is nothing to do it on, for options that evaluate while training."""
+    for field in ("eval_strategy", "load_best_model_at_end"):
+        if options.get(field) not in (None, False, "no"):
+            raise ValueError(f"{name}.{field} is {options[field]!r}, but {why}.")
 
 
 def lora_config(values: dict[str, Any]):
@@ -297,6 +312,10 @@ class PretrainArguments(RecentSessions, StageArguments):
         super().__post_init__()
         if self.pretrain_recent and self.recent_days is None:
             raise ValueError("pretrain_recent is of the sessions of recent_days: set recent_days too.")
+        if self.holdout_sessions < 1:
+            for name in ("pretrain", "pretrain_recent"):
+                why = f"holdout_sessions is {self.holdout_sessions}: hold some out, or leave the field out"
+                require_held_out(getattr(self, name), name, why)
 
 
 @dataclass
@@ -311,6 +330,17 @@ class RewardArguments(StageArguments):
     reward_model: Nested = option(None, "OneRecRewardConfig fields of the reward model that aligns.")
     judge_model: Nested = option(None, "OneRecRewardConfig fields of the independent judge.")
     reward: Nested = option(None, "TrainingArguments fields, for the reward model and the judge.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        why = "nothing is held out of the reward models' training to evaluate them on: leave the field out"
+        require_held_out(self.reward, "reward", why)
+        for name in ("reward_model", "judge_model"):
+            given = {field: value for field, value in getattr(self, name).items() if field == "objectives"}
+            try:
+                OneRecRewardConfig(**given)
+            except Exception as error:  # of the fields, or of what is no mapping of fields at all
+                raise ValueError(f"{name}: {error}") from error
 
 
 @dataclass
@@ -394,6 +424,7 @@ class AlignArguments(PreferenceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        require_held_out(self.align, "align", "rounds are checked when they end (align_holdout): leave the field out")
         self.align_lora = as_mapping(self.align_lora, "align_lora")
         lora_config(self.align_lora)
         if self.align_lora and not self.align_encoder:
@@ -553,39 +584,39 @@ def option_names() -> set[str]:
     return {entry.name for entry in fields(RecipeArguments)}
 
 
-def base_options(config: Path) -> dict[str, Any]:
-    """The options that a YAML file takes from its `base`, and that one from its own.
+def all_options(config: Path) -> dict[str, Any]:
+    """The options of a YAML file, with those that it takes from its `base`, and that one from its own.
 
     Raises:
         ValueError: a base that is no file or no recipe, or that has the file as its own base.
     """
-    options, files, latest = {}, [config], read_options(config)
+    files, latest = [config], read_options(config)
+    options = latest
     while latest.get("base") is not None:
         base = files[-1].parent / latest["base"]
         if not base.is_file() or any(base.samefile(file) for file in files):
             reason = "itself" if base.is_file() else "no file"
             raise ValueError(f"{files[-1]} has base: {latest['base']}, which is {reason}.")
         latest = read_options(base)
-        unknown = sorted(set(latest) - option_names())
-        if unknown:
-            raise ValueError(f"{base} has {unknown[0]!r}, which is no option of a recipe.")
         options = latest | options
         files.append(base)
     return options
 
 
 def read_options(config: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds; an empty one of a file that the parser will refuse."""
-    options = read_yaml(config) if config.is_file() else None
-    return options if isinstance(options, dict) else {}
+    """The options that a YAML file has of its own.
 
-
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. Raises ValueError with its name where it is none, or has tags of Python's."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}. Correct it.") from None
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not in UTF-8, no YAML, or has anything else than options of a recipe; names it.
+    """
+    options = read_yaml(config)
+    if not isinstance(options, dict):
+        raise ValueError(f"{config}: must hold options of a recipe, as `name: value`, and holds {options!r:.40}.")
+    unknown = sorted(map(str, options.keys() - option_names()))
+    if unknown:
+        raise ValueError(f"{config} has {unknown[0]!r}, which is no option of a recipe.")
+    return options
 
 
 def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
@@ -597,8 +628,13 @@ def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
     if any(flag.partition("=")[0] == "--base" for flag in argv):
         raise ValueError("base stands in a YAML file; on the command line a file is given with --config.")
     if "--config" in argv[:-1]:
-        parser.set_defaults_with_config(**base_options(Path(argv[argv.index("--config") + 1])))
+        # Not by the parser, which would read the file in the encoding of the locale.
+        place = argv.index("--config")
+        parser.set_defaults_with_config(**all_options(Path(argv[place + 1])))
+        argv = argv[:place] + argv[place + 2 :]
     [args] = parser.parse_args_and_config(args=argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a table has characters that an ASCII terminal has not
     # Told so, it joins the processes of any launcher on the CPU too.
     state = PartialState(cpu=not torch.accelerator.is_available())
     # Launchers count physical cores, which halves a small virtual machine; and several processes with all of the

@@ -13,15 +13,8 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments
 
 from ..configuration_onerec import OneRecConfig
-from .recipe_arguments import (
-    BASELINES,
-    FUSED,
-    PretrainArguments,
-    RankingBeams,
-    RecipeArguments,
-    TokenizeArguments,
-    read_yaml,
-)
+from ..yaml_files import read_yaml
+from .recipe_arguments import BASELINES, FUSED, PretrainArguments, RankingBeams, RecipeArguments, TokenizeArguments
 
 ONEREC = "onerec"
 METHODS = (*BASELINES, ONEREC)
@@ -124,7 +117,7 @@ def read_space(path: Path, methods: Sequence[str], args: RecipeArguments) -> dic
     Raises:
         ValueError: a method that has none, or a field that is not the method's or has no range; names them.
     """
-    content = read_yaml(Path(path)) or {}
+    content = read_yaml(path) or {}
     spaces = {}
     for method in methods:
         if method not in METHODS:

@@ -29,7 +29,7 @@ from ..evaluation_mode import evaluation_mode
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..session_generation.searches import SearchOptions
 from ..staged_files import staged_file
-from .baselines_stage import BASELINE_STAGE, fitted_baselines
+from .baselines_stage import BASELINE_STAGE, evaluated_baselines
 from .evaluated_run import EvaluatedRun
 from .recipe_arguments import PolicyArguments
 from .reward_stage import REWARD_MODEL
@@ -87,7 +87,9 @@ def served_entries(run: EvaluatedRun) -> list[dict]:
 def served_methods(run: EvaluatedRun) -> Iterator[tuple[ServedMethod, Callable[[], Served]]]:
     """Every method of a run with alignment, and what serves by it."""
     args = run.args
-    lists: dict[str, BaselineList | OneRecServing] = {name: BaselineList(run, name) for name in fitted_baselines(args)}
+    lists: dict[str, BaselineList | OneRecServing] = {
+        name: BaselineList(run, name) for name in evaluated_baselines(args)
+    }
     for name, ranked in lists.items():
         yield ServedMethod(name, retriever=name), ranked.first_items
     rounds = completed_stage(args.output_dir, "align")["rounds"]

@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..staged_files import staged_file
 
 STAGE_FILE = "stage.json"
 SETTINGS = "settings.json"  # all that the stage depends on
+FULL_BYTES = 2**16  # a disk with less room is full
 CHECKPOINTS = "checkpoints"  # a stage's training checkpoints, which only a run that is not complete needs
 
 logger = get_logger(__name__)
@@ -161,6 +163,21 @@ def changed_entries(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return names
 
 
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Adds to an error that comes of a full disk which disk it is, and what to do: libraries say it in many ways, and
+    some of them not at all."""
+    try:
+        yield
+    except Exception as error:
+        said = any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+        if said or shutil.disk_usage(folder).free < FULL_BYTES:
+            error.add_note(
+                f"The disk of {folder} is full: make room, and run the same command again. What is complete is kept."
+            )
+        raise
+
+
 def run_stage(stage: Stage, work: Callable[[Path], dict | None]) -> Path:
     """Runs `work(folder)` for a stage unless it is complete, and returns the stage's folder.
 
@@ -194,11 +211,13 @@ def run_stage(stage: Stage, work: Callable[[Path], dict | None]) -> Path:
     # A kill may have come between the end of the work and the renaming.
     if not (partial / STAGE_FILE).exists():
         started = time.monotonic()
-        summary = work(partial) or {}
-        state.wait_for_everyone()
-        if state.is_main_process:
-            seconds = round(time.monotonic() - started, 1)
-            write_json(partial / STAGE_FILE, {"fingerprint": fingerprint(described), "seconds": seconds, **summary})
+        with full_disk_named(partial):
+            summary = work(partial) or {}
+            state.wait_for_everyone()
+            if state.is_main_process:
+                seconds = round(time.monotonic() - started, 1)
+                done = {"fingerprint": fingerprint(described), "seconds": seconds, **summary}
+                write_json(partial / STAGE_FILE, done)
     state.wait_for_everyone()
     if state.is_main_process:
         seconds = read_json(partial / STAGE_FILE)["seconds"]

@@ -295,7 +295,7 @@ def main():
     if "sampling" in args.parts:
         figures["sampling"] = measure_sampling(args, recipe)
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

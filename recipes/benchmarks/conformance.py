@@ -99,7 +99,8 @@ def link_tests(source: Path, package: Path) -> list[str]:
             f"{source} has no tests/test_modeling_common.py: give the unpacked source distribution of transformers "
             f"{transformers.__version__} (pip download --no-deps --no-binary :all: transformers)."
         )
-    if f'__version__ = "{transformers.__version__}"' not in (source / "src/transformers/__init__.py").read_text():
+    init = (source / "src/transformers/__init__.py").read_text(encoding="utf-8")
+    if f'__version__ = "{transformers.__version__}"' not in init:
         raise RuntimeError(f"{source} is not transformers {transformers.__version__}, which is installed.")
     package.mkdir()
     for path in (source / "tests").resolve().iterdir():
@@ -107,7 +108,7 @@ def link_tests(source: Path, package: Path) -> list[str]:
     missing = [name for name in LEFT_OUT if not (package / name).exists()]
     for name in missing:
         (package / name).parent.mkdir(exist_ok=True)
-        (package / name).write_text(LEFT_OUT[name])
+        (package / name).write_text(LEFT_OUT[name], encoding="utf-8")
     return missing
 
 
@@ -385,7 +386,7 @@ def main() -> int:
             print(f"\nFAILED {row['case']}.{row['test']}\n{row['reason']}", file=sys.stderr)
     if options.json:
         record = {"rows": rows, "totals": totals, "missing": missing, "transformers": transformers.__version__}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return int(any(counts["failed"] for counts in totals.values()))
 
 

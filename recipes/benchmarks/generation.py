@@ -321,11 +321,11 @@ def peak_memory(run: Callable) -> float:
     """GiB that a run takes at most beyond what the process holds before it; of Linux, NaN elsewhere."""
 
     def kilobytes(entry: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
         before = kilobytes("VmRSS")
     except OSError:
         return float("nan")
@@ -423,7 +423,7 @@ def main():
     if "mixture" in args.parts:
         figures["mixture"] = compare_mixtures(args)
     if args.json is not None:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

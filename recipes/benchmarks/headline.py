@@ -157,7 +157,7 @@ def main() -> None:
     if "truth, mean" not in {row["name"] for row in rows}:
         print("No simulated truth in these runs: its bar does not apply.")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"runs": list(runs), "figures": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"runs": list(runs), "figures": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

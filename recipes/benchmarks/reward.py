@@ -201,7 +201,7 @@ def main():
         figures = ["-" if row[column] is None else "{:.4f} ± {:.4f}".format(*row[column]) for column in COLUMNS]
         print(f"| {row['cases']} | {row['objective']} | {row['method']} | {' | '.join(figures)} |")
     if options.json:
-        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"seeds": options.seeds, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

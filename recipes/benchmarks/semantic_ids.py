@@ -239,7 +239,8 @@ def main() -> None:
     if args.json:
         machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         unfinished = Path(args.json + ".tmp")
-        unfinished.write_text(json.dumps({**machine, "figures": [figure._asdict() for figure in figures]}, indent=2))
+        content = {**machine, "figures": [figure._asdict() for figure in figures]}
+        unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         unfinished.replace(args.json)
 
 
