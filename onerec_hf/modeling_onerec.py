@@ -836,11 +836,9 @@ class OneRecModel(OneRecPreTrainedModel):
     ) -> OneRecModelOutput:
         """Runs encoder and decoder.
 
-        With k * batch decoder rows for `batch` histories, k consecutive rows read the same history, which is encoded
-        and projected for the cross-attention once.
-
-        A causal encoder may serve decoder rows that read different prefixes of the histories, as [`SessionCollator`]
-        lays them out, with the result of encoding every prefix by itself:
+        Of k * batch decoder rows k consecutive ones read the same history, encoded and projected for the
+        cross-attention once. With a causal encoder rows may read different prefixes of the histories, as
+        [`SessionCollator`] lays them out, with the result of encoding every prefix by itself:
 
         Args:
             target_histories: (decoder rows,) the history of each row.

@@ -281,9 +281,9 @@ def odd_times(rng, folder, name):
     case = log_case(folder, log)
     if rng.integers(2):
         unit = pick(rng, ("s", "ms", "iso"))
-        mapping = yaml.safe_load((folder / "mapping.yaml").read_text())
+        mapping = yaml.safe_load((folder / "mapping.yaml").read_text(encoding="utf-8"))
         mapping["interactions"]["timestamp_unit"] = unit
-        (folder / "mapping.yaml").write_text(yaml.safe_dump(mapping))
+        (folder / "mapping.yaml").write_text(yaml.safe_dump(mapping), encoding="utf-8")
     return case
 
 
@@ -330,8 +330,8 @@ def odd_parts(rng, folder, name):
         "another type": lambda: "",
         "damaged": lambda: damaged(rng, text.encode(), "truncated").decode(),
     }[name]()
-    (folder / "log_1.csv").write_text(text)
-    (folder / "log_2.csv").write_text(part)
+    (folder / "log_1.csv").write_text(text, encoding="utf-8")
+    (folder / "log_2.csv").write_text(part, encoding="utf-8")
     if name == "ids of another kind":
         log = pd.concat([log, more.assign(uid="x")])
     if name == "another type":
@@ -829,9 +829,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     settings, log = args.output_dir / "settings.json", args.output_dir / "cases.jsonl"
     described = {"seed": args.seed, "mutations": [" ".join(key) for key in MUTATIONS]}
-    if settings.exists() and json.loads(settings.read_text()) != described:
+    if settings.exists() and json.loads(settings.read_text(encoding="utf-8")) != described:
         parser.error(f"{args.output_dir} holds cases of another seed or of other mutations: give another folder.")
-    settings.write_text(json.dumps(described))
+    settings.write_text(json.dumps(described), encoding="utf-8")
     cases = finished(log)
     done = {case["number"] for case in cases}
     sound_recommender(), sound_reward_model()  # before the processes part, which then need not build them
@@ -846,7 +846,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows = table([case for case in cases if case["number"] < args.cases])
     print_table(rows)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     for case in cases:
         if case["outcome"] not in SOUND:
             print(f"\ncase {case['number']}, {case['kind']}, {case['mutation']}: {case['outcome']}\n{case['detail']}")
