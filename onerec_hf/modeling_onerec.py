@@ -870,9 +870,8 @@ class OneRecModel(OneRecPreTrainedModel):
         prefixes = None
         if shared:
             if encoder_attention_mask is None:
-                encoder_attention_mask = encoder_hidden_states.new_ones(
-                    encoder_hidden_states.shape[:2], dtype=torch.long
-                )
+                positions = encoder_hidden_states.shape[:2]
+                encoder_attention_mask = encoder_hidden_states.new_ones(positions, dtype=torch.long)
             prefixes, encoder_attention_mask = self.encoder.history_prefixes(
                 encoder_attention_mask, target_histories, target_prefixes
             )
