@@ -80,7 +80,7 @@ def read_columns(path: Path, columns: list[str], kinds: Mapping[str, str] | None
     try:
         if path.suffix.lower() == ".parquet":
             require_columns(pq.read_schema(path).names, columns, path.name)
-            table = pq.ParquetFile(path).read(columns=columns)
+            table = pq.ParquetFile(path, pre_buffer=True).read(columns=columns)
             table.validate(full=True)  # text of a damaged page need not be any
             return frame_of_table(table, kinds or {}, path.name)
         return _read_csv(path, columns, kinds or {})

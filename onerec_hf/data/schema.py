@@ -316,10 +316,12 @@ def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
             "Recommending from the behaviour of others needs at least two users."
         )
     time, position = interactions["timestamp"].to_numpy(), interactions["position"].to_numpy()
-    timeless = np.bincount(users, np.isnan(time)) > 0
+    timeless, position_given = np.bincount(users, np.isnan(time)) > 0, not np.isnan(position).all()
     by_position = (timeless & (np.bincount(users, np.isnan(position)) == 0))[users]
     primary = np.where(by_position, 0.0, np.where(np.isnan(time), -np.inf, time))
-    order = np.lexsort((np.nan_to_num(position), primary, users))
+    order = np.lexsort((np.nan_to_num(position), primary)) if position_given else np.argsort(primary, kind="stable")
+    for low_bits in (0, 16):  # of 16 bits a stable sort counts: half the time of a sort by comparison
+        order = order[np.argsort((users[order] >> low_bits).astype(np.uint16), kind="stable")]
     interactions = interactions.iloc[order].reset_index(drop=True)
     users = users[order]
     interactions["position"] = np.arange(len(users)) - np.searchsorted(users, users)
