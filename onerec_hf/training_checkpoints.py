@@ -43,4 +43,4 @@ def train_from_latest(trainer: Trainer) -> None:
     trainer.train(resume_from_checkpoint=latest_complete_checkpoint(args.output_dir))
 
 
-__all__ = ["CHECKPOINT_COMPLETE", "CheckpointCompleteCallback", "latest_complete_checkpoint"]
+__all__ = ["CHECKPOINT_COMPLETE", "CheckpointCompleteCallback", "latest_complete_checkpoint", "train_from_latest"]
