@@ -13,7 +13,12 @@ from .modeling_onerec import OneRecForConditionalGeneration
 from .session_rows import catalogue_index_lists, index_sessions, user_feature_values
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
-from .training_checkpoints import CHECKPOINT_COMPLETE, CheckpointCompleteCallback, latest_complete_checkpoint
+from .training_checkpoints import (
+    CHECKPOINT_COMPLETE,
+    CheckpointCompleteCallback,
+    latest_complete_checkpoint,
+    train_from_latest,
+)
 
 CPU_EXPERTS = "eager"  # the fastest of transformers' experts implementations to train with on a CPU
 
@@ -184,5 +189,6 @@ __all__ = [
     "index_sessions",
     "latest_complete_checkpoint",
     "share_histories",
+    "train_from_latest",
     "user_feature_values",
 ]
