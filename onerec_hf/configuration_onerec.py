@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .typed_arguments import typed_arguments
+
 # At ids 0 to 4 in every vocabulary, whatever the codebooks.
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<sep>", "<unk>")
 NUM_SPECIAL_TOKENS = len(SPECIAL_TOKENS)
@@ -84,6 +86,7 @@ def require_ranges(config: PreTrainedConfig, least: dict[int, Sequence[str]], la
         raise ValueError(f"{eps} must be more than 0, got {getattr(config, eps)}.")
 
 
+@typed_arguments
 @strict
 class OneRecConfig(PreTrainedConfig):
     """Configuration of [`OneRecModel`] and [`OneRecForConditionalGeneration`].

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .item_embeddings import pairs_in_window
 from .semantic_ids.balanced_kmeans import as_points
 from .staged_files import staged_files
+from .typed_arguments import typed_arguments
 
 SETTINGS_FILE = "embedding_adaptation.json"
 WEIGHTS_FILE = "embedding_adaptation.safetensors"
@@ -78,6 +79,7 @@ class AdaptationProjection(nn.Module):
         return F.normalize(self.linear(x) + self.mlp(x), dim=-1)
 
 
+@typed_arguments
 class EmbeddingAdaptation:
     """Contrastive projection of item embeddings, fitted on which items follow one another.
 

@@ -90,6 +90,7 @@ LOSSES = {
     "robust": lambda pair: (0.9 * softplus(-ratio(pair)) - 0.1 * softplus(ratio(pair))) / 0.8,
     "cpo": lambda pair: softplus(-0.7 * (pair[0][0] - pair[1][0])) - 0.3 * pair[0][0] / 6,
     "simpo": lambda pair: softplus(0.8 - 0.7 * (pair[0][0] - pair[1][0]) / 6),
+    "sft": lambda pair: -pair[0][0] / 6,
     "sdpo": lambda pair: math.log1p(sum(math.exp(-ratio(pair, place)) for place in range(len(pair) - 1))),
 }
 
@@ -134,7 +135,7 @@ class TestTrainer:
         expected = sum(LOSSES[loss_type](pair) for pair in log_probs) / 2
         loss = trainer._compute_loss(model.train(), batch_of(trainer), False)
         assert loss.item() == pytest.approx(2.0 * expected, rel=1e-4)
-        assert (trainer.ref_model is None) == (loss_type in ("cpo", "simpo"))
+        assert (trainer.ref_model is None) == (loss_type in ("cpo", "simpo", "sft"))
 
     def test_training_raises_the_margin_and_leaves_the_reference(self, tokenizer, tmp_path):
         model = tiny_generator()

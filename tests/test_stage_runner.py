@@ -264,8 +264,8 @@ def test_fields_of_other_types_are_refused(arguments):
         ("judge_model", {"objectives": ["ltr", "none"]}, "judge_model: .*objective .*none.* lacks kind, source"),
         (
             "reward_model",
-            {"objectives": [{"name": "wtr", "source": "follow", "kind": "binary", "weight": "1e-1"}]},
-            "reward_model: .*'wtr': weight must be a number, got '1e-1'",
+            {"objectives": [{"name": "wtr", "source": "follow", "kind": "binary", "weight": "much"}]},
+            "reward_model: .*'wtr': weight must be a number, got 'much'",
         ),
     ]:
         with pytest.raises(ValueError, match=f"(?s){message}"):

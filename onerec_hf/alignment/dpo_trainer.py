@@ -24,14 +24,17 @@ from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..modeling_onerec import OneRecEncoderOutput, OneRecForConditionalGeneration
 from ..pretraining import SessionCollator
 from ..tokenization_onerec import BOS_TOKEN_ID, IGNORE_INDEX, PAD_TOKEN_ID, OneRecTokenizer
+from ..typed_arguments import typed_arguments
 
 NTP_PREFIX = "ntp_"
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 # Losses beside TRL's own; each stands alone.
 CDPO, CPO, SIMPO, SDPO = "cdpo", "cpo", "simpo", "sdpo"
-REFERENCE_FREE = (CPO, SIMPO)
+SFT = "sft"  # TRL's
+REFERENCE_FREE = (CPO, SIMPO, SFT)
 
 
+@typed_arguments
 @dataclass
 class OneRecDPOConfig(DPOConfig):
     """Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig`, how L_NTP and L_DPO are mixed, and further losses.
@@ -72,7 +75,7 @@ class OneRecDPOConfig(DPOConfig):
 
     @property
     def reference_free(self) -> bool:
-        return self.loss_type[0] in REFERENCE_FREE
+        return set(self.loss_type) <= set(REFERENCE_FREE)
 
     def trl_losses(self) -> tuple[list[str], list[float]]:
         """`loss_type` as TRL's losses and their weights. TRL takes a reference's log-probabilities from the batch,
@@ -349,14 +352,16 @@ class OneRecDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
-        inputs = dict(inputs)
-        if "ref_chosen_logps" not in inputs:
+        inputs, outputs, policy = dict(inputs), None, _SessionModel(model)
+        if not self.args.reference_free and "ref_chosen_logps" not in inputs:
             references = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             inputs |= dict(zip(REFERENCE_COLUMNS, references, strict=True))
-        if SDPO in self.loss_types:
-            dpo_loss, outputs = self._softmax_dpo_loss(_SessionModel(model), inputs, mode), None
+        if self.loss_types == [SFT]:
+            dpo_loss = self._likelihood_loss(policy, inputs, mode)
+        elif SDPO in self.loss_types:
+            dpo_loss = self._softmax_dpo_loss(policy, inputs, mode)
         else:
-            result = super()._compute_loss(_SessionModel(model), _pair_inputs(inputs), return_outputs)
+            result = super()._compute_loss(policy, _pair_inputs(inputs), return_outputs)
             dpo_loss, outputs = result if return_outputs else (result, None)
         loss = self.args.lambda_dpo * dpo_loss
         self._metrics[mode]["dpo_loss"].append(self.accelerator.gather(dpo_loss.detach()).mean().item())
@@ -368,6 +373,20 @@ class OneRecDPOTrainer(DPOTrainer):
             loss = ntp_loss + loss
             self._metrics[mode]["ntp_loss"].append(self.accelerator.gather(ntp_loss.detach()).mean().item())
         return (loss, outputs) if return_outputs else loss
+
+    def _likelihood_loss(self, model: _SessionModel, inputs: dict[str, torch.Tensor], mode: str) -> torch.Tensor:
+        """TRL's loss "sft", the chosen sessions' negative log-likelihood per code, without a forward of the others."""
+        pairs, count = _pair_inputs(inputs), len(inputs["rejected_mask"])
+        for column in REFERENCE_COLUMNS:
+            pairs.pop(column, None)
+        of_sessions = ("input_ids", "attention_mask", "completion_mask", "session_items")
+        pairs |= {name: pairs[name][:count] for name in of_sessions if name in pairs}
+        completion = pairs.pop("completion_mask")
+        labels = pairs["input_ids"].masked_fill(completion == 0, -100)
+        log_probs = model(**pairs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        chosen = log_probs.sum(1).detach()
+        self._metrics[mode]["logps/chosen"].append(self.accelerator.gather(chosen).mean().item())
+        return -log_probs[completion[:, 1:].bool()].mean()
 
     def _softmax_dpo_loss(self, model: _SessionModel, inputs: dict[str, torch.Tensor], mode: str) -> torch.Tensor:
         """S-DPO: -log sigmoid(-log sum_j exp(beta (r_j - r_0))) with the log-ratios r to the reference of the chosen

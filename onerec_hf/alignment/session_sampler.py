@@ -28,6 +28,7 @@ from ..reward import SessionScorer
 from ..session_generation import SEARCHES, SearchOptions, excluded_items, generate_sessions
 from ..session_likelihood import session_log_probs
 from ..staged_files import staged_file
+from ..typed_arguments import typed_arguments
 
 ROWS_PER_PART = 16
 GUIDED = "guided_beam"
@@ -44,6 +45,7 @@ PAIR_FEATURES = {
 }
 
 
+@typed_arguments
 @dataclass
 class PreferenceSampling:
     """How a round's candidates are drawn and made pairs. `r_dpo`, `num_candidates`, the search and the quantiles are

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..co_consumption import interaction_matrix, item_similarities
 from ..free_memory import free_memory
+from ..typed_arguments import typed_arguments
 from .ranking_metrics import rank_items
 
 RANKING_BYTES = 2**31  # of memory, when a catalogue is so large that a usual batch of users would need more
@@ -109,6 +110,7 @@ class Popularity(Baseline):
         return self.counts.expand(len(histories), -1)
 
 
+@typed_arguments
 @dataclass(eq=False)
 class ItemKNN(Baseline):
     """Item-based nearest neighbours: an item's score is the sum of its [`item_similarities`] to the items of the
@@ -137,6 +139,7 @@ class ItemKNN(Baseline):
         return torch.from_numpy((weights @ self.similarity).toarray())
 
 
+@typed_arguments
 @dataclass(eq=False)
 class EASE(Baseline):
     """Embarrassingly shallow autoencoder (Steck, 2019): the closed-form ridge regression of each item on all others.

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..co_consumption import flatten_histories
 from ..item_head import FullSoftmaxLoss
+from ..typed_arguments import typed_arguments
 from .baselines import Baseline
 from .ranking_metrics import ranking_metrics
 
@@ -95,6 +96,7 @@ class SASRecBlock(nn.Module):
         return states + self.feed_forward(states)
 
 
+@typed_arguments
 @dataclass(eq=False)
 class SASRec(Baseline):
     """Full-softmax SASRec with the interface of all baselines.

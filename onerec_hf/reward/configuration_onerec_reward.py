@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from ..configuration_onerec import NUM_SPECIAL_TOKENS, require_ranges
+from ..typed_arguments import typed_arguments, typed_value
 
 LABEL_KINDS = ("binary", "share", "quantile")
 SCALARS = ("weighted_sum", "z_score")
@@ -18,6 +19,13 @@ DEFAULT_OBJECTIVES = (
 OBJECTIVE_FIELDS = {"name", "source", "kind", "weight", "positive_weight", "quantiles"}
 
 
+def _with_weights(objective: dict[str, Any]) -> dict[str, Any]:
+    weights = {field: objective.get(field, 1.0) for field in ("weight", "positive_weight")}
+    named = {field: f"objective {objective.get('name')!r}: {field}" for field in weights}
+    return objective | {field: typed_value(weights[field], named[field], float) for field in weights}
+
+
+@typed_arguments
 @strict
 class OneRecRewardConfig(PreTrainedConfig):
     r"""Configuration of [`OneRecRewardModel`].
@@ -106,7 +114,7 @@ class OneRecRewardConfig(PreTrainedConfig):
             self.vocab_size = NUM_SPECIAL_TOKENS + sum(self.codebook_sizes)
         known = {objective["name"]: objective for objective in DEFAULT_OBJECTIVES}
         named = [known.get(entry, {"name": entry}) if isinstance(entry, str) else entry for entry in self.objectives]
-        self.objectives = [{"weight": 1.0, "positive_weight": 1.0, **entry} for entry in named]
+        self.objectives = [_with_weights(entry) for entry in named]
         self.feedback, self.signals = list(self.feedback), list(self.signals)
         self.item_features, self.numeric_features = list(self.item_features), list(self.numeric_features)
         self.user_features = dict(self.user_features or {})
@@ -168,13 +176,9 @@ class OneRecRewardConfig(PreTrainedConfig):
                     f"objective '{objective['name']}' has the kind {objective['kind']!r}: use one of "
                     f"{', '.join(LABEL_KINDS)}."
                 )
-            for field in ("weight", "positive_weight"):
-                if isinstance(objective[field], bool) or not isinstance(objective[field], (int, float)):
-                    raise ValueError(
-                        f"objective '{objective['name']}': {field} must be a number, got {objective[field]!r} (YAML "
-                        "reads 1e-1 as text and 1.0e-1 as a number)."
-                    )
-            if not objective["positive_weight"] > 0:
-                raise ValueError(f"objective '{objective['name']}': positive_weight must be more than 0.")
+            if objective["weight"] is None or not (objective["positive_weight"] or 0) > 0:
+                raise ValueError(
+                    f"objective '{objective['name']}': weight must be a number, and positive_weight more than 0."
+                )
         if not self.objectives or len(set(self.objective_names)) != len(self.objectives):
             raise ValueError(f"objectives must be a non-empty list of distinct names, got {self.objective_names}.")

@@ -27,6 +27,7 @@ from onerec_hf.semantic_ids.collisions import (
     require_enough_ids,
 )
 from onerec_hf.staged_files import staged_files
+from onerec_hf.typed_arguments import typed_arguments
 
 QUANTIZER_FILE = "quantizer.json"
 CODEBOOKS_FILE = "codebooks.safetensors"
@@ -47,6 +48,7 @@ class SemanticIds:
     quantizer: "Quantizer"
 
 
+@typed_arguments
 class Quantizer:
     """Base of the quantizers: [`ResidualQuantizer`], [`RQVAE`] and [`SeveralQuantizers`] of these.
 

@@ -10,10 +10,12 @@ from tqdm.auto import tqdm
 
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, nearest_centroid
 from onerec_hf.semantic_ids.quantizer import Quantizer
+from onerec_hf.typed_arguments import typed_arguments
 
 CODE_ASSIGNMENTS = ("nearest", "balanced")
 
 
+@typed_arguments
 class ResidualQuantizer(Quantizer):
     """Residual K-means with L codebooks; the quantizer types "balanced_rkmeans" and "rkmeans".
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from onerec_hf.semantic_ids.balanced_kmeans import BalancedKMeans, nearest_centroid
 from onerec_hf.semantic_ids.quantizer import Quantizer
+from onerec_hf.typed_arguments import typed_arguments
 
 # Share of the steps that train the autoencoder alone, before the codebooks are fitted to its latents.
 WARMUP_SHARE = 0.1
@@ -49,6 +50,7 @@ class AutoEncoder(nn.Module):
         return self.decoder(latents) * self.scale + self.center
 
 
+@typed_arguments
 class RQVAE(Quantizer):
     """Residual quantization of latents, encoder, decoder and codebooks trained together; the quantizer type "rqvae".
 

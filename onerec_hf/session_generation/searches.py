@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..typed_arguments import typed_arguments
 from .code_scores import log_softmax_over
 
 
@@ -171,6 +172,7 @@ SEARCHES = {
 }
 
 
+@typed_arguments
 @dataclass(frozen=True)
 class SearchOptions:
     """How sessions are searched for.

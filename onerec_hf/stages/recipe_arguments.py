@@ -7,14 +7,12 @@ what it reads from outside the run. Options that several stages read stand in cl
 import inspect
 import json
 import logging
-import math
 import os
 import sys
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -30,6 +28,7 @@ from ..embedding_adaptation import EmbeddingAdaptation
 from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
 from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
+from ..typed_arguments import typed_value
 from ..yaml_files import read_yaml
 from .hub_access import require_repositories
 
@@ -92,35 +91,7 @@ def typed_fields(values: dict[str, Any], name: str, owner: type, decided: dict[s
             likely = get_close_matches(str(key), set(known) - set(decided), n=1)
             meant = f" Did you mean {likely[0]!r}?" if likely else ""
             raise ValueError(f"{name} has {key!r}, which {owner.__name__} does not take.{meant}")
-    return {key: _typed(value, f"{name}.{key}", known[key].annotation) for key, value in values.items()}
-
-
-def _typed(value: Any, name: str, annotation: Any) -> Any:
-    """A value as its annotation says, where that is a number, true or false, or one of an enumeration; others are left
-    as they are."""
-    for choices in get_args(annotation):
-        if isinstance(choices, type) and issubclass(choices, Enum):
-            allowed = [choice.value for choice in choices]
-            value = "no" if value is False else value  # as YAML reads no
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-    kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    kind = kind.removesuffix(" | None")
-    if value is None or kind not in ("bool", "int", "float"):
-        return value
-    if kind == "bool":
-        if isinstance(value, bool):
-            return value
-        raise ValueError(f"{name} must be true or false, got {value!r}.")
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isnan(number) or (kind == "int" and not number.is_integer()):
-        raise ValueError(f"{name} must be a {'whole ' * (kind == 'int')}number, got {value!r}.")
-    if kind == "int":
-        return int(number)
-    return number if isinstance(value, str) else value
+    return {key: typed_value(value, f"{name}.{key}", known[key].annotation) for key, value in values.items()}
 
 
 def fused_members(baselines: dict[str, Any]) -> dict[str, dict[str, Any]]:
