@@ -8,7 +8,7 @@ import pytest
 from metrics_keys import undescribed
 
 import onerec_hf.evaluation
-from onerec_hf.reporting import Measured, Table, print_table, write_report
+from onerec_hf.reporting import Measured, Table, print_table, run_summary, write_report
 
 
 def ranking(value):
@@ -240,3 +240,55 @@ def test_what_has_moved_is_found_at_its_former_place():
     with pytest.warns(FutureWarning, match="moved to onerec_hf.reporting.model_cards"):
         cards = importlib.import_module("onerec_hf.model_cards")
     assert cards.push_to_hub is onerec_hf.reporting.push_to_hub
+
+
+class TestRunSummary:
+    def test_methods_with_their_sessions_and_users_with_names(self, metrics, arguments):
+        def served(method, retriever, candidates=None, round=None, guided=False, ranker=None, truth=1.0):
+            judges = {
+                "reward_model": {"reward": 9.0},
+                "independent_judge": {"reward": 2.0},
+                "truth": {"reward": truth},
+            }
+            names = {"method": method, "retriever": retriever, "candidates": candidates, "ranker": ranker}
+            return {**names, "round": round, "guided": guided, "judges": judges, "milliseconds": 10 * truth}
+
+        metrics["alignment"][2]["kept"] = False
+        metrics["served"] = [
+            *(served("onerec", "beam", round=number, truth=1.1 + number / 10) for number in range(3)),
+            served("onerec", "ranked_list", round=1, truth=0.5),
+            served("onerec", "beam", 128, 1, guided=True, truth=1.7),
+            served("onerec", "beam", 128, 2, guided=True, truth=1.9),
+            served("ease", "ease", truth=1.01),
+            served("cascade", "ease", 32, ranker="session", truth=1.5),
+            served("cascade", "popularity", 32, ranker="session", truth=1.6),
+            served("oracle", None, truth=3.0),
+        ]
+        examples = [
+            {
+                "user": f"u{number}",
+                "history": [{"item": item, "label": f"title {item} " + "long " * 10} for item in range(9)],
+                "recommendations": [{"item": item, "label": ""} for item in range(20, 30)],
+            }
+            for number in range(6)
+        ]
+        text = run_summary(metrics, examples)
+        lines = text.split("\n")
+        assert len(lines) <= 24 and max(map(len, lines)) <= 119
+        header, _, *rows = lines[: lines.index("")]
+        assert header.split()[:2] == ["Recall@10", "NDCG@10"] and "reward model" not in header
+        found = {row[:30].strip(): row[30:].split() for row in rows}
+        assert found["OneRec, aligned"][-3:] == ["2.0000", "1.2000", "12"]
+        assert found["OneRec, pre-trained"][-3:] == ["2.0000", "1.1000", "11"]
+        assert found["EASE"][-2] == "1.0100" and found["SASRec"][-3:] == ["–", "–", "–"]
+        assert found["OneRec 1, guided, 128 beams"][-2] == "1.7000"
+        assert found["Popularity's 32, session by re"][-2] == "1.6000"  # the best cascade
+        assert len(rows) == 2 + 4 + 2
+        assert (
+            lines[-6].startswith("User u0 took title 4 long")
+            and lines[-5] == "  and is recommended 20, 21, 22, 23, 24"
+        )
+
+    def test_without_alignment(self):
+        text = run_summary({"onerec": {"recall@10": 0.05}, "baselines": {"ease": {"recall@10": 0.04}}})
+        assert [line.split() for line in text.split("\n")[2:]] == [["OneRec", "0.0500", "–"], ["EASE", "0.0400", "–"]]

@@ -18,6 +18,7 @@ FLOORS = [
         "readable_checkpoints",
         "renamed_arguments",
         "staged_files",
+        "typed_arguments",
         "yaml_files",
     ],
     ["data"],

@@ -145,8 +145,8 @@ def write_report(
 def print_table(metrics: Mapping[str, Any]) -> str:
     """The run's figures as plain text for a terminal: methods, served sessions, rounds, judges and the log."""
     metrics, columns = PARTS | metrics, ("recall@10", "recall@50", "ndcg@10", "coverage")
-    rows = [[name, *(row.get(column) for column in columns)] for name, row in _methods(metrics)]
-    blocks, onerec = ["\n".join([Table(["", *columns], rows).text(), *_skipped(metrics)])], metrics["onerec"]
+    rows = [[name, *(row.get(column) for column in columns)] for name, row in compared_methods(metrics)]
+    blocks, onerec = ["\n".join([Table(["", *columns], rows).text(), *skipped_notes(metrics)])], metrics["onerec"]
     rates = [f"{name.replace('_', ' ')} {number(onerec[name])}" for name in SESSION_COLUMNS if name in onerec]
     if rates:
         blocks.append("Sessions: " + ", ".join(rates))
@@ -155,9 +155,10 @@ def print_table(metrics: Mapping[str, Any]) -> str:
     return "\n\n".join([*blocks, *text_tables(metrics["alignment"])])
 
 
-def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def compared_methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Rows of the comparison: OneRec after and before alignment, then the baselines."""
-    aligned, rows = _is_aligned(metrics["alignment"]), []
+    metrics, rows = PARTS | metrics, []
+    aligned = _is_aligned(metrics["alignment"])
     if metrics["onerec"]:
         rows.append(("OneRec, aligned" if aligned else "OneRec", metrics["onerec"]))
     if aligned:
@@ -165,9 +166,12 @@ def _methods(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return rows + [(BASELINE_NAMES.get(name, name), values) for name, values in metrics["baselines"].items()]
 
 
-def _skipped(metrics: Mapping[str, Any]) -> list[str]:
+def skipped_notes(metrics: Mapping[str, Any]) -> list[str]:
     """What is said below the comparison of the baselines that could not be fitted."""
-    return [f"Without {BASELINE_NAMES.get(name, name)}: {why}." for name, why in metrics["skipped_baselines"].items()]
+    return [
+        f"Without {BASELINE_NAMES.get(name, name)}: {why}."
+        for name, why in metrics.get("skipped_baselines", {}).items()
+    ]
 
 
 def _is_aligned(alignment: Sequence[Mapping[str, Any]]) -> bool:
@@ -206,7 +210,7 @@ def _cards(metrics: Mapping[str, Any]) -> str:
 
 
 def _quality_section(metrics: Mapping[str, Any]) -> str:
-    methods, onerec = _methods(metrics), metrics["onerec"]
+    methods, onerec = compared_methods(metrics), metrics["onerec"]
     if not methods:
         return ""
     rows = [[name, *(Measured.of(values, column) for column in RANKING_COLUMNS)] for name, values in methods]
@@ -218,7 +222,7 @@ def _quality_section(metrics: Mapping[str, Any]) -> str:
     )
     text += svg_image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
     text += Table(["", *RANKING_COLUMNS], rows, classes).html()
-    text += "".join(f'<p class="note">{escape(line)}</p>' for line in _skipped(metrics))
+    text += "".join(f'<p class="note">{escape(line)}</p>' for line in skipped_notes(metrics))
     if len(metrics["alignment"]) > 1:
         return text + rounds_section(metrics["alignment"])
     columns = [column for column in SESSION_COLUMNS if column in onerec]

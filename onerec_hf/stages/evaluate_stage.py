@@ -20,7 +20,15 @@ from accelerate import PartialState
 from .. import __version__
 from ..evaluation import PolicyOnLog, PolicyResults, last_kept
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..reporting import onerec_card, print_table, push_run_to_hub, reward_model_card, save_model_card, tokenizer_card
+from ..reporting import (
+    onerec_card,
+    print_table,
+    push_run_to_hub,
+    reward_model_card,
+    run_summary,
+    save_model_card,
+    tokenizer_card,
+)
 from ..reporting.report import write_report
 from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import generate_sessions
@@ -43,7 +51,7 @@ from .tokenize_stage import semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
 SEED_STAGE = "evaluate_seed"
-NUM_EXAMPLES = 6
+NUM_EXAMPLES, EXAMPLES = 6, "examples.json"
 ROUND_ALONE = ("round", "kept", "judges", "change", "on_log")  # of an entry of "alignment", not of "onerec"
 ROUND, ROUND_ON_LOG = "round_{}.safetensors", "round_{}_on_log.safetensors"
 
@@ -64,6 +72,7 @@ def run_evaluate(args: RecipeArguments) -> Path:
         if PartialState().is_main_process:
             results = run_results(folder, run)
             write_json(folder / "metrics.json", results["metrics"])
+            write_json(folder / EXAMPLES, results["examples"])
             write_report(folder / "report.html", **results)
 
     reads += [BASELINE_STAGE, SEED_STAGE]
@@ -74,8 +83,9 @@ def run_evaluate(args: RecipeArguments) -> Path:
                 with staged_file(args.output_dir / name) as partial:
                     shutil.copy2(folder / name, partial)
         metrics = read_json(folder / "metrics.json")
-        print(print_table(metrics))
-        print(f"Report: {args.output_dir / 'report.html'}")
+        examples = read_json(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []  # none of runs before
+        print(print_table(metrics) if args.verbose else run_summary(metrics, examples))
+        print(f"Report: {args.output_dir / 'report.html'}" + " (--verbose prints its tables)" * (not args.verbose))
         model_id, reward_id = args.hub_model_id, args.hub_reward_model_id
         if model_id is not None:
             reward_dir = args.output_dir / "reward" / REWARD_MODEL if reward_id else None

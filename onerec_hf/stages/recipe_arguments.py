@@ -161,6 +161,7 @@ class RunArguments:
     hub_reward_model_id: str | None = option(None, "Repository for the reward model, beside hub_model_id.")
     hub_preferences_id: str | None = option(None, "Data set repository that sample_preferences pushes its pairs to.")
     threads: int | None = option(None, "CPU threads of each process. Default: its share of the available cores.")
+    verbose: bool = option(False, "Whether a run ends in all tables of its report, in place of a summary.")
 
 
 @dataclass
