@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,6 +26,7 @@ from onerec_hf.stages import parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def command(recipe: str, data_set: str, output_dir: Path, *flags: str) -> list[str]:
@@ -119,7 +123,11 @@ def test_a_killed_run_finishes_without_redoing_what_was_complete(killed_and_resu
 
 def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed):
     output_dir, _, result = killed_and_resumed
-    assert "recall@10" in result.stdout and str(output_dir / "report.html") in result.stdout
+    summary = result.stdout.strip().split("\n")
+    assert len(summary) <= 25 and str(output_dir / "report.html") in summary[-1]
+    assert (
+        "Recall@10" in summary[0] and "session, simulated truth" in summary[0] and summary[-2].startswith("  and is")
+    )
     report = (output_dir / "report.html").read_text()
     assert "data:image" in report and "http://" not in report.replace("http://www.w3.org", "")
     metrics = json.loads((output_dir / "metrics.json").read_text())
@@ -164,7 +172,7 @@ def test_a_run_ends_in_the_last_round_that_was_kept(killed_and_resumed, tmp_path
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     aligned = output_dir / "align.partial" / "round_2" / "aligned.json"
     aligned.write_text(json.dumps(json.loads(aligned.read_text()) | {"kept": False}))
-    result = run("pipeline", "quickstart", output_dir)
+    result = run("pipeline", "quickstart", output_dir, "--verbose")
     weights = [output_dir / "align" / name / "model.safetensors" for name in ("model", "round_1", "round_2")]
     final, first, second = (path.read_bytes() for path in weights)
     assert final == first != second
@@ -346,3 +354,41 @@ def test_a_field_that_nothing_reads_is_refused_before_any_stage(option, fields, 
         pytest.importorskip("peft")
     with pytest.raises(ValueError, match=message):
         parse_recipe_arguments(["--output_dir", "run", f"--{option}", json.dumps(fields)])
+
+
+def readme_code(title: str) -> str:
+    """The first Python block under a heading of the README."""
+    return re.search(rf"\n## {title}\n.*?```python\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_the_readme_is_short_and_its_commands_are_there():
+    assert len(README.split()) <= 900
+    commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
+    assert commands == ["bash recipes/quickstart/run.sh", "bash tests/run.sh"]
+    linked = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README)
+    for path in [*(command.split()[1] for command in commands), *(link for link in linked if "://" not in link)]:
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_readme_recommends(killed_and_resumed, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(killed_and_resumed[0])
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(readme_code("Recommend"), "README.md", "exec"), scope)
+    assert "'items': [" in capsys.readouterr().out
+    assert len(scope["recommender"](scope["histories"], top_k=10)[0]["items"]) == 10
+
+
+def test_the_readme_trains_on_a_log_of_users_items_and_times(tmp_path, monkeypatch, capsys):
+    users = np.arange(1200) % 100
+    items = 20 * (users % 6) + np.random.default_rng(0).integers(20, size=len(users))
+    log = pd.DataFrame({"user": users, "item": items, "time": 1_700_000_000 + 600 * np.arange(len(users))})
+    log.to_csv(tmp_path / "log.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    small = {"preset": "debug", "pretrain": '{"max_steps": 2}', "baselines": '{"sasrec": false}', "threads": "1"}
+    code = readme_code("Train on your own log").replace("options = {", f"options = {small} | {{")
+    exec(compile(code, "README.md", "exec"), {})
+    summary = capsys.readouterr().out
+    assert [line.split()[0] for line in summary.split("\n")[2:6]] == ["OneRec", "Popularity", "Item-KNN", "EASE"]
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
