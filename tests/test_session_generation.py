@@ -465,6 +465,35 @@ def test_histories_come_as_people_have_them(tmp_path):
             tokenizer.encode_histories(wrong)
 
 
+def test_a_table_of_behaviours_becomes_one_of_recommendations():
+    tokenizer, model = catalogue(20), tiny_model(session_items=2)
+    ids = tokenizer.item_ids.tolist()
+    histories = {"ann": [ids[4], ids[2], ids[9]], "bob": [ids[7]]}
+    log = pd.DataFrame(
+        [(user, item, time) for user, items in histories.items() for time, item in enumerate(items)],
+        columns=["who", "item_id", "timestamp"],
+    )
+    recommender, options = Recommender(model, tokenizer), {"top_k": 3, "num_beams": 8}
+    expected = recommender(list(histories.values()), **options)
+    shuffled = log.sample(frac=1.0, random_state=1)
+    for table in (shuffled, Dataset.from_pandas(shuffled, preserve_index=False), log.drop(columns="timestamp")):
+        found = recommender.predict_df(table, user_id="who", **options)
+        assert found.columns.tolist() == ["who", "item_id", "rank", "score", "session_place"]
+        for user, wanted in zip(histories, expected, strict=True):
+            rows = found[found["who"] == user]
+            ranked = rows.dropna(subset="rank")
+            assert ranked["item_id"].tolist() == wanted["items"] and ranked["rank"].tolist() == [1, 2, 3]
+            np.testing.assert_allclose(ranked["score"], wanted["scores"], rtol=1e-6)
+            session = rows.dropna(subset="session_place").sort_values("session_place")
+            assert session["item_id"].tolist() == wanted["session"] and session["session_place"].tolist() == [1, 2]
+            assert not rows["item_id"].duplicated().any()
+    assert recommender.predict_df(log.iloc[:0], user_id="who").empty
+    with pytest.raises(ValueError, match="no column 'user_id', only who, item_id, timestamp"):
+        recommender.predict_df(log)
+    with pytest.raises(ValueError, match="Row 3 of the log has no who: drop it"):
+        recommender.predict_df(log.assign(who=log["who"].where(log.index != 3)), user_id="who")
+
+
 def test_batches_do_not_change_the_recommendations():
     tokenizer, model = catalogue(20), tiny_model(session_items=2)
     histories = [[100, 101, 102], [103], [104, 105]]

@@ -155,6 +155,51 @@ class Recommender:
                 results.extend(self._recommend(trie, batch, exclude_consumed, ranking, sessions))
         return results
 
+    def predict_df(
+        self,
+        log,
+        top_k: int = 10,
+        *,
+        user_id: str = "user_id",
+        item_id: str = "item_id",
+        timestamp: str = "timestamp",
+        **options,
+    ) -> pd.DataFrame:
+        """Recommends from a table of behaviours to a table of recommendations.
+
+        Args:
+            log: A row by positive behaviour, as a pandas frame or anything with `to_pandas` (polars, `datasets`,
+                pyarrow). Without the timestamp column its rows are in the order of time.
+            top_k: Length of the ranked list.
+            user_id, item_id, timestamp: Columns of the log.
+            options: Those of a call, but for the histories.
+
+        Returns:
+            By user, in the order of the ids, a row for each ranked item and then for what the session has beside them:
+            the user and item columns, `rank` from 1 on, `score`, the log-probability, and `session_place` from 1 on;
+            rank and score, or the place, are missing where an item is in one of the two alone.
+
+        Raises:
+            ValueError: If a column is missing, a row has no user, or for what a call raises it.
+        """
+        frame = log if isinstance(log, pd.DataFrame) else log.to_pandas()
+        for column in (user_id, item_id):
+            if column not in frame:
+                raise ValueError(f"The log has no column {column!r}, only {', '.join(map(str, frame.columns))}.")
+        if frame[user_id].isna().any():
+            raise ValueError(f"Row {int(frame[user_id].isna().argmax())} of the log has no {user_id}: drop it.")
+        if timestamp in frame:
+            frame = frame.sort_values(timestamp, kind="stable")
+        histories = frame.groupby(user_id)[item_id].agg(list)
+        rows = []
+        for user, found in zip(histories.index, self(histories.tolist(), top_k, **options), strict=True):
+            places = {item: place for place, item in enumerate(found["session"], 1)}
+            ranked = enumerate(zip(found["items"], found["scores"], strict=True), 1)
+            rows += [(user, item, rank, score, places.pop(item, None)) for rank, (item, score) in ranked]
+            rows += [(user, item, None, None, place) for item, place in places.items()]
+        table = pd.DataFrame(rows, columns=[user_id, item_id, "rank", "score", "session_place"])
+        return table.astype({"rank": "Int64", "score": "float64", "session_place": "Int64"})
+
     def _trie(self) -> ItemTrie:
         """The catalogue's, on the model's device."""
         fingerprint, kept = self.tokenizer.semantic_id_fingerprint, self._kept
