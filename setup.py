@@ -46,8 +46,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["onerec_hf", "onerec_hf.*"]), TEMPLATES_PACKAGE],
+    py_modules=["onerec_launcher"],
     package_dir={TEMPLATES_PACKAGE: "model_cards"},
     package_data={TEMPLATES_PACKAGE: ["*.md"]},
+    entry_points={"console_scripts": ["onerec = onerec_launcher:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     classifiers=[
