@@ -113,3 +113,57 @@ def test_what_the_plain_installation_lacks_is_not_imported():
     code = f"import sys; {hidden}from onerec_hf.stages.recipe_arguments import lora_config; lora_config({{'r': 2}})"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "pip install -c constraints.txt 'onerec_hf[lora]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "install", "program", "started", "failure"),
+    [
+        (
+            "recipes/quickstart/run.sh",
+            "install -c constraints.txt -e .",
+            ".venv/bin/accelerate",
+            "launch --config_file recipes/accelerate_configs/cpu.yaml recipes/pipeline.py "
+            "--config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart",
+            "FAILED: the quickstart, see above; the same command resumes it",
+        ),
+        (
+            "tests/run.sh",
+            "install -c constraints.txt -e .[test]",
+            ".venv/bin/python",
+            "-m pytest",
+            "FAILED: the tests, see above",
+        ),
+    ],
+)
+def test_scripts_install_and_run_from_the_root_and_say_what_failed(
+    script, install, program, started, failure, tmp_path
+):
+    """With programs in place of the real ones, which write how they were called."""
+    root, programs = tmp_path / "a clone", tmp_path / "programs"
+    (root / script).parent.mkdir(parents=True)
+    shutil.copy(ROOT / script, root / script)
+
+    def write(path: Path, code: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{code}\n", encoding="utf-8")
+        path.chmod(0o755)
+
+    def run(status: int) -> list[str]:
+        environment = os.environ | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+        command = ["bash", str(root / script), "--seed", "two words"]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == status, result.stderr
+        return [*result.stdout.splitlines(), *result.stderr.splitlines()]
+
+    called = 'echo "$PWD: $*"; for last; do :; done'
+    for name in ("python3.11", "python3"):
+        write(programs / name, f"{called}; exit 5")
+    make = f"{root}: -m venv --clear .venv"
+    assert run(5) == [make, make, "FAILED: creating .venv, which needs Python 3.11 or newer with venv"]
+    write(root / ".venv/bin/pip", f"{called}; exit 4")
+    assert run(4) == [f"{root}: {install}", "FAILED: installing, see pip above"]
+    write(root / ".venv/bin/pip", called)
+    write(root / program, f'{called}; [ "$last" != "two words" ] || exit 3')
+    assert run(3) == [f"{root}: {install}", f"{root}: {started} --seed two words", failure]
+    write(root / program, called)
+    assert run(0)[1:] == [f"{root}: {started} --seed two words"]
