@@ -34,8 +34,9 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-# The templates live in model_cards/ at the repository's root; an installed wheel carries them inside the package.
-TEMPLATES_PACKAGE = "onerec_hf.model_card_templates"
+# The templates live in model_cards/ at the repository's root, scripts and configurations in recipes/; an installed
+# wheel carries them inside the package.
+TEMPLATES_PACKAGE, RECIPES_PACKAGE = "onerec_hf.model_card_templates", "onerec_hf.recipes"
 
 setup(
     name="onerec_hf",
@@ -45,9 +46,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["onerec_hf", "onerec_hf.*"]), TEMPLATES_PACKAGE],
-    package_dir={TEMPLATES_PACKAGE: "model_cards"},
-    package_data={TEMPLATES_PACKAGE: ["*.md"]},
+    packages=[*find_packages(include=["onerec_hf", "onerec_hf.*"]), TEMPLATES_PACKAGE, RECIPES_PACKAGE],
+    py_modules=["onerec_launcher"],
+    package_dir={TEMPLATES_PACKAGE: "model_cards", RECIPES_PACKAGE: "recipes"},
+    package_data={TEMPLATES_PACKAGE: ["*.md"], RECIPES_PACKAGE: ["*.yaml", "*/*.yaml"]},
+    entry_points={"console_scripts": ["onerec = onerec_launcher:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     classifiers=[

@@ -1,7 +1,7 @@
 """Hyper-parameters of OneRec and the baselines, searched on the validation split with equal budgets.
 
-    python recipes/search.py --config recipes/quickstart/pipeline.yaml --space recipes/search_spaces.yaml \
-        --methods item_knn ease sasrec fused onerec --trials 20 --minutes 60 --output_dir runs/search
+    python recipes/search.py --config recipes/quickstart/pipeline.yaml --methods item_knn ease sasrec fused onerec \
+        --trials 20 --minutes 60 --output_dir runs/search
 
 Every method has as many trials and minutes, whichever end first; its first trial has the recipe's own settings. The
 test split is never read. Writes `<output_dir>/<method>/trials.csv` and `<output_dir>/best.yaml`, whose options take
@@ -12,6 +12,7 @@ recipe can be given too.
 import argparse
 from pathlib import Path
 
+from onerec_hf.packaged_recipes import SEARCH_SPACES
 from onerec_hf.stages import parse_recipe_arguments, run_search
 from onerec_hf.stages.search import Budget
 from onerec_hf.stages.search_space import METHODS
@@ -20,7 +21,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--space", type=Path, required=True, help="YAML of the searched fields by method")
+    parser.add_argument(
+        "--space",
+        type=Path,
+        default=SEARCH_SPACES,
+        help="YAML of the searched fields by method; without it, recipes/search_spaces.yaml",
+    )
     parser.add_argument("--methods", nargs="+", required=True, choices=METHODS)
     parser.add_argument("--trials", type=int, default=20, help="finished trials of each method")
     parser.add_argument(

@@ -15,6 +15,7 @@ FLOORS = [
         "evaluation_mode",
         "figure_style",
         "free_memory",
+        "packaged_recipes",
         "readable_checkpoints",
         "renamed_arguments",
         "staged_files",
@@ -32,6 +33,7 @@ FLOORS = [
     ["evaluation"],
     ["reporting", "model_cards", "model_export"],
     ["stages"],
+    ["command_line", "__main__"],
 ]
 MAX_LINES, MAX_ARGUMENTS = 80, 10
 # transformers dictates what these take: the models' inputs, and of `generate` what is an argument by name.

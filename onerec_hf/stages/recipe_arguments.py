@@ -26,6 +26,7 @@ from ..data import DataArguments
 from ..data.data_arguments import option
 from ..embedding_adaptation import EmbeddingAdaptation
 from ..evaluation import EASE, Fused, ItemKNN, Popularity, SASRec
+from ..packaged_recipes import recipe_file
 from ..reward import OneRecRewardConfig
 from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
 from ..typed_arguments import typed_value
@@ -592,17 +593,22 @@ def read_options(config: Path) -> dict[str, Any]:
 
 
 def parse_recipe_arguments(argv: list[str] | None = None) -> RecipeArguments:
-    """Reads `--config FILE.yaml` and flags; a flag overrides the file, and the file what it names as its `base`."""
+    """Reads `--config`, a YAML file or the name of a packaged recipe, and flags; a flag overrides the file, and the
+    file what it names as its `base`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "filelock", "fsspec", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    parser, argv = TrlParser(RecipeArguments), sys.argv[1:] if argv is None else argv
+    parser = TrlParser(
+        RecipeArguments,
+        epilog="--config takes a YAML file of these options, or the name of a packaged recipe such as quickstart.",
+    )
+    argv = sys.argv[1:] if argv is None else argv
     if any(flag.partition("=")[0] == "--base" for flag in argv):
         raise ValueError("base stands in a YAML file; on the command line a file is given with --config.")
     if "--config" in argv[:-1]:
         # Not by the parser, which would read the file in the encoding of the locale.
         place = argv.index("--config")
-        parser.set_defaults_with_config(**all_options(Path(argv[place + 1])))
+        parser.set_defaults_with_config(**all_options(recipe_file(argv[place + 1])))
         argv = argv[:place] + argv[place + 2 :]
     [args] = parser.parse_args_and_config(args=argv)
     if hasattr(sys.stdout, "reconfigure"):

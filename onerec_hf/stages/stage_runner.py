@@ -144,8 +144,9 @@ def stage_dir(output_dir: Path, name: str, needed_by: str) -> Path:
     if completed_stage(output_dir, name) is None:
         recipe = {"data": "fit_tokenizer", "tokenize": "fit_tokenizer"}.get(name, name)
         raise FileNotFoundError(
-            f"{needed_by} reads {output_dir / name}, which is not complete: run recipes/{recipe}.py (or "
-            "recipes/pipeline.py) with the same --config and --output_dir first."
+            f"{needed_by} reads {output_dir / name}, which is not complete: run recipes/{recipe}.py "
+            f"(`onerec {recipe}`) or recipes/pipeline.py (`onerec pipeline`) with the same --config and --output_dir "
+            "first."
         )
     return output_dir / name
 

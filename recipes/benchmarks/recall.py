@@ -30,6 +30,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from onerec_hf.evaluation import PolicyResults, bootstrap_interval, user_metrics
+from onerec_hf.packaged_recipes import recipe_file
 from onerec_hf.reporting import Table
 from onerec_hf.reporting.served_report import BASELINE_NAMES
 from onerec_hf.reporting.tables import number
@@ -78,14 +79,13 @@ def named_sets(texts: Sequence[str]) -> dict[str, list[str]]:
     """Configuration and flags of each set by its name, in which further sets of one configuration have their flags.
 
     Raises:
-        ValueError: no such configuration, or two sets of one name.
+        FileNotFoundError: no such configuration.
+        ValueError: two sets of one name.
     """
     sets = {}
     for text in texts:
         words = shlex.split(text)
-        name = set_name(Path(words[0]))
-        if not Path(words[0]).is_file():
-            raise ValueError(f"there is no configuration {words[0]}")
+        name = set_name(recipe_file(words[0]))
         if name in sets:
             name = re.sub(r"\W+", "_", " ".join([name, *words[1:]])).strip("_")
         if name in sets:
@@ -98,7 +98,7 @@ def run_set(words: Sequence[str], seeds: Sequence[int], output_dir: Path) -> lis
     """Runs all stages of a set for every seed.
 
     Args:
-        words: the configuration's path, and flags.
+        words: the configuration's path or name, and flags.
         output_dir: gets a folder for each seed.
     """
     runs = []
@@ -187,14 +187,16 @@ def shown_difference(gain: dict[str, Any] | None) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--sets", nargs="+", required=True, metavar="CONFIG", help="a recipe's YAML, or it with flags")
+    parser.add_argument(
+        "--sets", nargs="+", required=True, metavar="CONFIG", help="a recipe's YAML or name, or it with flags"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/recall"))
     parser.add_argument("--json", type=Path, help="write a row for every set, method and seed here")
     options, rest = parser.parse_known_args()
     try:
         sets = named_sets(options.sets)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     runs = []
     for name, words in sets.items():

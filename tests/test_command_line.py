@@ -1,0 +1,114 @@
+"""The command `onerec`: a sub-command for every recipe, packaged recipes by name, and what `info` says."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from onerec_hf import command_line, stages
+from onerec_hf.packaged_recipes import packaged_recipes
+from onerec_hf.stages import parse_recipe_arguments
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+WORDS = {"ablations": ["r_dpo"], "search": ["--methods", "item_knn"]}
+RUN = {"ablations": "run_ablation", "fit_tokenizer": "run_tokenize"}
+
+
+def onerec(monkeypatch, *words: str) -> int | None:
+    monkeypatch.setattr(sys, "argv", ["onerec", *words])
+    return command_line.main()
+
+
+def started(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"import sys; {code}", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_sub_command(name, monkeypatch, tmp_path, capsys):
+    calls = []
+    for run in [run for run in vars(stages) if run.startswith("run_")]:
+        monkeypatch.setattr(stages, run, lambda *given, run=run: calls.append((run, given)))
+    given = ["--config", "quickstart/debug", "--output_dir", str(tmp_path), "--top_k", "9", "--threads", "1"]
+    onerec(monkeypatch, name, *WORDS.get(name, []), *given)
+    ((run, (args, *_)),) = calls
+    assert run == RUN.get(name, f"run_{name}")
+    assert (args.output_dir, args.top_k, args.preset) == (tmp_path, 9, "debug")
+    assert onerec(monkeypatch) == 0
+    assert f"\n  {name} " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        onerec(monkeypatch, name, "--help")
+    assert f"usage: onerec {name} " in capsys.readouterr().out
+
+
+def test_an_unknown_sub_command_is_refused_with_the_list(monkeypatch, capsys):
+    assert onerec(monkeypatch, "sample-preferences", "--help") == 2
+    message = capsys.readouterr().err
+    assert "no sub-command 'sample-preferences'. Did you mean sample_preferences?" in message
+    assert all(f"\n  {name} " in message for name in (*RECIPES, "info"))
+
+
+def test_help_and_info_need_neither_torch_nor_the_package():
+    code = "sys.modules['torch'] = None; import onerec_launcher; onerec_launcher.main(); "
+    code += "print({'onerec_hf', 'transformers'} & sys.modules.keys())"
+    for word, expected in {
+        "--help": "accelerate launch -m onerec_hf",
+        "info": "unknown, torch is not imported",
+        "--version": "onerec ",
+    }.items():
+        result = started(code, word)
+        assert expected in result.stdout and result.stdout.endswith("\nset()\n"), result.stderr
+
+
+def test_info_says_what_is_there_and_what_is_missing(monkeypatch, capsys):
+    there = metadata.version
+
+    def version(name):
+        if name in ("peft", "trl"):
+            raise metadata.PackageNotFoundError(name)
+        return there(name) if name in command_line.PLATFORM else "3.2.1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert onerec(monkeypatch, "info") == 0
+    printed = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert lines["torch"] == there("torch") and lines["optuna"] == "3.2.1 (for onerec search)"
+    assert lines["trl"] == "missing" and lines["Python"].startswith(sys.version.split()[0])
+    assert lines["peft"] == "missing: pip install -c constraints.txt 'onerec_hf[lora]' (for adapters, align_lora)"
+    assert f"{ROOT / 'recipes' / 'accelerate_configs'}: cpu.yaml, " in printed
+
+
+def test_packaged_recipes_have_names_and_a_file_goes_before_them(monkeypatch, tmp_path):
+    recipes = ROOT / "recipes"
+    for name, path in {
+        "quickstart": "quickstart/pipeline.yaml",
+        "quickstart/recall": "quickstart/recall.yaml",
+        "recall": "recall.yaml",
+    }.items():
+        assert packaged_recipes()[name] == recipes / path
+    assert {"kuairand", "amazon_beauty", "quickstart/debug"} < set(packaged_recipes())
+    assert not {"accelerate_configs/cpu", "search_spaces"} & set(packaged_recipes())
+
+    monkeypatch.chdir(tmp_path)
+    given = ["--config", "quickstart/debug", "--output_dir", "run", "--threads", "1"]
+    assert parse_recipe_arguments(given).preset == "debug"
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "debug").write_text("preset: base")
+    assert parse_recipe_arguments(given).preset == "base"
+    # A folder of that name is no file.
+    assert parse_recipe_arguments(["--config", "quickstart", *given[2:]]).preset == "small"
+    with pytest.raises(FileNotFoundError, match=r"no file quikstart, .* kuairand, .* Did you mean quickstart\?"):
+        parse_recipe_arguments(["--config", "quikstart", "--output_dir", "run"])
+
+
+def test_accelerate_launches_the_package():
+    command = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu.yaml"]
+    command += ["-m", "onerec_hf", "pipeline", "--config", "quickstart/debug", "--help"]
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "usage: onerec pipeline" in result.stdout
