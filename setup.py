@@ -47,10 +47,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["onerec_hf", "onerec_hf.*"]), TEMPLATES_PACKAGE, RECIPES_PACKAGE],
-    py_modules=["onerec_launcher"],
     package_dir={TEMPLATES_PACKAGE: "model_cards", RECIPES_PACKAGE: "recipes"},
     package_data={TEMPLATES_PACKAGE: ["*.md"], RECIPES_PACKAGE: ["*.yaml", "*/*.yaml"]},
-    entry_points={"console_scripts": ["onerec = onerec_launcher:main"]},
+    entry_points={"console_scripts": ["onerec = onerec_hf.command_line:main"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     classifiers=[

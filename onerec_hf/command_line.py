@@ -1,19 +1,18 @@
-"""The command `onerec`: the recipes as sub-commands, and `info` on the installation.
-
-Nothing that loads torch or transformers is imported before a recipe runs, and a module of this package by its file
-alone: the package's own import takes seconds, and fails where `info` is asked what is missing.
-"""
+"""The command `onerec`: the recipes as sub-commands, and `info` on the installation."""
 
 import ast
 import os
 import platform
-import runpy
 import sys
 from difflib import get_close_matches
 from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+
+import torch
+
+from .free_memory import free_memory
+from .packaged_recipes import LAUNCHER_CONFIGS, RECIPES, packaged_recipes
 
 # The scripts of recipes/ in the order of a run; the first lines of their docstrings are the help.
 RECIPE_COMMANDS = (
@@ -57,7 +56,7 @@ def main() -> int | None:
 def run_recipe(command: str, words: list[str]) -> None:
     """Runs the recipe's script as `python` would, under the command's name."""
     sys.argv = [f"onerec {command}", *words]
-    script = spec_from_file_location("__main__", _recipes()["RECIPES"] / f"{command}.py")
+    script = spec_from_file_location("__main__", RECIPES / f"{command}.py")
     script.loader.exec_module(module_from_spec(script))
 
 
@@ -65,12 +64,12 @@ def usage() -> str:
     """All sub-commands, with a line for each."""
     lines = ["usage: onerec SUB-COMMAND [--config FILE or NAME] [--OPTION VALUE ...]", "", "Sub-commands:"]
     for command in RECIPE_COMMANDS:
-        text = (_recipes()["RECIPES"] / f"{command}.py").read_text(encoding="utf-8")
+        text = (RECIPES / f"{command}.py").read_text(encoding="utf-8")
         lines.append(f"  {command:<20}{ast.get_docstring(ast.parse(text)).splitlines()[0]}")
     lines += [
         f"  {INFO:<20}Versions, hardware and optional packages, for a report of an error.",
         "",
-        f"Configurations by name: {', '.join(_recipes()['packaged_recipes']())}.",
+        f"Configurations by name: {', '.join(packaged_recipes())}.",
         "`onerec SUB-COMMAND --help` lists its options, `onerec --version` prints the version. On several processes:",
         "accelerate launch -m onerec_hf SUB-COMMAND ...",
     ]
@@ -79,7 +78,7 @@ def usage() -> str:
 
 def information() -> str:
     """What is installed, what is missing and what it runs on."""
-    configs = _recipes()["LAUNCHER_CONFIGS"]
+    configs = ", ".join(sorted(path.name for path in LAUNCHER_CONFIGS.glob("*")))
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = {
         "onerec_hf": f"{version('onerec_hf') or 'not installed'}, {Path(__file__).parent}",
@@ -87,9 +86,9 @@ def information() -> str:
         **{name: version(name) or "missing" for name in PLATFORM},
         "OS": platform.platform(),
         "CPU threads": threads,
-        "free memory": free_memory(),
+        "free memory": f"{free_memory() / 2**30:.1f} GiB",
         "GPUs": gpus(),
-        "accelerate configs": f"{configs}: {', '.join(sorted(path.name for path in configs.glob('*')))}",
+        "accelerate configs": f"{LAUNCHER_CONFIGS}: {configs}",
     }
     lines = [f"{name:<20}{value}" for name, value in rows.items()]
     for name, (use, packages) in OPTIONAL.items():
@@ -105,28 +104,7 @@ def version(name: str) -> str | None:
         return None
 
 
-def free_memory() -> str:
-    """What a process may still take."""
-    try:
-        return f"{_module('free_memory')['free_memory']() / 2**30:.1f} GiB"
-    except ImportError as error:
-        return f"unknown: {error}"
-
-
 def gpus() -> str:
-    """Those that torch sees, or why it sees none."""
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # OSError: a library that it is linked to
-        return f"unknown, torch is not imported: {error}"
+    """Those that torch sees."""
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in found) or "none"
-
-
-def _recipes() -> dict[str, Any]:
-    return _module("packaged_recipes")
-
-
-def _module(name: str) -> dict[str, Any]:
-    """The names in a module of this package that imports nothing of the package."""
-    return runpy.run_path(str(Path(__file__).with_name(f"{name}.py")))

@@ -1,6 +1,5 @@
 """The command `onerec`: a sub-command for every recipe, packaged recipes by name, and what `info` says."""
 
-import os
 import subprocess
 import sys
 from importlib import metadata
@@ -21,12 +20,6 @@ RUN = {"ablations": "run_ablation", "fit_tokenizer": "run_tokenize"}
 def onerec(monkeypatch, *words: str) -> int | None:
     monkeypatch.setattr(sys, "argv", ["onerec", *words])
     return command_line.main()
-
-
-def started(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", f"import sys; {code}", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -51,18 +44,6 @@ def test_an_unknown_sub_command_is_refused_with_the_list(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "no sub-command 'sample-preferences'. Did you mean sample_preferences?" in message
     assert all(f"\n  {name} " in message for name in (*RECIPES, "info"))
-
-
-def test_help_and_info_need_neither_torch_nor_the_package():
-    code = "sys.modules['torch'] = None; import onerec_launcher; onerec_launcher.main(); "
-    code += "print({'onerec_hf', 'transformers'} & sys.modules.keys())"
-    for word, expected in {
-        "--help": "accelerate launch -m onerec_hf",
-        "info": "unknown, torch is not imported",
-        "--version": "onerec ",
-    }.items():
-        result = started(code, word)
-        assert expected in result.stdout and result.stdout.endswith("\nset()\n"), result.stderr
 
 
 def test_info_says_what_is_there_and_what_is_missing(monkeypatch, capsys):

@@ -48,7 +48,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a build leaves files behind
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "onerec_launcher.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("onerec_hf", "model_cards", "recipes"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
