@@ -251,7 +251,9 @@ class TestRunSummary:
                 "truth": {"reward": truth},
             }
             names = {"method": method, "retriever": retriever, "candidates": candidates, "ranker": ranker}
-            return {**names, "round": round, "guided": guided, "judges": judges, "milliseconds": 10 * truth}
+            weight = 8.0 if guided else None
+            names |= {"round": round, "guided": guided, "guidance_weight": weight}
+            return {**names, "judges": judges, "milliseconds": 10 * truth}
 
         metrics["alignment"][2]["kept"] = False
         metrics["served"] = [
@@ -281,7 +283,7 @@ class TestRunSummary:
         assert found["OneRec, aligned"][-3:] == ["2.0000", "1.2000", "12"]
         assert found["OneRec, pre-trained"][-3:] == ["2.0000", "1.1000", "11"]
         assert found["EASE"][-2] == "1.0100" and found["SASRec"][-3:] == ["–", "–", "–"]
-        assert found["OneRec 1, guided, 128 beams"][-2] == "1.7000"
+        assert found["OneRec, guided by reward"][-2] == "1.7000"
         assert found["Popularity's 32, session by re"][-2] == "1.6000"  # the best cascade
         assert len(rows) == 2 + 4 + 2
         assert (

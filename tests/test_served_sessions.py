@@ -138,10 +138,11 @@ def served():
     following = [np.array([5, row]) for row in range(10, 20)]
     sessions = ServedSessions(evaluator, following)
     rows = torch.arange(10)[:, None]
+    guided = ServedMethod("onerec", "beam", 32, guided=True, round=0, guidance_weight=8.0)
     return [
         sessions.entry(ServedMethod("popularity", "popularity"), torch.tensor([[5, 6]]).expand(10, -1), 0.5),
         sessions.entry(ServedMethod("cascade", "popularity", 32, "session"), torch.cat([rows + 10, rows], 1), 1.5),
-        sessions.entry(ServedMethod("onerec", "beam", 32, guided=True, round=0), torch.cat([rows, rows + 1], 1), 2.0),
+        sessions.entry(guided, torch.cat([rows, rows + 1], 1), 2.0),
         sessions.entry(ServedMethod("oracle"), torch.tensor([[28, 29]]).expand(10, -1), None),
     ]
 
@@ -169,7 +170,11 @@ def test_nothing_served_is_an_entry_without_figures():
 
 def test_the_report_shows_every_method_and_joins_the_best(served):
     text = served_section(served)
-    names = ("Popularity, first items", "Popularity&#x27;s 32, session by reward", "OneRec 0, guided, 32 beams")
+    names = (
+        "Popularity, first items",
+        "Popularity&#x27;s 32, session by reward",
+        "OneRec 0, guided, 32 beams, weight 8",
+    )
     assert all(name in text for name in names) and "data:image/svg" in text and "of the way" not in text
     assert served_section([]) == ""
     add_oracle_shares(served)

@@ -272,6 +272,15 @@ def test_fields_of_other_types_are_refused(arguments):
             arguments(f"--{option}", json.dumps(values))
 
 
+def test_guided_searches_by_their_beams(arguments):
+    assert arguments("--served_guidance", '{"512": "24", "128": 3}').served_guidance == {512: 24.0, 128: 3}
+    for wrong in ('{"0": 1}', '{"8": -1}', '{"8": null}'):
+        with pytest.raises(ValueError, match="served_guidance needs beams from 1 on and weights from 0 on"):
+            arguments("--served_guidance", wrong)
+    with pytest.raises(ValueError, match="served_guidance of 8 beams must be a number, got 'much'"):
+        arguments("--served_guidance", '{"8": "much"}')
+
+
 def test_no_is_what_yaml_reads_as_false(arguments, tmp_path):
     (tmp_path / "run.yaml").write_text("pretrain: {save_strategy: no, eval_strategy: no}\nholdout_sessions: 0")
     found = arguments("--config", str(tmp_path / "run.yaml"))

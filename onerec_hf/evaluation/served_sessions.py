@@ -32,6 +32,7 @@ class ServedMethod:
         ranker: what the reward model does with them: `item` or `session` (see [`cascade_sessions`]), or, of whole
             sessions, `best_session`, which takes the one of highest reward.
         guided: whether the reward model takes part in OneRec's search itself.
+        guidance_weight: what a reward of 1 is worth there, in nats an item.
         round: of alignment, of which OneRec's model is.
     """
 
@@ -41,6 +42,7 @@ class ServedMethod:
     ranker: str | None = None
     guided: bool = False
     round: int | None = None
+    guidance_weight: float | None = None
 
     @property
     def name(self) -> str:
@@ -48,6 +50,7 @@ class ServedMethod:
         parts = [self.method, self.retriever if self.retriever != self.method else None]
         parts += [self.candidates, self.ranker, "guided" if self.guided else None]
         parts += [None if self.round is None else f"round_{self.round}"]
+        parts += [None if self.guidance_weight is None else f"weight_{self.guidance_weight:g}"]
         return "_".join(str(part) for part in parts if part is not None)
 
 

@@ -84,6 +84,7 @@ SERVED = {
     "candidates": "Items, or of OneRec sessions, that the reward model sees, beams where it guides; null without it.",
     "ranker": "item: those of highest reward alone; session: built greedily by reward; best_session: of whole ones.",
     "guided": "Whether the reward model takes part in OneRec's search.",
+    "guidance_weight": "What a reward of 1 is worth there [nats an item]; null where it takes no part.",
     "round": "Round of alignment that OneRec's model is of; null for other methods.",
     "recall": "Of the user's next positive items, as many as a session has, the share that the session holds.",
     "coverage": "Share of the catalogue in at least one served session.",

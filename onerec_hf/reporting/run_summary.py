@@ -63,10 +63,10 @@ def _compared(
 
     guided = [entry for entry in served if entry["guided"] and entry["round"] == last]
     cascades = [entry for entry in served if entry["method"] == CASCADE]
-    for found in (guided, cascades) if judges else ():
+    for name, found in (("OneRec, guided by reward", guided), (None, cascades)) if judges else ():
         if found:
             best = max(found, key=reward)
-            rows.append((served_name(best), {}, best))
+            rows.append((name or served_name(best), {}, best))
     return rows
 
 

@@ -46,7 +46,7 @@ def served_name(entry: Entry) -> str:
     if retriever == RANKED_LIST:
         way = "first items"
     elif entry["guided"]:
-        way = f"guided, {count} beams"
+        way = f"guided, {count} beams, weight {entry['guidance_weight']:g}"
     elif count is None:
         way = "likeliest session"
     else:

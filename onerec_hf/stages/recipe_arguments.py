@@ -499,6 +499,22 @@ class PolicyArguments(Guidance, JudgedSessions, RankingBeams, EvaluatedUsers):
     judged_users: int = option(500, "Users whose generated sessions are judged.")
     session_beams: int = option(32, "Beams that find the session served without a reward model, the likeliest.")
     divergence_sessions: int = option(8, "Sessions drawn by judged user for the KL from the seed model; 0: none.")
+    served_guidance: Nested = option(
+        None,
+        "Further guided searches whose sessions are served in the evaluation, each a point of its frontier: values of "
+        "guidance_weight by numbers of beams, such as {512: 24}.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = as_mapping(self.served_guidance, "served_guidance")
+        # JSON has texts for keys.
+        beams = {int(typed_value(key, "served_guidance", int)): weight for key, weight in given.items()}
+        self.served_guidance = {
+            key: typed_value(weight, f"served_guidance of {key} beams", float) for key, weight in beams.items()
+        }
+        if any(key < 1 or weight is None or weight < 0 for key, weight in self.served_guidance.items()):
+            raise ValueError(f"served_guidance needs beams from 1 on and weights from 0 on, got {beams}.")
 
 
 @dataclass

@@ -103,11 +103,13 @@ def served_methods(run: EvaluatedRun) -> Iterator[tuple[ServedMethod, Callable[[
             if search == BEAMS or count % SearchOptions.num_beam_groups == 0:
                 method = ServedMethod(ONEREC, search, count, BEST_SESSION, round=number)
                 yield method, partial(serving.best_session, search)
-        for count in args.cascade_candidates:
-            method = ServedMethod(ONEREC, BEAMS, count, guided=True, round=number)
-            yield method, partial(serving.guided, count)
+        guided = [(count, args.guidance_weight) for count in args.cascade_candidates]
         if number == kept:
             lists[ONEREC] = serving
+            guided += args.served_guidance.items()
+        for count, weight in dict.fromkeys(guided):
+            method = ServedMethod(ONEREC, BEAMS, count, guided=True, round=number, guidance_weight=weight)
+            yield method, partial(serving.guided, count, weight)
     for name, ranked in lists.items():
         for count in args.cascade_candidates:
             for ranker in RANKERS:
@@ -208,15 +210,15 @@ class OneRecServing:
         chosen = sessions[torch.arange(len(sessions)), best]
         return Served(chosen, milliseconds + 1000 * (time.monotonic() - started) / len(sessions))
 
-    def guided(self, count: int) -> Served:
-        """By a search of `count` beams in all that the reward model guides."""
+    def guided(self, count: int, weight: float) -> Served:
+        """By a search of `count` beams in all that the reward model guides with this weight."""
         args, model, started = self.run.args, self.model, time.monotonic()
         with evaluation_mode(model):
             sessions = self.run.evaluator.best_sessions(
                 model,
                 f"round {self.number}, guided, {count} beams",
                 self.run.scorers[REWARD_MODEL],
-                guidance_weight=args.guidance_weight,
+                guidance_weight=weight,
                 **SearchOptions.divided(count, args.num_item_beams),
             )
         return Served(sessions, 1000 * (time.monotonic() - started) / len(sessions))
