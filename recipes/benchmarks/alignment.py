@@ -1,7 +1,7 @@
 """What preference alignment costs: a DPO step against one that encodes every history twice, and drawing the pairs.
 
     python recipes/benchmarks/alignment.py --json alignment.json
-    python recipes/benchmarks/alignment.py --parts sampling --config recipes/kuairand/pipeline.yaml \
+    python recipes/benchmarks/alignment.py --parts sampling --config recipes/kuairand/preference_alignment.yaml \
         --data_dir KUAIRAND_FOLDER --output_dir runs/kuairand
 
 Two parts, `--parts` for one of them: `step` times optimizer steps of `OneRecDPOTrainer` beside a plain training loop

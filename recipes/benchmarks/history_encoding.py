@@ -1,8 +1,8 @@
 """How histories are encoded, by quality and speed: every way is trained for the same processor time on one run's data.
 
-    python recipes/fit_tokenizer.py --config recipes/kuairand/pipeline.yaml --data_dir KUAIRAND_FOLDER \
+    python recipes/fit_tokenizer.py --config recipes/kuairand/preference_alignment.yaml --data_dir KUAIRAND_FOLDER \
         --evaluation_split validation --output_dir runs/kuairand_validation
-    python recipes/benchmarks/history_encoding.py --config recipes/kuairand/pipeline.yaml --data_dir KUAIRAND_FOLDER \
+    python recipes/benchmarks/history_encoding.py --config recipes/kuairand/preference_alignment.yaml --data_dir KUAIRAND_FOLDER \
         --evaluation_split validation --output_dir runs/kuairand_validation --minutes 12
 
 The learning rate falls over the time, not over a number of steps, so that every way ends its schedule in it. Each

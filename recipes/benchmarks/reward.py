@@ -1,6 +1,6 @@
 """The reward model beside gradient-boosted trees, on the same cases with the same information.
 
-    python recipes/benchmarks/reward.py --config recipes/kuairand/pipeline.yaml --output_dir runs/kuairand
+    python recipes/benchmarks/reward.py --config recipes/kuairand/preference_alignment.yaml --output_dir runs/kuairand
 
 Reads the run's `data` and `tokenize` stages. Both methods are fitted on the exposures of the fitted period, of all
 users but a tenth, on which the trees are stopped and the model is calibrated, and judge those of the evaluated period:
