@@ -1,7 +1,7 @@
 """What alignment gains and costs, over runs of one recipe with several seeds.
 
     for seed in 0 1 2; do
-      python recipes/pipeline.py --config recipes/kuairand/preference_alignment.yaml --seed $seed --output_dir runs/kuairand_$seed
+      onerec pipeline --config kuairand/preference_alignment --seed $seed --output_dir runs/kuairand_$seed
     done
     python recipes/benchmarks/headline.py runs/kuairand_0 runs/kuairand_1 runs/kuairand_2 --json headline.json
 

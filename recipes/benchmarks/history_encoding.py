@@ -2,8 +2,8 @@
 
     python recipes/fit_tokenizer.py --config recipes/kuairand/preference_alignment.yaml --data_dir KUAIRAND_FOLDER \
         --evaluation_split validation --output_dir runs/kuairand_validation
-    python recipes/benchmarks/history_encoding.py --config recipes/kuairand/preference_alignment.yaml --data_dir KUAIRAND_FOLDER \
-        --evaluation_split validation --output_dir runs/kuairand_validation --minutes 12
+    python recipes/benchmarks/history_encoding.py --config recipes/kuairand/preference_alignment.yaml \
+        --data_dir KUAIRAND_FOLDER --evaluation_split validation --output_dir runs/kuairand_validation --minutes 12
 
 The learning rate falls over the time, not over a number of steps, so that every way ends its schedule in it. Each
 way's result is kept in the run's folder `history_encoding` and printed with the others'; `--ways` chooses some.
