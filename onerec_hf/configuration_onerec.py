@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -86,7 +87,7 @@ def require_ranges(config: PreTrainedConfig, least: dict[int, Sequence[str]], la
         raise ValueError(f"{eps} must be more than 0, got {getattr(config, eps)}.")
 
 
-@typed_arguments
+@partial(typed_arguments, read_text=False)
 @strict
 class OneRecConfig(PreTrainedConfig):
     """Configuration of [`OneRecModel`] and [`OneRecForConditionalGeneration`].

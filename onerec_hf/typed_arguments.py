@@ -41,9 +41,12 @@ def typed_value(value: Any, name: str, annotation: Any) -> Any:
     return number if isinstance(value, str) else value
 
 
-def typed_arguments(cls: Class) -> Class:
-    """Decorator of a class whose arguments may be given as text, which is read as [`typed_value`] does; other values
-    are left to the class.
+def typed_arguments(cls: Class, read_text: bool = True) -> Class:
+    """Decorator of a class whose numbers may be given as text, which is read as [`typed_value`] does; other values are
+    left to the class.
+
+    Args:
+        read_text: without, all text in a number's place is refused: of a saved configuration it is damage.
 
     Raises:
         ValueError: when the class is called, text that is not of the argument's type.
@@ -54,7 +57,10 @@ def typed_arguments(cls: Class) -> Class:
     def typed(name: str, value: Any) -> Any:
         if not isinstance(value, str) or name not in annotations:
             return value
-        return typed_value(value, f"{cls.__name__}: {name}", annotations[name])
+        found = typed_value(value, f"{cls.__name__}: {name}", annotations[name])
+        if not read_text and not isinstance(found, str):
+            raise ValueError(f"{cls.__name__}: {name} must be a number, got the text {value!r}.")
+        return found
 
     @functools.wraps(initialize)
     def __init__(*args, **kwargs):

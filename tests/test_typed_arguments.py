@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -19,9 +21,6 @@ def quantizer(**settings):
 @pytest.mark.parametrize(
     "make, name, text, number",
     [
-        (OneRecConfig, "dropout", "1e-1", 0.1),
-        (lambda **given: OneRecConfig.from_preset("debug", **given), "num_experts", "8", 8),
-        (OneRecRewardConfig, "dropout", "1e-1", 0.1),
         (quantizer, "learning_rate", "1e-3", 1e-3),
         (quantizer, "seed", "1e0", 1),
         (lambda **given: make_quantizer("rkmeans", [4], **given), "max_iterations", "1e1", 10),
@@ -45,6 +44,12 @@ def test_a_number_that_yaml_reads_as_text(make, name, text, number, tmp_path):
     assert found == number and type(found) is type(number)
     with pytest.raises(ValueError, match=f": {name} must be a .*number, got '1e-'"):
         make(**{name: "1e-"}, **beside)
+
+
+@pytest.mark.parametrize("make", [OneRecConfig, partial(OneRecConfig.from_preset, "debug"), OneRecRewardConfig])
+def test_a_configuration_takes_no_text_for_a_number(make):
+    with pytest.raises(ValueError, match="Config: dropout must be a number, got the text '1e-1'"):
+        make(dropout="1e-1")
 
 
 def test_the_weight_of_an_objective():

@@ -1,5 +1,6 @@
 """Configuration of the OneRec reward model (paper section 3.3.1, eq 5-7)."""
 
+from functools import partial
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -25,7 +26,7 @@ def _with_weights(objective: dict[str, Any]) -> dict[str, Any]:
     return objective | {field: typed_value(weights[field], named[field], float) for field in weights}
 
 
-@typed_arguments
+@partial(typed_arguments, read_text=False)
 @strict
 class OneRecRewardConfig(PreTrainedConfig):
     r"""Configuration of [`OneRecRewardModel`].
