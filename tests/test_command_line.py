@@ -1,6 +1,5 @@
 """The command `onerec`: a sub-command for every recipe, packaged recipes by name, and what `info` says."""
 
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -85,11 +84,3 @@ def test_packaged_recipes_have_names_and_a_file_goes_before_them(monkeypatch, tm
     assert parse_recipe_arguments(["--config", "quickstart", *given[2:]]).preset == "small"
     with pytest.raises(FileNotFoundError, match=r"no file quikstart, .* kuairand, .* Did you mean quickstart\?"):
         parse_recipe_arguments(["--config", "quikstart", "--output_dir", "run"])
-
-
-def test_accelerate_launches_the_package():
-    command = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate_configs/cpu.yaml"]
-    command += ["-m", "onerec_hf", "pipeline", "--config", "quickstart/debug", "--help"]
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "usage: onerec pipeline" in result.stdout

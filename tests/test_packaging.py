@@ -79,7 +79,9 @@ def test_recipes_run_by_name_from_the_wheel(wheel, tmp_path):
     module, function = command.value.split(":")
     info = f"import sys; sys.argv.append('info'); import {module}; {module}.{function}()"
     # The base of this recipe lies in the folder above it.
-    pipeline = ["-m", "onerec_hf", "pipeline", "--config", "amazon_beauty", "--help"]
+    cpu = str(package / "recipes" / "accelerate_configs" / "cpu.yaml")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", cpu]
+    pipeline = [*launch, "-m", "onerec_hf", "pipeline", "--config", "amazon_beauty", "--help"]
     for words, expected in (
         (["-c", info], [f", {package}\n", f"{package / 'recipes' / 'accelerate_configs'}: cpu.yaml, "]),
         (pipeline, ["usage: onerec pipeline"]),
