@@ -142,8 +142,9 @@ def test_scripts_install_and_run_from_the_root_and_say_what_failed(
 ):
     """With programs in place of the real ones, which write how they were called."""
     root, programs = tmp_path / "a clone", tmp_path / "programs"
-    (root / script).parent.mkdir(parents=True)
-    shutil.copy(ROOT / script, root / script)
+    for name in (script, "recipes/install.sh"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
 
     def write(path: Path, code: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,10 @@
 #!/usr/bin/env bash
-# Installs the package into .venv, which is made where there is none, and runs the quickstart. Arguments are further
-# options of the pipeline, paths among them from the root of the repository.
+# Installs the package into .venv and runs the quickstart. Arguments are further options of the pipeline, paths among
+# them from the root of the repository.
 set -euo pipefail
-CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
+. "$(dirname -- "${BASH_SOURCE[0]}")/../install.sh"
 
-failed() {
-  local status=$?
-  echo "FAILED: $1" >&2
-  exit "$status"
-}
-
-[ -x .venv/bin/pip ] || python3.11 -m venv --clear .venv 2>/dev/null || python3 -m venv --clear .venv ||
-  failed "creating .venv, which needs Python 3.11 or newer with venv"
-.venv/bin/pip install -c constraints.txt -e . || failed "installing, see pip above"
+install .
 .venv/bin/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/pipeline.py \
   --config recipes/quickstart/pipeline.yaml --output_dir runs/quickstart "$@" ||
   failed "the quickstart, see above; the same command resumes it"
