@@ -367,3 +367,18 @@ def _ridge_prediction(inputs: np.ndarray, targets: np.ndarray, fitted: np.ndarra
     gram = x.T @ x
     penalty = 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram))
     return inputs @ np.linalg.solve(gram + penalty, x.T @ (y - mean)) + mean
+
+
+def in_earlier_space(earlier: np.ndarray, now: np.ndarray) -> np.ndarray:
+    """Embeddings of a catalogue that has grown, `(N, D)`, in the space of those that its first M items had.
+
+    Embeddings of behaviour, text and features are fitted to a log: fitted again to a longer one, their directions are
+    others. Those of the new items are mapped by what maps the first M items to what they were, by least squares.
+
+    Args:
+        earlier: (M, D), which are kept as they are.
+        now: (N, E), N at least M, in any other space.
+    """
+    design = np.c_[now, np.ones(len(now))].astype(np.float64)
+    mapping = np.linalg.lstsq(design[: len(earlier)], earlier.astype(np.float64), rcond=None)[0]
+    return np.concatenate([earlier, (design[len(earlier) :] @ mapping).astype(earlier.dtype)])

@@ -107,6 +107,13 @@ class DataArguments:
         "it all the same. Default: with time as a service would, with leave_one_out not, as the literature has it.",
     )
 
+    update_since: str | None = option(
+        None,
+        "ISO date-time: train on the sessions and exposures since then, and on replay_share of the earlier ones. "
+        "Default: on all; with previous_run, the start of the period that it was evaluated on.",
+    )
+    replay_share: float = option(0.5, "Share of earlier sessions and exposures among those of an update.")
+
     def __post_init__(self):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -118,6 +125,8 @@ class DataArguments:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least {least}.")
         if not self.session_gap_hours > 0:
             raise ValueError(f"session_gap_hours={self.session_gap_hours} is not allowed; it must be more than 0.")
+        if not 0 <= self.replay_share < 1:
+            raise ValueError(f"replay_share={self.replay_share} is not allowed; it must lie in [0, 1).")
         if self.min_session_items > self.session_items:
             raise ValueError(
                 f"min_session_items={self.min_session_items} is more than session_items={self.session_items}, the "
@@ -132,7 +141,7 @@ class DataArguments:
         for name in needed.get(self.dataset, []):
             if getattr(self, name) is None:
                 raise ValueError(f"dataset={self.dataset!r} needs {name}: give --{name}.")
-        for name in ("validation_start", "test_start"):
+        for name in ("validation_start", "test_start", "update_since"):
             value = getattr(self, name)
             if isinstance(value, datetime.date):  # which an unquoted date in YAML is
                 setattr(self, name, value.isoformat())

@@ -17,7 +17,15 @@ from datasets import Dataset
 from .data_arguments import DataArguments
 from .feed import Feed
 from .schema import SECONDS_COLUMNS, feedback_columns
-from .sessions import arrow_dataset, id_array, list_array, session_groups, user_categories, user_codes
+from .sessions import (
+    arrow_dataset,
+    id_array,
+    list_array,
+    session_groups,
+    trained_on,
+    user_categories,
+    user_codes,
+)
 
 WATCHED = "watched"
 # Exposures of a run that are judged: as many as most users of a sparse log have; more would pad a batch's other rows.
@@ -94,7 +102,8 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
     the `args.history_items` exposures before the run's first as its context.
 
     Args:
-        since: Unix time [s] before which nothing is to be judged.
+        since: Unix time [s] before which nothing is to be judged. By default the runs are to be trained on, of an
+            update those of [`trained_on`].
 
     Returns:
         Dataset of the reward features (see schema.py) over the run, `exposed_timestamps` [s] and `exposed_sessions`:
@@ -111,6 +120,9 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
     opens = (np.arange(len(rows)) - np.searchsorted(users, users)) % TARGETS_PER_RUN == 0
     first = rows[opens]
     last = rows[np.r_[np.flatnonzero(opens)[1:], len(rows)] - 1] if len(rows) else rows
+    if since is None:
+        chosen = trained_on(exposures.times[last], args, feed.timezone)
+        first, last = first[chosen], last[chosen]
     starts, ends = np.maximum(first - args.history_items, exposures.first[exposures.users[first]]), last + 1
     if "session_id" in interactions and interactions["session_id"].notna().any():
         args = replace(args, session_cut="session_id")

@@ -19,6 +19,7 @@ from .schema import (
     canonical_users,
     check_known_items,
     feedback_columns,
+    id_type,
     interaction_features,
     item_features,
     order_interactions,
@@ -186,6 +187,24 @@ class Feed:
     def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
         """A copy with other conditions of a positive behaviour. Raises DataError for an unknown column."""
         return dataclasses.replace(self, positive_feedback=list(positive_feedback))
+
+    def with_earlier_items(self, items: pd.DataFrame) -> Feed:
+        """A copy whose catalogue begins with an earlier one, in its order; items of which the feed no longer knows
+        anything are as they were.
+
+        Raises:
+            DataError: the ids are of another type than the feed's.
+        """
+        if id_type(items["item_id"]) != id_type(self.items["item_id"]):
+            raise DataError(
+                f"{self.name}: the ids of the items are {id_type(self.items['item_id'])}, and were "
+                f"{id_type(items['item_id'])} in the earlier catalogue."
+            )
+        gone = items[~items["item_id"].isin(self.items["item_id"])].reindex(columns=self.items.columns)
+        known = pd.concat([self.items, gone]) if len(gone) else self.items
+        new = self.items["item_id"][~self.items["item_id"].isin(items["item_id"])]
+        places = pd.Index(known["item_id"]).get_indexer([*items["item_id"], *new])
+        return dataclasses.replace(self, items=known.iloc[places].reset_index(drop=True))
 
     def without_repeats(self, in_a_row: bool = False) -> Feed:
         """A copy in which a user's later positive behaviours with the same item are left out.

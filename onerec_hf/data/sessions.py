@@ -202,7 +202,8 @@ def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Datase
 def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
     """Sessions to be generated, with their histories (see schema.py).
 
-    `args.session_source` says whether they are cut from positive behaviours or from all exposures.
+    `args.session_source` says whether they are cut from positive behaviours or from all exposures; of an update see
+    [`trained_on`].
 
     Raises:
         DataError: no session is left, or a cut or predicate needs a column that is missing.
@@ -225,12 +226,14 @@ def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> 
     kept = (history_length >= args.min_history_items) & (lengths >= args.min_session_items)
     long_enough = int(kept.sum())
     kept &= _quality(fit, members, args)
+    kept[kept] = trained_on(fit["timestamp"].to_numpy()[members[kept, lengths[kept] - 1]], args, feed.timezone)
     if not kept.any():
         raise DataError(
             f"{feed.name}: no sessions: of {len(fit)} interactions, {len(rows)} were cut into "
             f"{len(members)} candidates, {long_enough} of them with min_session_items={args.min_session_items} and "
             f"min_history_items={args.min_history_items}, none of those by "
-            f"quality_predicates={args.quality_predicates}. Lower these, or choose another session_cut than "
+            f"quality_predicates={args.quality_predicates} and update_since={args.update_since}. Lower these, or "
+            "choose another session_cut than "
             f"{args.session_cut} or another positive_feedback than {feed.positive_feedback}."
         )
     members, lengths, first = members[kept], lengths[kept], first[kept]
@@ -244,6 +247,25 @@ def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> 
         "session_item_ids": _lists_by_index(id_array(fit["item_id"]), members[members >= 0], lengths),
     }
     return arrow_dataset(columns)
+
+
+def trained_on(times: np.ndarray, args: DataArguments, timezone: str) -> np.ndarray:
+    """Which of N sessions or runs are trained on, bool (N,): all, or those of an update.
+
+    An update has all since `args.update_since`, and of the earlier ones, drawn by `args.data_seed`, as many as make
+    `args.replay_share` of it, where there are so many.
+
+    Args:
+        times: (N,) of each one's last behaviour [s]; one without a time is an earlier one.
+    """
+    if args.update_since is None:
+        return np.ones(len(times), dtype=bool)
+    chosen = times >= _timestamp(args.update_since, timezone)
+    earlier = np.flatnonzero(~chosen)
+    replayed = round(chosen.sum() * args.replay_share / (1 - args.replay_share))
+    drawn = np.random.default_rng(args.data_seed).choice(earlier, min(replayed, len(earlier)), replace=False)
+    chosen[drawn] = True
+    return chosen
 
 
 def exposure_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:

@@ -50,7 +50,12 @@ def user_fold(user_ids: Sequence, folds: int, seed: int = 0) -> np.ndarray:
 
 
 def create_reward_model(
-    config: dict[str, Any], feed: Feed, totals: ItemTotals, tokenizer: OneRecTokenizer, embeddings: torch.Tensor
+    config: dict[str, Any],
+    feed: Feed,
+    totals: ItemTotals,
+    tokenizer: OneRecTokenizer,
+    embeddings: torch.Tensor,
+    former: OneRecRewardModel | None = None,
 ) -> OneRecRewardModel:
     """A model to be trained on a feed's exposures: its configuration says what of the feed is read, and it holds the
     items' features and totals.
@@ -61,6 +66,11 @@ def create_reward_model(
         totals: Of the items, as of the end of the fitted period.
         embeddings: (N, D) of the content of the tokenizer's items in its order; D may be 0. What is made of the same
             log, as embeddings of behaviour are, tells of a fitted user's items which of them went together.
+        former: A model of the same configuration that was trained on an earlier part of the log, whose first items
+            are its own: what it learned is where the new one begins, values of features by the items that have them.
+
+    Raises:
+        ValueError: the log's feedback or the embeddings are of other columns than the former model's.
     """
     columns = list(totals.feedback)
     features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
@@ -81,10 +91,39 @@ def create_reward_model(
     for objective in known.objectives:
         if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
             objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
+    if former is not None:
+        known.user_features, known.objectives = former.config.user_features, former.config.objectives
     model = OneRecRewardModel(known)
     signal_means = totals.signal_means.astype(np.float32)
     model.set_items(*map(torch.from_numpy, (features.values, features.ranks, totals.all(), signal_means)), embeddings)
+    if former is not None:
+        _take_over(model, former)
     return model
+
+
+@torch.no_grad()
+def _take_over(model: OneRecRewardModel, former: OneRecRewardModel) -> None:
+    """Gives a model all weights of a former one. A value of a feature has the mean of the embeddings that its items'
+    values had: the numbers of values follow the catalogue."""
+    for name in ("feedback", "numeric_features", "item_features", "item_embedding_size"):
+        if getattr(model.config, name) != getattr(former.config, name):
+            raise ValueError(
+                f"{name} is {getattr(model.config, name)!r} in this log, and {getattr(former.config, name)!r} in the "
+                "reward model that the training goes on from."
+            )
+    weights, own = former.state_dict(), model.state_dict()
+    for name in [name for name in weights if name.startswith("item_table.")]:
+        del weights[name]
+    for name in [name for name in weights if name.endswith("feature_embeddings.embeddings.weight")]:
+        values, before = model.item_table.values, former.item_table.values[:-1]
+        numbers, counted = values[: len(before)].flatten(), before.flatten()
+        known = (numbers > 0) & (counted > 0)
+        sums = torch.zeros_like(own[name]).index_add_(0, numbers[known], weights[name][counted[known]])
+        counts = torch.bincount(numbers[known], minlength=len(sums))[:, None]
+        unknown = weights[name][:1]
+        weights[name] = torch.where(counts > 0, sums / counts.clamp(min=1), own[name])
+        weights[name][:1] = unknown
+    model.load_state_dict(own | weights)
 
 
 def cut_sessions(groups: np.ndarray, session_items: int) -> list[tuple[int, int]]:
@@ -304,12 +343,16 @@ def train_reward_model(
     totals: ItemTotals,
     runs: Dataset,
     arguments: dict[str, Any],
+    untrained: bool = True,
     **kwargs,
 ) -> list[dict[str, Any]]:
-    """Trains on `runs` from towers at their base rates, or goes on after the latest checkpoint in `output_dir`; gives
-    the log rows. `arguments` are those of `TrainingArguments`, the others of [`OneRecRewardTrainer`]."""
+    """Trains on `runs`, an untrained model from towers at their base rates, or goes on after the latest checkpoint in
+    `output_dir`; gives the log rows. `arguments` are those of `TrainingArguments`, the others of
+    [`OneRecRewardTrainer`]."""
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-    model.set_base_rates(label_means(runs, RewardCollator(encoder, totals, session_items=1)))
+    means = label_means(runs, RewardCollator(encoder, totals, session_items=1))
+    if untrained:
+        model.set_base_rates(means)
     trainer = OneRecRewardTrainer(
         model, tokenizer, totals, args=TrainingArguments(**arguments), train_dataset=runs, **kwargs
     )

@@ -43,6 +43,29 @@ def run_pipeline(args: RecipeArguments) -> None:
     run_evaluate(args)
 
 
+def run_update(args: RecipeArguments) -> None:
+    """All stages of a run that goes on from `args.previous_run`, or of one run for each of `args.update_starts`.
+
+    Raises:
+        ValueError: neither is given, or the starts are not in order.
+    """
+    if args.update_starts is None:
+        if args.previous_run is None:
+            raise ValueError("update needs previous_run, the run that it goes on from, or update_starts.")
+        return run_pipeline(args)
+    starts, previous = args.update_starts, args.previous_run
+    if sorted(set(starts)) != starts:
+        raise ValueError(f"update_starts must be in order, got {', '.join(starts)}.")
+    for start, end in zip(starts, [*starts[1:], None], strict=True):
+        # The last period reaches to the end of the log.
+        period = {"evaluation_split": "test", "test_start": start}
+        if end is not None:
+            period = {"evaluation_split": "validation", "validation_start": start, "test_start": end}
+        folder = args.output_dir / start.replace(":", "")
+        run_pipeline(replace(args, output_dir=folder, previous_run=previous, update_since=None, **period))
+        previous = str(folder)
+
+
 def __getattr__(name: str):
     """A stage under its old name, most of which had no `run_`."""
     new_name = {"ablate": "run_ablation", "sample_preference_pairs": "run_sample_preferences"}.get(name, f"run_{name}")

@@ -26,9 +26,9 @@ from .baselines_stage import BASELINE_STAGE, baseline_stage, fitted_baselines, r
 from .evaluate_stage import ROUND, SEED_STAGE, seed_stage
 from .evaluated_run import EvaluatedRun
 from .preferences_stage import run_sample_preferences
-from .pretrain_stage import MODEL, run_pretrain
+from .pretrain_stage import run_pretrain
 from .recipe_arguments import BASELINES, PolicyArguments, RecipeArguments
-from .stage_runner import Stage, completed_stage, run_stage, write_json
+from .stage_runner import MODEL, Stage, completed_stage, run_stage, write_json
 
 FOLDER = "ablations"
 RESULTS = "results.safetensors"

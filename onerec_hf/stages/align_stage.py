@@ -33,7 +33,6 @@ from ..training_checkpoints import CheckpointCompleteCallback, train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
 from .preferences_stage import PAIRS, draw_pairs
 from .pretrain_stage import (
-    MODEL,
     TRAINING_DEFAULTS,
     parted_sessions,
     recent_sessions,
@@ -42,7 +41,7 @@ from .pretrain_stage import (
 )
 from .recipe_arguments import AlignArguments, PretrainArguments, RecipeArguments, lora_config
 from .reward_stage import REWARD_MODEL
-from .stage_runner import CHECKPOINTS, Stage, read_json, run_stage, stage_dir, write_json
+from .stage_runner import CHECKPOINTS, MODEL, Stage, read_json, run_stage, stage_dir, write_json
 from .tokenize_stage import load_item_embeddings
 
 ALIGNED = "aligned.json"

@@ -30,9 +30,11 @@ from ..data import (
     user_exposures,
     user_histories,
 )
+from .previous_run import PreviousRun
 from .recipe_arguments import RecipeArguments
 from .stage_runner import OutsideInput, Stage, run_stage, stage_dir
 
+FEED = "feed"
 PRETRAINING_SESSIONS = "pretraining_sessions.parquet"
 USER_HISTORIES = "user_histories.parquet"
 EVALUATION_CASES = "evaluation_cases.parquet"
@@ -47,7 +49,7 @@ class PreparedData:
 
     @cached_property
     def feed(self) -> Feed:
-        return load_saved_feed(self.folder / "feed")
+        return load_saved_feed(self.folder / FEED)
 
     def read(self, name: str) -> Dataset:
         """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what
@@ -106,14 +108,16 @@ def with_user_exposures(table: pa.Table, exposures: pa.Table) -> pa.Table:
 
 def run_data(args: RecipeArguments) -> Path:
     """Reads, checks, splits and cuts; returns the stage's folder."""
-    options = args.group(DataArguments)
+    options, previous = args.group(DataArguments), PreviousRun.of(args)
 
     def work(folder: Path) -> dict | None:
         if not PartialState().is_main_process:
             return None
         feed = load_feed(options)
+        if previous is not None:
+            feed = feed.with_earlier_items(load_saved_feed(previous.stage("data") / FEED).items)
         split = split_feed(feed, options)
-        save_feed(feed, folder / "feed")
+        save_feed(feed, folder / FEED)
         tables = {
             PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, options),
             EVALUATION_CASES: evaluation_cases(split, feed, options),
@@ -139,6 +143,8 @@ def run_data(args: RecipeArguments) -> Path:
     outside = [OutsideInput(path) for path in source_files(options)]
     if options.hub_dataset is not None:
         outside.append(OutsideInput(options.hub_dataset, "dataset"))
+    if previous is not None:
+        outside += previous.input("data")
     return run_stage(Stage("data", args.output_dir, options, outside=outside), work)
 
 

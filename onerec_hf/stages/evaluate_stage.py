@@ -42,11 +42,10 @@ from .baselines_stage import (
 )
 from .evaluated_run import EvaluatedRun
 from .hub_access import require_login
-from .pretrain_stage import MODEL
 from .recipe_arguments import EvaluateArguments, RecipeArguments
 from .reward_stage import REWARD_MODEL
 from .serve_stage import SERVE_STAGE, run_serve, served_entries
-from .stage_runner import Stage, completed_stage, full_disk_named, read_json, run_stage, write_json
+from .stage_runner import MODEL, Stage, completed_stage, full_disk_named, read_json, run_stage, write_json
 from .tokenize_stage import semantic_id_pictures
 
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")

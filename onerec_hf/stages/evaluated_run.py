@@ -23,10 +23,9 @@ from ..pretraining import index_sessions
 from ..reward import SessionScorer
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, USER_HISTORIES, PreparedData, prepared_data
-from .pretrain_stage import MODEL
 from .recipe_arguments import RecipeArguments
 from .reward_stage import INDEPENDENT_JUDGE, REWARD_MODEL
-from .stage_runner import stage_dir
+from .stage_runner import MODEL, stage_dir
 from .tokenize_stage import load_item_embeddings
 
 PROPENSITY_DAYS = 7  # of exposures; on KuaiRand shares of a week foretell the next day's best

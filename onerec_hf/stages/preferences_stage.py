@@ -20,10 +20,9 @@ from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, prepared_data
 from .hub_access import require_login
-from .pretrain_stage import MODEL
 from .recipe_arguments import SAMPLING_OPTIONS, PreferenceArguments, RecipeArguments, SamplePreferencesArguments
 from .reward_stage import REWARD_MODEL
-from .stage_runner import OutsideInput, Stage, run_stage, stage_dir
+from .stage_runner import MODEL, OutsideInput, Stage, run_stage, stage_dir
 
 PAIRS = "pairs.parquet"
 PARTS = "pairs"

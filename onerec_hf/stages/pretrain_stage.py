@@ -22,8 +22,9 @@ from ..shared_histories import share_histories
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
+from .previous_run import PreviousRun
 from .recipe_arguments import PretrainArguments, RecipeArguments, require_held_out
-from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
+from .stage_runner import CHECKPOINTS, MODEL, Stage, run_stage, stage_dir
 from .tokenize_stage import fitted_histories, load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
@@ -31,7 +32,6 @@ USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held ou
 TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 
 GATE_BATCH = 128
-MODEL = "model"  # where a stage that makes a generator puts it
 
 TRAINING_DEFAULTS = {
     "report_to": "none",
@@ -94,7 +94,9 @@ def run_pretrain(
         stage: the stage's name, another one to train another model of the run's data.
         sessions_of: cuts other sessions than those of the `data` stage.
     """
-    options, data = args.group(PretrainArguments), args.group(DataArguments)
+    options, data, previous = args.group(PretrainArguments), args.group(DataArguments), PreviousRun.of(args)
+    if previous is not None:
+        previous.require_same("pretrain", options, ("preset", "model"))
 
     def work(folder: Path) -> dict | None:
         set_seed(options.seed)
@@ -107,29 +109,60 @@ def run_pretrain(
         content = load_item_content(args.output_dir) if with_item_head else None
         config = generator_config(options, data, tokenizer, parts["train"], content)
         recent = {}
-        if options.recent_days is not None:
+        if options.recent_days is not None and previous is None:
             recent = {name: recent_sessions(sessions, options.recent_days) for name, sessions in parts.items()}
             if not len(recent["train"]):
                 raise ValueError(f"recent_days is {options.recent_days}, but no session has a time: leave it out.")
-        model = OneRecForConditionalGeneration(config)
-        if config.item_content_size:
-            model.set_item_content(content)
+        if previous is None:
+            changes = {}
+            model = OneRecForConditionalGeneration(config)
+            if config.item_content_size:
+                model.set_item_content(content)
+        else:
+            changes = options.pretrain_update
+            model = continued_generator(previous.generator(), config, content)
         positive = data.session_source == "positive"
-        trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive)
+        trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive, **changes)
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
             last = folder / CHECKPOINTS / "recent"
             trainer = train_generator(model, tokenizer, recent, options, last, positive, **options.pretrain_recent)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
-        if config.item_gate:
+        if model.config.item_gate:
             results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
-        if config.item_memory:  # after the gate, whose held-out users are remembered too
+        if model.config.item_memory:  # after the gate, whose held-out users are remembered too
             remember_items(model, fitted_histories(prepared.feed, prepared))
         save_trained_model(trainer, folder / MODEL)
         return results
 
-    return run_stage(Stage(stage, args.output_dir, options, ["data", "tokenize"]), work)
+    outside = [] if previous is None else previous.input(previous.last_model_stage)
+    return run_stage(Stage(stage, args.output_dir, options, ["data", "tokenize"], outside), work)
+
+
+def continued_generator(
+    checkpoint: Path, config: OneRecConfig, content: torch.Tensor | None
+) -> OneRecForConditionalGeneration:
+    """An earlier model with the items that came since, whose vectors of the item head are made of their content.
+
+    Args:
+        config: what a new model of the data would have.
+        content: (N, item_content_size) of all items, where there is an item head.
+
+    Raises:
+        ValueError: the sizes of histories or sessions are others than the model's.
+    """
+    model = OneRecForConditionalGeneration.from_pretrained(checkpoint)
+    for name in ("history_items", "session_items", "history_feedback", "time_gap_buckets", "item_content_size"):
+        if getattr(model.config, name) != getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)!r} in this data, and {getattr(model.config, name)!r} in "
+                f"{checkpoint}, which the run goes on from."
+            )
+    if content is not None:
+        model.add_items(content[model.config.num_items :])
+    model.config.catalogue_fingerprint = config.catalogue_fingerprint
+    return model
 
 
 def fit_gate(model: OneRecForConditionalGeneration, tokenizer: OneRecTokenizer, held_out: Dataset) -> dict[str, float]:

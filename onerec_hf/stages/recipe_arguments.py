@@ -32,6 +32,7 @@ from ..semantic_ids import QUANTIZERS, SEMANTIC_ID_SOURCES
 from ..typed_arguments import typed_value
 from ..yaml_files import read_yaml
 from .hub_access import require_repositories
+from .previous_run import PreviousRun
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,11 @@ class RunArguments:
     base: str | None = option(
         None, "In a YAML file: another one, by its path from there, with the options that this one leaves out."
     )
+    update_starts: list[str] | None = option(
+        None,
+        "For update: ISO date-times at which periods start. Each has a run of that name in output_dir, which goes on "
+        "from the one before, fits what was before the start and is evaluated on the period; the first begins anew.",
+    )
     hub_model_id: str | None = option(None, "Repository that evaluate pushes model, tokenizer and card to.")
     hub_reward_model_id: str | None = option(None, "Repository for the reward model, beside hub_model_id.")
     hub_preferences_id: str | None = option(None, "Data set repository that sample_preferences pushes its pairs to.")
@@ -187,7 +193,18 @@ class StageArguments:
 
 
 @dataclass
-class TokenizeArguments(StageArguments):
+class ContinuedRun:
+    """What a run goes on from."""
+
+    previous_run: str | None = option(
+        None,
+        "Folder of a complete run of an earlier period that this one goes on from: its items keep their semantic IDs, "
+        "and its last model and reward models are trained further on what came since (update_since). Default: none.",
+    )
+
+
+@dataclass
+class TokenizeArguments(ContinuedRun, StageArguments):
     """Item embeddings and semantic IDs (section 3.1). A source with weight 0 is left out."""
 
     content_weight: float = option(1.0, "Weight of the items' own embedding column.")
@@ -258,7 +275,7 @@ class RecentSessions:
 
 
 @dataclass
-class PretrainArguments(RecentSessions, StageArguments):
+class PretrainArguments(ContinuedRun, RecentSessions, StageArguments):
     """The session generator and its training (section 3.2)."""
 
     NESTED: ClassVar = {
@@ -273,12 +290,16 @@ class PretrainArguments(RecentSessions, StageArguments):
         ),
         "pretrain": (Seq2SeqTrainingArguments, BY_RUN),
         "pretrain_recent": (Seq2SeqTrainingArguments, BY_RUN),
+        "pretrain_update": (Seq2SeqTrainingArguments, BY_RUN),
     }
 
     preset: str = option("small", "Preset of OneRecConfig.")
     model: Nested = option(None, "OneRecConfig fields to override.")
     pretrain: Nested = option(None, "Seq2SeqTrainingArguments fields.")
     pretrain_recent: Nested = option(None, "Fields of `pretrain` that differ on the sessions of recent_days.")
+    pretrain_update: Nested = option(
+        None, "Fields of `pretrain` that differ where the training goes on from previous_run's, without recent_days."
+    )
     holdout_sessions: int = option(512, "Sessions kept out of pretraining for the curve of the held-out loss.")
 
     def __post_init__(self):
@@ -286,28 +307,31 @@ class PretrainArguments(RecentSessions, StageArguments):
         if self.pretrain_recent and self.recent_days is None:
             raise ValueError("pretrain_recent is of the sessions of recent_days: set recent_days too.")
         if self.holdout_sessions < 1:
-            for name in ("pretrain", "pretrain_recent"):
+            for name in ("pretrain", "pretrain_recent", "pretrain_update"):
                 why = f"holdout_sessions is {self.holdout_sessions}: hold some out, or leave the field out"
                 require_held_out(getattr(self, name), name, why)
 
 
 @dataclass
-class RewardArguments(StageArguments):
+class RewardArguments(ContinuedRun, StageArguments):
     """The reward model and the independent judge (section 3.3.1)."""
 
     NESTED: ClassVar = {
         "reward_model": (OneRecRewardConfig, {**BY_CODES, **BY_DATA, **BY_EXPOSURES}),
         "judge_model": (OneRecRewardConfig, {**BY_CODES, **BY_DATA, **BY_EXPOSURES}),
         "reward": (TrainingArguments, BY_RUN),
+        "reward_update": (TrainingArguments, BY_RUN),
     }
     reward_model: Nested = option(None, "OneRecRewardConfig fields of the reward model that aligns.")
     judge_model: Nested = option(None, "OneRecRewardConfig fields of the independent judge.")
     reward: Nested = option(None, "TrainingArguments fields, for the reward model and the judge.")
+    reward_update: Nested = option(None, "Fields of `reward` that differ where previous_run's models are trained on.")
 
     def __post_init__(self):
         super().__post_init__()
         why = "nothing is held out of the reward models' training to evaluate them on: leave the field out"
-        require_held_out(self.reward, "reward", why)
+        for name in ("reward", "reward_update"):
+            require_held_out(getattr(self, name), name, why)
         for name in ("reward_model", "judge_model"):
             given = {field: value for field, value in getattr(self, name).items() if field == "objectives"}
             try:
@@ -552,6 +576,8 @@ class RecipeArguments(
         self.output_dir = Path(self.output_dir).expanduser()
         for group in GROUPS:
             vars(self).update(vars(self.group(group)))
+        if self.previous_run is not None and self.update_since is None:
+            self.update_since = PreviousRun(self.previous_run).evaluation_start
         if self.num_semantic_ids > 1 and self.align_rounds:
             raise ValueError("Alignment is for one semantic ID per item: with num_semantic_ids set align_rounds to 0.")
         names = ("hub_model_id", "hub_reward_model_id", "hub_preferences_id")

@@ -22,9 +22,8 @@ from ..session_generation import Recommender
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import EVALUATION_CASES, prepared_data
-from .pretrain_stage import MODEL
 from .recipe_arguments import RecipeArguments, RecommendArguments
-from .stage_runner import OutsideInput, Stage, run_stage, stage_dir
+from .stage_runner import MODEL, OutsideInput, Stage, run_stage, stage_dir
 
 RECOMMENDATIONS = "recommendations.parquet"
 USERS_PER_PART = 256

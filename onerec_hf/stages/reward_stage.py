@@ -31,6 +31,7 @@ from ..session_rows import index_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import prepared_data
 from .pretrain_stage import TRAINING_DEFAULTS, training_log
+from .previous_run import PreviousRun
 from .recipe_arguments import RecipeArguments, RewardArguments
 from .stage_runner import CHECKPOINTS, Stage, read_json, run_stage, stage_dir, write_json
 from .tokenize_stage import load_item_content
@@ -45,7 +46,9 @@ CALIBRATION_FOLDS = 10
 
 def run_reward(args: RecipeArguments) -> Path:
     """Trains both models; returns the stage's folder with one subfolder each."""
-    options = args.group(RewardArguments)
+    options, previous = args.group(RewardArguments), PreviousRun.of(args)
+    if previous is not None:
+        previous.require_same("reward", options, ("reward_model", "judge_model"))
 
     def work(folder: Path) -> dict | None:
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward"))
@@ -57,7 +60,8 @@ def run_reward(args: RecipeArguments) -> Path:
             summary[name] = read_json(folder / name / TRAINED)
         return {"models": summary}
 
-    return run_stage(Stage("reward", args.output_dir, options, ["data", "tokenize"]), work)
+    outside = [] if previous is None else previous.input("reward")
+    return run_stage(Stage("reward", args.output_dir, options, ["data", "tokenize"], outside), work)
 
 
 def known_feedback(interactions: pd.DataFrame) -> list[str]:
@@ -131,9 +135,13 @@ def _train(options: RewardArguments, folder: Path, name: str, index: int, exposu
     overrides = options.reward_model if name == REWARD_MODEL else options.judge_model
     sizes = {field: getattr(exposures.data, field) for field in ("history_items", "session_items")}
     fields = {**sizes, **DEFAULTS[name], **overrides}
-    model = create_reward_model(fields, feed, totals, tokenizer, exposures.embeddings)
-    arguments = {**TRAINING_DEFAULTS, "seed": seed, **options.reward, "output_dir": str(folder / CHECKPOINTS / name)}
-    log = training_log(train_reward_model(model, tokenizer, totals, train, arguments))
+    previous = PreviousRun.of(options)
+    former = previous and OneRecRewardModel.from_pretrained(previous.stage("reward") / name)
+    model = create_reward_model(fields, feed, totals, tokenizer, exposures.embeddings, former)
+    changes = options.reward_update if former else {}
+    output = {"seed": seed, "output_dir": str(folder / CHECKPOINTS / name)}
+    arguments = {**TRAINING_DEFAULTS, **options.reward, **changes, **output}
+    log = training_log(train_reward_model(model, tokenizer, totals, train, arguments, untrained=former is None))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
     calibrate(model, encoder, totals, calibration)
     if PartialState().is_main_process:

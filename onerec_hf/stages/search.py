@@ -29,7 +29,7 @@ from ..evaluation import user_metrics
 from ..staged_files import staged_file
 from .baselines_stage import BaselineFits, fitting_options, rank_fitted
 from .evaluated_run import EvaluatedRun
-from .pretrain_stage import MODEL, run_pretrain
+from .pretrain_stage import run_pretrain
 from .recipe_arguments import (
     BASELINES,
     FUSED,
@@ -41,7 +41,7 @@ from .recipe_arguments import (
     fused_members,
 )
 from .search_space import ONEREC, SearchedField, changed_options, present_values, read_space
-from .stage_runner import changed_entries, completed_stage, read_json, write_json
+from .stage_runner import MODEL, changed_entries, completed_stage, read_json, write_json
 from .tokenize_stage import run_tokenize
 
 logger = logging.getLogger(__name__)

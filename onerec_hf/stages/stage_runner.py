@@ -24,6 +24,7 @@ from ..staged_files import staged_file
 STAGE_FILE = "stage.json"
 SETTINGS = "settings.json"  # all that the stage depends on
 FULL_BYTES = 2**16  # a disk with less room is full
+MODEL = "model"  # where a stage that makes a generator puts it
 CHECKPOINTS = "checkpoints"  # a stage's training checkpoints, which only a run that is not complete needs
 
 logger = get_logger(__name__)

@@ -1,6 +1,7 @@
 """Stage `tokenize`: item embeddings, their adaptation to behaviour, quantization and the tokenizer (section 3.1)."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..item_embeddings import (
     behaviour_embeddings,
     feature_embeddings,
     fuse_embeddings,
+    in_earlier_space,
     term_embeddings,
     text_embeddings,
 )
@@ -24,6 +26,7 @@ from ..semantic_ids.semantic_id_report import CODE_SAMPLES_FILE, ITEM_MAP_FILE, 
 from ..session_rows import catalogue_index_lists
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import USER_HISTORIES, PreparedData, prepared_data, run_data
+from .previous_run import PreviousRun
 from .recipe_arguments import RecipeArguments, TokenizeArguments
 from .stage_runner import OutsideInput, Stage, read_json, run_stage
 
@@ -32,9 +35,13 @@ SEMANTIC_ID_REPORT = "semantic_ids"
 
 
 def run_tokenize(args: RecipeArguments) -> Path:
-    """Fits the tokenizer on what is known before the evaluated period; returns the stage's folder."""
+    """Fits the tokenizer on what is known before the evaluated period, or gives a previous run's the items that came
+    since; returns the stage's folder."""
     run_data(args)
-    options = args.group(TokenizeArguments)
+    options, previous = args.group(TokenizeArguments), PreviousRun.of(args)
+    if previous is not None:
+        names = {entry.name for entry in fields(options)} - {"previous_run", "seed"}
+        previous.require_same("tokenize", options, sorted(names))
 
     def work(folder: Path) -> dict | None:
         state = PartialState()
@@ -43,7 +50,11 @@ def run_tokenize(args: RecipeArguments) -> Path:
         fitting = {"seed": options.seed, "device": state.device, "show_progress": state.is_main_process}
         if state.is_main_process:
             embeddings, content = embed_items(feed, prepared, options)
-            if options.embedding_adaptation is not None:
+            if previous is not None:
+                former = load_file(previous.stage("tokenize") / ITEM_EMBEDDINGS)
+                embeddings = in_earlier_space(former["embeddings"].numpy(), embeddings)
+                content = in_earlier_space(former["content"].numpy(), content)
+            elif options.embedding_adaptation is not None:
                 adaptation = EmbeddingAdaptation(**fitting, **options.embedding_adaptation)
                 adaptation.fit(embeddings, fitted_histories(feed, prepared)).save_pretrained(folder)
                 embeddings = adaptation.transform(embeddings)
@@ -52,14 +63,19 @@ def run_tokenize(args: RecipeArguments) -> Path:
         state.wait_for_everyone()
         # All processes fit on the same numbers, as the K-means is spread over them.
         embeddings = load_file(folder / ITEM_EMBEDDINGS)["embeddings"].numpy()
-        quantizer = make_several_quantizers(
-            options.num_semantic_ids,
-            options.quantizer_type,
-            options.codebook_sizes or codebook_sizes_for(len(embeddings)),
-            options.semantic_id_sources,
-            **{**fitting, "collision_policy": options.collision_policy, **options.quantizer},
-        )
-        tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
+        if previous is None:
+            quantizer = make_several_quantizers(
+                options.num_semantic_ids,
+                options.quantizer_type,
+                options.codebook_sizes or codebook_sizes_for(len(embeddings)),
+                options.semantic_id_sources,
+                **{**fitting, "collision_policy": options.collision_policy, **options.quantizer},
+            )
+            tokenizer = OneRecTokenizer.fit(feed.items["item_id"], embeddings, quantizer)
+        else:
+            tokenizer = OneRecTokenizer.from_pretrained(previous.stage("tokenize"))
+            known = tokenizer.num_items
+            tokenizer.add_items(feed.items["item_id"].iloc[known:], embeddings[known:])
         if not state.is_main_process:
             return None
         tokenizer.save_pretrained(folder)
@@ -69,9 +85,11 @@ def run_tokenize(args: RecipeArguments) -> Path:
 
         sizes = tokenizer.codebook_sizes
         write_semantic_id_report(folder / SEMANTIC_ID_REPORT, embeddings, tokenizer.codes, sizes, name)
-        return {"codebook_sizes": list(sizes), "report": tokenizer.report}
+        refit = {} if previous is None else {"refit_reasons": tokenizer.refit_reasons()}
+        return {"codebook_sizes": list(sizes), "report": tokenizer.report, **refit}
 
     outside = [OutsideInput(options.text_encoder)] if options.text_encoder else []
+    outside += [] if previous is None else previous.input("tokenize")
     return run_stage(Stage("tokenize", args.output_dir, options, ["data"], outside), work)
 
 
