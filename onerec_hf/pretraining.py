@@ -5,12 +5,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .data import Feed
 from .history_features import HISTORY_FEATURES, encode_history_rows
 from .modeling_onerec import OneRecForConditionalGeneration
-from .session_rows import catalogue_index_lists, index_sessions, user_feature_values
+from .renamed_arguments import renamed_arguments
+from .session_rows import (
+    catalogue_index_lists,
+    index_sessions,
+    rows_of,
+    training_sessions,
+    user_feature_values,
+)
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
 from .training_checkpoints import (
@@ -139,28 +147,53 @@ class ExpertBalanceCallback(TrainerCallback):
 
 
 class OneRecPretrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step. The model is tied to
-    the tokenizer's catalogue, as another fit's codes would be other items to it.
+    """`Seq2SeqTrainer` on sessions with their histories, with the experts balanced after every step. The model is tied
+    to the tokenizer's catalogue, as another fit's codes would be other items to it.
+
+    >>> from transformers import Seq2SeqTrainingArguments
+    >>> from onerec_hf import OneRecConfig, SimulatedFeed
+    >>> feed = SimulatedFeed.generate(users=40, items=160).feed()
+    >>> tokenizer = OneRecTokenizer.fit(feed)
+    >>> config = OneRecConfig.from_preset("debug", codebook_sizes=tokenizer.codebook_sizes, history_items=16)
+    >>> args = Seq2SeqTrainingArguments("runs/pretrain", max_steps=2, save_strategy="no", report_to="none")
+    >>> trainer = OneRecPretrainer(OneRecForConditionalGeneration(config), args, feed, tokenizer)
+    >>> trainer.train().global_step  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    2
 
     Args:
-        sessions_continue_histories: See [`SessionCollator`].
+        train_dataset, eval_dataset: Rows of [`index_sessions`] or [`share_histories`]; or a [`Feed`], or a log that
+            [`feed_from_log`] reads by its default names, of which the rows are [`training_sessions`].
+        processing_class: The tokenizer.
+        sessions_continue_histories: See [`SessionCollator`]; those of a feed or a log do.
     """
 
+    @renamed_arguments(tokenizer="processing_class")
     def __init__(
         self,
         model: OneRecForConditionalGeneration,
-        tokenizer: OneRecTokenizer,
-        args,
+        args: Seq2SeqTrainingArguments,
+        train_dataset,
+        processing_class: OneRecTokenizer,
+        eval_dataset=None,
         sessions_continue_histories: bool = False,
         **kwargs,
     ):
-        if args.use_cpu:
+        if args.device.type == "cpu":
             model.set_experts_implementation(CPU_EXPERTS)
         self.expert_balance = ExpertBalanceCallback()
         kwargs["callbacks"] = [self.expert_balance, CheckpointCompleteCallback(), *kwargs.get("callbacks", [])]
-        collator = SessionCollator(tokenizer, model, sessions_continue_histories)
-        tokenizer.tie(model.config)
-        super().__init__(model=model, args=args, data_collator=collator, processing_class=tokenizer, **kwargs)
+        processing_class.tie(model.config)
+
+        def sessions(feed: Feed) -> Dataset:
+            return training_sessions(feed, processing_class, model.config)
+
+        rows = {"train_dataset": rows_of(train_dataset, sessions), "eval_dataset": rows_of(eval_dataset, sessions)}
+        continues = sessions_continue_histories or rows["train_dataset"] is not train_dataset
+        collator = SessionCollator(processing_class, model, continues)
+        super().__init__(
+            model=model, args=args, data_collator=collator, processing_class=processing_class, **rows, **kwargs
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)

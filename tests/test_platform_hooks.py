@@ -100,6 +100,8 @@ tokenizers.pre_tokenizers.Split(pattern, behavior, invert): OneRecTokenizer
 transformers.Trainer._get_train_sampler(train_dataset): OneRecPretrainer, lengths as a list
 transformers.Trainer._set_signature_columns_if_needed(): the trainers, what the collators read
 transformers.Trainer._get_num_items_in_batch(batch_samples, device): SessionCollator, <bos> is not counted
+transformers.Trainer.train(resume_from_checkpoint, trial, ignore_keys_for_eval, ...): OneRecRewardTrainer, base rates \
+before and the calibration after it
 transformers.Trainer.log(logs, start_time): OneRecPretrainer, the experts' load
 transformers.TrainerCallback.{on_optimizer_step, on_save}(args, state, control, **kwargs): the trainers' callbacks
 transformers.trainer_pt_utils.LengthGroupedSampler(batch_size, dataset, lengths, ...): OneRecPretrainer

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from datasets import Dataset
 
 from .schema import CATEGORY, ID, NUMBER, DataError, canonical_categories, require_columns
 
@@ -103,6 +104,27 @@ def frame_of_table(table: pa.Table, kinds: Mapping[str, str], source: str) -> pd
         values.name = name
         frame[name] = canonical_categories(values, name, source) if kind == CATEGORY else values
     return pd.DataFrame(frame, columns=table.column_names)
+
+
+def memory_frame(table, source: str) -> pd.DataFrame:
+    """A frame of a table in memory: a pandas frame, a `datasets.Dataset`, or what gives an Arrow stream, as frames of
+    polars do.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    if isinstance(table, pd.DataFrame):
+        return table.reset_index(drop=True)
+    if isinstance(table, Dataset):
+        table = table.with_format("arrow")[:]
+    elif hasattr(table, "__arrow_c_stream__"):
+        table = pa.table(table)
+    else:
+        raise DataError(
+            f"{source}: a {type(table).__name__} is no table in memory. Give a data frame of pandas or polars, a "
+            "datasets.Dataset or an Arrow table."
+        )
+    return frame_of_table(table, dict.fromkeys(table.column_names, ID), source)
 
 
 def _read_csv(path: Path, columns: list[str], kinds: Mapping[str, str]) -> pd.DataFrame:

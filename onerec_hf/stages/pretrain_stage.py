@@ -24,7 +24,7 @@ from ..training_checkpoints import train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .recipe_arguments import PretrainArguments, RecipeArguments, require_held_out
 from .stage_runner import CHECKPOINTS, Stage, run_stage, stage_dir
-from .tokenize_stage import fitted_histories, load_item_content
+from .tokenize_stage import load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
@@ -125,7 +125,7 @@ def run_pretrain(
         if config.item_gate:
             results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
         if config.item_memory:  # after the gate, whose held-out users are remembered too
-            remember_items(model, fitted_histories(prepared.feed, prepared))
+            remember_items(model, prepared.fitted_feed.positive_histories())
         save_trained_model(trainer, folder / MODEL)
         return results
 
@@ -212,7 +212,7 @@ def train_generator(
         targets_per_row = min(TARGETS_PER_ROW, training_args.per_device_train_batch_size)
         training_args.per_device_train_batch_size //= targets_per_row
         rows = share_histories(rows, model.config.history_items, targets_per_row)
-    data = {"train_dataset": rows, "eval_dataset": held_out if len(held_out) else None}
-    trainer = OneRecPretrainer(model, tokenizer, training_args, sessions_continue_histories, **data)
+    held_out = held_out if len(held_out) else None
+    trainer = OneRecPretrainer(model, training_args, rows, tokenizer, held_out, sessions_continue_histories)
     train_from_latest(trainer)
     return trainer

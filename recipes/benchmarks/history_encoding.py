@@ -86,7 +86,7 @@ def train(way: str, args, tokenizer: OneRecTokenizer, seconds: float):
     )
     trainer = OneRecPretrainer(
         model=model,
-        tokenizer=tokenizer,
+        processing_class=tokenizer,
         args=training_args,
         train_dataset=rows,
         callbacks=[clock],

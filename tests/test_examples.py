@@ -1,0 +1,54 @@
+"""The examples as a reader runs them: in docstrings, and in the notebooks."""
+
+import doctest
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import onerec_hf
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "onerec_hf").rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
+NOTEBOOKS = sorted((ROOT / "recipes" / "notebooks").glob("*.ipynb"))
+# Where a reader begins.
+WITH_EXAMPLES = (
+    *("EASE", "ItemKNN", "OneRecDPOTrainer", "OneRecForConditionalGeneration", "OneRecPretrainer"),
+    *("OneRecRewardTrainer", "OneRecTokenizer", "Recommender", "SASRec", "embed_items", "feed_from_log"),
+)
+STEPS = re.compile(r"max_steps=\d+")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed, capfd.readouterr().out
+
+
+def test_public_names_are_there_and_those_that_a_reader_begins_with_have_an_example():
+    assert sorted(onerec_hf.__all__) == onerec_hf.__all__
+    named = {name: getattr(onerec_hf, name) for name in onerec_hf.__all__}
+    assert all(value.__doc__ for name, value in named.items() if name != "__version__")
+    texts = {name: inspect.getsource(named[name]) for name in WITH_EXAMPLES}
+    assert {name for name, text in texts.items() if ">>> " not in text} == set()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    """In a few steps of training, and without a kernel, which takes longer to start than the cells to run."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        assert not cell["outputs"] and cell["execution_count"] is None, "clear the outputs before it is committed"
+        source = STEPS.sub("max_steps=2", "".join(cell["source"]))
+        exec(compile(source, f"{path.name}, {cell['id']}", "exec"), scope)
+    assert (tmp_path / "runs").is_dir()
