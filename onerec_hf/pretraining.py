@@ -1,5 +1,6 @@
 """Session-wise next-token prediction (eq 3 and 4) on transformers' `Seq2SeqTrainer`."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .configuration_onerec import OneRecConfig
 from .data import Feed
 from .history_features import HISTORY_FEATURES, encode_history_rows
 from .modeling_onerec import OneRecForConditionalGeneration
@@ -28,7 +30,21 @@ from .training_checkpoints import (
     train_from_latest,
 )
 
+TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 CPU_EXPERTS = "eager"  # the fastest of transformers' experts implementations to train with on a CPU
+
+
+def shared_for_training(
+    sessions: Dataset, config: OneRecConfig, args: Seq2SeqTrainingArguments
+) -> tuple[Dataset, Seq2SeqTrainingArguments]:
+    """Sessions and arguments as they are, or for a causal encoder rows of [`share_histories`] and, as the batch size
+    counts targets, a smaller one of rows."""
+    if config.encoder_attention != "causal":
+        return sessions, args
+    targets_per_row = min(TARGETS_PER_ROW, args.per_device_train_batch_size)
+    args = copy.copy(args)
+    args.per_device_train_batch_size //= targets_per_row
+    return share_histories(sessions, config.history_items, targets_per_row), args
 
 
 class SessionCollator:
@@ -163,7 +179,8 @@ class OneRecPretrainer(Seq2SeqTrainer):
 
     Args:
         train_dataset, eval_dataset: Rows of [`index_sessions`] or [`share_histories`]; or a [`Feed`], or a log that
-            [`feed_from_log`] reads by its default names, of which the rows are [`training_sessions`].
+            [`feed_from_log`] reads by its default names, of which the rows are [`training_sessions`], shared where the
+            encoder is causal.
         processing_class: The tokenizer.
         sessions_continue_histories: See [`SessionCollator`]; those of a feed or a log do.
     """
@@ -189,7 +206,10 @@ class OneRecPretrainer(Seq2SeqTrainer):
             return training_sessions(feed, processing_class, model.config)
 
         rows = {"train_dataset": rows_of(train_dataset, sessions), "eval_dataset": rows_of(eval_dataset, sessions)}
-        continues = sessions_continue_histories or rows["train_dataset"] is not train_dataset
+        continues = sessions_continue_histories
+        if rows["train_dataset"] is not train_dataset:
+            rows["train_dataset"], args = shared_for_training(rows["train_dataset"], model.config, args)
+            continues = True
         collator = SessionCollator(processing_class, model, continues)
         super().__init__(
             model=model, args=args, data_collator=collator, processing_class=processing_class, **rows, **kwargs

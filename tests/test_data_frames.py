@@ -27,6 +27,7 @@ from onerec_hf import (
     feed_from_log,
     index_sessions,
     sample_preferences,
+    share_histories,
 )
 from onerec_hf.data import pretraining_sessions, read_table
 
@@ -154,6 +155,14 @@ def test_every_stage_takes_the_log(log, items, tmp_path):
     assert trainer.train_dataset.to_list() == trainer.eval_dataset.to_list() == sessions.to_list()
     trainer.train()
     assert config.catalogue_fingerprint == tokenizer.catalogue_fingerprint()
+    # A causal encoder reads a history once for all of its sessions.
+    causal = {"encoder_attention": "causal", "history_positions": "item", "item_head": "encoder", "num_items": ITEMS}
+    config = OneRecConfig.from_preset("debug", codebook_sizes=tokenizer.codebook_sizes, **causal, **SIZES)
+    args = Seq2SeqTrainingArguments(**quiet, per_device_train_batch_size=8)
+    trainer = OneRecPretrainer(OneRecForConditionalGeneration(config), args, feed, tokenizer)
+    assert trainer.train_dataset.to_list() == share_histories(sessions, 6, targets_per_row=8).to_list()
+    assert (trainer.args.per_device_train_batch_size, args.per_device_train_batch_size) == (1, 8)
+    trainer.train()
     # A raw table's names are the schema's, and all of its rows are positive.
     raw = ArrowStream(log.rename(columns={"who": "user_id", "what": "item_id", "when": "timestamp"}))
     trainer = OneRecPretrainer(model, Seq2SeqTrainingArguments(**quiet), raw, tokenizer)
