@@ -187,7 +187,7 @@ def test_every_stage_takes_the_log(log, items, tmp_path):
     liked = log[log["liked"]].sort_values("when").groupby("who")["what"].agg(list)
     row = pairs[0]
     assert tokenizer.item_ids[row["history"]].tolist() == liked[row["user_id"]]
-    args = OneRecDPOConfig(**quiet, bf16=False)
+    args = OneRecDPOConfig(**quiet)
     trainer = OneRecDPOTrainer(model, args, pairs, tokenizer, ntp_dataset=feed)
     assert trainer.data_collator.ntp_dataset.to_list() == sessions.to_list()
     trainer.train()

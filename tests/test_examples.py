@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 import onerec_hf
 
@@ -23,7 +24,7 @@ WITH_EXAMPLES = (
     *("EASE", "ItemKNN", "OneRecDPOTrainer", "OneRecForConditionalGeneration", "OneRecPretrainer"),
     *("OneRecRewardTrainer", "OneRecTokenizer", "Recommender", "SASRec", "embed_items", "feed_from_log"),
 )
-STEPS = re.compile(r"max_steps=\d+")
+TRAINING = re.compile(r"(max_steps|num_train_epochs)=\d+")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -49,6 +50,23 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     scope = {}
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         assert not cell["outputs"] and cell["execution_count"] is None, "clear the outputs before it is committed"
-        source = STEPS.sub("max_steps=2", "".join(cell["source"]))
+        source = TRAINING.sub("max_steps=2", "".join(cell["source"]))
         exec(compile(source, f"{path.name}, {cell['id']}", "exec"), scope)
     assert (tmp_path / "runs").is_dir()
+
+
+def test_the_recipes_go_from_a_log_to_recommendations_in_python(tmp_path, monkeypatch):
+    text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(feed = onerec_hf.feed_from_log.*?)```", text, re.DOTALL).group(1)
+    code = TRAINING.sub("max_steps=1, use_cpu=True", code).replace('"small"', '"debug", history_items=8')
+    monkeypatch.chdir(tmp_path)
+    columns = {"user_id": "uid", "item_id": "video", "timestamp": "time", "like": "is_like"}
+    log = onerec_hf.SimulatedFeed.generate(users=20, items=160).feed().interactions[list(columns)]
+    scope = {
+        "onerec_hf": onerec_hf,
+        "log": log.rename(columns=columns),
+        "Seq2SeqTrainingArguments": Seq2SeqTrainingArguments,
+        "TrainingArguments": TrainingArguments,
+    }
+    exec(compile(code, "recipes/README.md", "exec"), scope)
+    assert scope["recommendations"]["user_id"].nunique() == len(scope["feed"].positive_histories())

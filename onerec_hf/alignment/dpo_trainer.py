@@ -39,7 +39,8 @@ REFERENCE_FREE = (CPO, SIMPO, SFT)
 @dataclass
 class OneRecDPOConfig(DPOConfig):
     """Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig`, how L_NTP and L_DPO are mixed, and further losses.
-    `max_length` has no effect: the tokenizer gives whole sessions.
+    `max_length` has no effect: the tokenizer gives whole sessions. By default `gradient_checkpointing` is off, and
+    `bf16` on where there is a CUDA device.
 
     `loss_type` is one of TRL's (`"sigmoid"` is DPO, `"ipo"`, `"robust"` rDPO; several may be combined), or alone
 
@@ -54,6 +55,7 @@ class OneRecDPOConfig(DPOConfig):
     ntp_per_pair: int = field(default=1, metadata={"help": "Ordinary training rows with each pair; 0: none."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the likelihood term of loss_type 'cpo'."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of loss_type 'simpo'."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether activations are computed anew."})
 
     def __post_init__(self):
         if self.lambda_dpo < 0 or self.ntp_per_pair < 0:
@@ -70,6 +72,8 @@ class OneRecDPOConfig(DPOConfig):
                 f"loss_type {self.loss_type} needs label_smoothing, the share of flipped labels, in (0, 0.5), got "
                 f"{self.label_smoothing}."
             )
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.fp16
         if self.reference_free:
             self.precompute_ref_log_probs = True  # their constants need no reference model
         super().__post_init__()
@@ -284,7 +288,7 @@ class OneRecDPOTrainer(DPOTrainer):
     >>> scorer = SessionScorer(create_reward_model(sizes, feed, tokenizer), tokenizer)
     >>> trie, sampling = ItemTrie.from_tokenizer(tokenizer), PreferenceSampling(r_dpo=0.1, num_candidates=4)
     >>> pairs = sample_preferences(model, trie, scorer, feed, sampling)
-    >>> args = OneRecDPOConfig("runs/align", max_steps=1, save_strategy="no", report_to="none", bf16=False)
+    >>> args = OneRecDPOConfig("runs/align", max_steps=1, save_strategy="no", report_to="none")
     >>> trainer = OneRecDPOTrainer(model, args, pairs, tokenizer, ntp_dataset=feed)
     >>> trainer.train().global_step  # doctest: +ELLIPSIS
     {'train_runtime': ...}
