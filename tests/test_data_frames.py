@@ -122,6 +122,22 @@ def test_positive_histories():
     assert feed_from_log(log, positive_feedback=["like>=2"]).positive_histories() == []
 
 
+def test_columns_as_frames_have_them():
+    """Codes of categories, and text that Arrow has as views, in lists too."""
+    log = pd.DataFrame({"user_id": [1, 2], "item_id": ["a", "b"], "timestamp": [1, 2]}, index=[7, 7])
+    tags = pa.array([["x", "y"], None], pa.large_list(pa.string_view()))
+    items = pa.table({"item_id": pa.array(["a", "b"], pa.string_view()), "tags": tags})
+    feed = feed_from_log(log.astype("category"), items, item_columns={"multi_categorical": ["tags"]})
+    pd.testing.assert_frame_equal(feed.interactions, feed_from_log(log).interactions)
+    arrow = pa.Table.from_pandas(log.astype("category"), preserve_index=False)
+    pd.testing.assert_frame_equal(feed_from_log(arrow).interactions, feed.interactions)
+    assert feed.items["tags"].tolist() == [["x", "y"], []]
+    twice = log[["user_id", "item_id", "timestamp", "user_id"]]
+    for table in (twice, pa.Table.from_arrays([pa.array([1])] * 2, ["user_id"] * 2)):
+        with pytest.raises(DataError, match="log: column 'user_id' stands there several times"):
+            feed_from_log(table)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
