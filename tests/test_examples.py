@@ -24,7 +24,7 @@ WITH_EXAMPLES = (
     *("EASE", "ItemKNN", "OneRecDPOTrainer", "OneRecForConditionalGeneration", "OneRecPretrainer"),
     *("OneRecRewardTrainer", "OneRecTokenizer", "Recommender", "SASRec", "embed_items", "feed_from_log"),
 )
-TRAINING = re.compile(r"(max_steps|num_train_epochs)=\d+")
+TRAINING, USERS = re.compile(r"(max_steps|num_train_epochs)=\d+"), re.compile(r"users=\d+")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -44,13 +44,13 @@ def test_public_names_are_there_and_those_that_a_reader_begins_with_have_an_exam
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
-    """In a few steps of training, and without a kernel, which takes longer to start than the cells to run."""
+    """In a few steps for a few users, and without a kernel, which takes longer to start than the cells to run."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     monkeypatch.chdir(tmp_path)
     scope = {}
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         assert not cell["outputs"] and cell["execution_count"] is None, "clear the outputs before it is committed"
-        source = TRAINING.sub("max_steps=2", "".join(cell["source"]))
+        source = USERS.sub("users=30", TRAINING.sub("max_steps=2", "".join(cell["source"])))
         exec(compile(source, f"{path.name}, {cell['id']}", "exec"), scope)
     assert (tmp_path / "runs").is_dir()
 
@@ -59,6 +59,7 @@ def test_the_recipes_go_from_a_log_to_recommendations_in_python(tmp_path, monkey
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(feed = onerec_hf.feed_from_log.*?)```", text, re.DOTALL).group(1)
     code = TRAINING.sub("max_steps=1, use_cpu=True", code).replace('"small"', '"debug", history_items=8')
+    code = code.replace("r_dpo=0.2", "r_dpo=0.2, num_candidates=8")
     monkeypatch.chdir(tmp_path)
     columns = {"user_id": "uid", "item_id": "video", "timestamp": "time", "like": "is_like"}
     log = onerec_hf.SimulatedFeed.generate(users=20, items=160).feed().interactions[list(columns)]

@@ -108,6 +108,7 @@ transformers.trainer_pt_utils.LengthGroupedSampler(batch_size, dataset, lengths,
 transformers.trainer_pt_utils.get_length_grouped_indices(lengths, batch_size, ...): recipes/benchmarks/training.py
 transformers.dynamic_module_utils.get_relative_imports(module_file): model_export, modules are flat siblings
 trl.DPOConfig.__post_init__(): OneRecDPOConfig
+trl.DPOConfig.{gradient_checkpointing, bf16}: OneRecDPOConfig, their defaults
 trl.DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name): OneRecDPOTrainer, rows with each pair
 trl.DPOTrainer._set_signature_columns_if_needed(): OneRecDPOTrainer, what the collator reads
 trl.DPOTrainer._precompute_ref_logps(dataset, name, batch_size): OneRecDPOTrainer, where the pairs have them already
