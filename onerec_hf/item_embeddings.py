@@ -21,9 +21,74 @@ from sklearn.utils.extmath import randomized_svd
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from .data import Feed
 from .data.schema import canonical_lists
 
 NORMALISATIONS = ("whiten", "l2")
+
+
+def embed_items(
+    feed: Feed,
+    content_weight: float = 1.0,
+    text_weight: float = 1.0,
+    text_encoder: str | None = None,
+    behaviour_weight: float = 1.0,
+    behaviour_dim: int = 64,
+    feature_weight: float = 1.0,
+    feature_dim: int = 32,
+    embedding_normalisation: str = "l2",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of a feed's items from all that the feed has of them, each source by its weight; 0 leaves it out.
+
+    >>> from onerec_hf import SimulatedFeed
+    >>> embeddings, content = embed_items(SimulatedFeed.generate(users=40, items=160).feed(), behaviour_dim=16)
+    >>> embeddings.shape, content.shape  # 32 of the items' own, 16 of behaviour, and the duration
+    ((160, 49), (160, 33))
+
+    Args:
+        feed: whose interactions are those that may be fitted.
+        content_weight: of the items' own embedding column.
+        text_weight: of their text column.
+        text_encoder: Hub id or folder of an AutoModel that encodes the text; by default TF-IDF of its words.
+        behaviour_weight, behaviour_dim: of co-occurrence, [`behaviour_embeddings`].
+        feature_weight, feature_dim: of their other columns, [`feature_embeddings`].
+        embedding_normalisation: as `normalisation` of [`fuse_embeddings`].
+
+    Returns:
+        float32 (N, D) in the order of the catalogue, of all sources, and of all but the behaviour (N, 0 columns where
+        there is nothing else).
+
+    Raises:
+        ValueError: if there is no source at all.
+    """
+    sources, behaviour = [], None
+    if content_weight and feed.embedding_column:
+        given = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
+        sources.append((given, np.ones(len(given), dtype=bool), content_weight))
+    if text_encoder and feed.text_column is None:
+        raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")
+    if text_weight and feed.text_column is not None:
+        texts = feed.items[feed.text_column].tolist()
+        embeddings, present = text_embeddings(texts, text_encoder) if text_encoder else term_embeddings(texts)
+        if present.any():  # titles that share no word say nothing
+            sources.append((embeddings, present, text_weight))
+    if behaviour_weight:
+        embedded = behaviour_embeddings(feed.positive_histories(), len(feed.items), dim=behaviour_dim)
+        behaviour = (*embedded, behaviour_weight)
+        sources.append(behaviour)
+    columns = (feed.categorical_columns, feed.multi_categorical_columns, feed.numeric_columns)
+    if feature_weight and any(columns):
+        sources.append((*feature_embeddings(feed.items, *columns, dim=feature_dim), feature_weight))
+    if not sources:
+        raise ValueError(
+            f"The items of {feed.name} have no embedding: give one of content_weight (with an embedding column), "
+            "text_weight (with a text column), behaviour_weight or feature_weight (with feature columns)."
+        )
+    fused = fuse_embeddings(sources, normalisation=embedding_normalisation)
+    content = [source for source in sources if source is not behaviour]
+    if not content:
+        return fused, np.zeros((len(fused), 0), dtype=np.float32)
+    return fused, fuse_embeddings(content, normalisation=embedding_normalisation)
 
 
 def text_embeddings(

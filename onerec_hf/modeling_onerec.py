@@ -913,6 +913,14 @@ class OneRecForConditionalGeneration(OneRecPreTrainedModel, GenerationMixin):
 
     [`onerec_hf.recommend`] turns histories of item ids into sessions and ranked item ids; plain `generate` with an
     [`ItemTrieLogitsProcessor`] gives the same sessions as tokens.
+
+    Of two codes each, the item 5 and 9 comes after a history of two items:
+
+    >>> config = OneRecConfig.from_preset("debug", codebook_sizes=[4, 4])
+    >>> model = OneRecForConditionalGeneration(config)
+    >>> output = model(input_ids=torch.tensor([[6, 9, 3, 8, 10]]), labels=torch.tensor([[5, 9]]))
+    >>> output.logits.shape, output.loss.shape  # of 5 special tokens and 8 codes
+    (torch.Size([1, 2, 13]), torch.Size([]))
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}

@@ -1,16 +1,26 @@
 """Session-wise next-token prediction (eq 3 and 4) on transformers' `Seq2SeqTrainer`."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import Seq2SeqTrainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from .configuration_onerec import OneRecConfig
+from .data import Feed
 from .history_features import HISTORY_FEATURES, encode_history_rows
 from .modeling_onerec import OneRecForConditionalGeneration
-from .session_rows import catalogue_index_lists, index_sessions, user_feature_values
+from .renamed_arguments import renamed_arguments
+from .session_rows import (
+    catalogue_index_lists,
+    index_sessions,
+    rows_of,
+    training_sessions,
+    user_feature_values,
+)
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
 from .training_checkpoints import (
@@ -20,7 +30,21 @@ from .training_checkpoints import (
     train_from_latest,
 )
 
+TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 CPU_EXPERTS = "eager"  # the fastest of transformers' experts implementations to train with on a CPU
+
+
+def shared_for_training(
+    sessions: Dataset, config: OneRecConfig, args: Seq2SeqTrainingArguments
+) -> tuple[Dataset, Seq2SeqTrainingArguments]:
+    """Sessions and arguments as they are, or for a causal encoder rows of [`share_histories`] and, as the batch size
+    counts targets, a smaller one of rows."""
+    if config.encoder_attention != "causal":
+        return sessions, args
+    targets_per_row = min(TARGETS_PER_ROW, args.per_device_train_batch_size)
+    args = copy.copy(args)
+    args.per_device_train_batch_size //= targets_per_row
+    return share_histories(sessions, config.history_items, targets_per_row), args
 
 
 class SessionCollator:
@@ -139,28 +163,57 @@ class ExpertBalanceCallback(TrainerCallback):
 
 
 class OneRecPretrainer(Seq2SeqTrainer):
-    """`Seq2SeqTrainer` on rows of [`index_sessions`], with the experts balanced after every step. The model is tied to
-    the tokenizer's catalogue, as another fit's codes would be other items to it.
+    """`Seq2SeqTrainer` on sessions with their histories, with the experts balanced after every step. The model is tied
+    to the tokenizer's catalogue, as another fit's codes would be other items to it.
+
+    >>> from transformers import Seq2SeqTrainingArguments
+    >>> from onerec_hf import OneRecConfig, SimulatedFeed
+    >>> feed = SimulatedFeed.generate(users=40, items=160).feed()
+    >>> tokenizer = OneRecTokenizer.fit(feed)
+    >>> config = OneRecConfig.from_preset("debug", codebook_sizes=tokenizer.codebook_sizes, history_items=16)
+    >>> args = Seq2SeqTrainingArguments("runs/pretrain", max_steps=2, save_strategy="no", report_to="none")
+    >>> trainer = OneRecPretrainer(OneRecForConditionalGeneration(config), args, feed, tokenizer)
+    >>> trainer.train().global_step  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    2
 
     Args:
-        sessions_continue_histories: See [`SessionCollator`].
+        train_dataset, eval_dataset: Rows of [`index_sessions`] or [`share_histories`]; or a [`Feed`], or a log that
+            [`feed_from_log`] reads by its default names, of which the rows are [`training_sessions`], shared where the
+            encoder is causal.
+        processing_class: The tokenizer.
+        sessions_continue_histories: See [`SessionCollator`]; those of a feed or a log do.
     """
 
+    @renamed_arguments(tokenizer="processing_class")
     def __init__(
         self,
         model: OneRecForConditionalGeneration,
-        tokenizer: OneRecTokenizer,
-        args,
+        args: Seq2SeqTrainingArguments,
+        train_dataset,
+        processing_class: OneRecTokenizer,
+        eval_dataset=None,
         sessions_continue_histories: bool = False,
         **kwargs,
     ):
-        if args.use_cpu:
+        if args.device.type == "cpu":
             model.set_experts_implementation(CPU_EXPERTS)
         self.expert_balance = ExpertBalanceCallback()
         kwargs["callbacks"] = [self.expert_balance, CheckpointCompleteCallback(), *kwargs.get("callbacks", [])]
-        collator = SessionCollator(tokenizer, model, sessions_continue_histories)
-        tokenizer.tie(model.config)
-        super().__init__(model=model, args=args, data_collator=collator, processing_class=tokenizer, **kwargs)
+        processing_class.tie(model.config)
+
+        def sessions(feed: Feed) -> Dataset:
+            return training_sessions(feed, processing_class, model.config)
+
+        rows = {"train_dataset": rows_of(train_dataset, sessions), "eval_dataset": rows_of(eval_dataset, sessions)}
+        continues = sessions_continue_histories
+        if rows["train_dataset"] is not train_dataset:
+            rows["train_dataset"], args = shared_for_training(rows["train_dataset"], model.config, args)
+            continues = True
+        collator = SessionCollator(processing_class, model, continues)
+        super().__init__(
+            model=model, args=args, data_collator=collator, processing_class=processing_class, **rows, **kwargs
+        )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)

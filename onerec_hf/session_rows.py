@@ -8,7 +8,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from .configuration_onerec import OneRecConfig
+from .data import (
+    DataArguments,
+    Feed,
+    as_feed,
+    pretraining_sessions,
+    user_exposures,
+    user_histories,
+    with_user_exposures,
+)
 from .tokenization_onerec import OneRecTokenizer
+
+ROW_COLUMNS = frozenset(("history", "exposed", "rows"))  # one of which rows of every kind have
 
 
 def catalogue_index_lists(column: pa.ChunkedArray, item_index: Callable[[pd.Series], np.ndarray]) -> pa.Array:
@@ -41,6 +53,49 @@ def index_sessions(sessions: Dataset, tokenizer: OneRecTokenizer) -> Dataset:
     return Dataset(pa.table(columns))
 
 
+def rows_of(data, made: Callable[[Feed], Dataset]):
+    """Rows by catalogue index, or anything else that is no table of a log, as it is; of a feed or a log, which
+    [`feed_from_log`] reads by its default names, the rows that are `made` of it."""
+    if isinstance(data, Dataset) and not ROW_COLUMNS.isdisjoint(data.column_names):
+        return data
+    is_table = isinstance(data, (Dataset, pd.DataFrame)) or hasattr(data, "__arrow_c_stream__")
+    return made(as_feed(data)) if is_table or isinstance(data, Feed) else data
+
+
+def generator_data_arguments(config: OneRecConfig) -> DataArguments:
+    """How a feed is cut for a generator: into histories with what it reads, and sessions of as many items."""
+    return DataArguments(
+        history_items=config.history_items,
+        session_items=config.session_items,
+        history_feedback=config.history_feedback or None,
+        history_timestamps=config.time_gap_buckets > 0,
+        user_features=list(config.user_features) or None,
+    )
+
+
+def training_sessions(
+    feed: Feed, tokenizer: OneRecTokenizer, config: OneRecConfig, args: DataArguments | None = None
+) -> Dataset:
+    """What a generator of this configuration is trained on: the feed's sessions, by catalogue index.
+
+    Args:
+        args: How they are cut. By default of consecutive positive behaviours, as long as `config` has them.
+    """
+    args = args or generator_data_arguments(config)
+    return index_sessions(pretraining_sessions(feed.interactions, feed, args), tokenizer)
+
+
+def users_of_feed(feed: Feed, config: OneRecConfig) -> Dataset:
+    """Every user with a positive behaviour as of the end of the feed, by item id: what a generator of this
+    configuration and a reward model read of them (see data/schema.py)."""
+    args = generator_data_arguments(config)
+    histories = user_histories(feed.interactions, feed, args)
+    exposures = user_exposures(feed.interactions, feed, args.history_items)
+    return Dataset(
+        with_user_exposures(*(table.with_format("arrow")[:].combine_chunks() for table in (histories, exposures)))
+    )
+
+
 def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
     """`OneRecConfig.user_features` of sessions with a column `user_features`: the values that occur, by column."""
     if "user_features" not in sessions.column_names:
@@ -52,4 +107,12 @@ def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
     }
 
 
-__all__ = ["catalogue_index_lists", "index_sessions", "user_feature_values"]
+__all__ = [
+    "catalogue_index_lists",
+    "generator_data_arguments",
+    "index_sessions",
+    "rows_of",
+    "training_sessions",
+    "user_feature_values",
+    "users_of_feed",
+]

@@ -136,6 +136,21 @@ def _load_quantizer(quantizer_path: str):
     return load_quantizer(Path(quantizer_path).parent)
 
 
+def _with_defaults(items, embeddings, quantizer) -> tuple:
+    """What [`OneRecTokenizer.fit`] fits where it is not given all of it."""
+    try:
+        # As in _load_quantizer.
+        from onerec_hf.data import as_feed
+        from onerec_hf.item_embeddings import embed_items
+        from onerec_hf.semantic_ids import codebook_sizes_for, make_quantizer
+    except ImportError as error:
+        raise ImportError("Fitting a tokenizer needs the package: pip install onerec_hf") from error
+    if embeddings is None:
+        feed = as_feed(items)
+        items, embeddings = feed.items["item_id"], embed_items(feed)[0]
+    return items, embeddings, quantizer or make_quantizer("balanced_rkmeans", codebook_sizes_for(len(embeddings)))
+
+
 def _read_codebooks(path: str) -> list[torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -277,10 +292,31 @@ class OneRecTokenizer(TokenizersBackend):
         return cls(codebook_sizes, item_ids, codes, codebooks, report, **given)
 
     @classmethod
-    def fit(cls, item_ids: Iterable, embeddings, quantizer) -> "OneRecTokenizer":
-        """Fits `quantizer`, a `onerec_hf.semantic_ids.Quantizer`, on item embeddings (N, d), and builds the tokenizer
-        of its semantic IDs."""
-        item_ids = _ids_of_rows(item_ids, embeddings)
+    @renamed_arguments(item_ids="items")
+    def fit(cls, items, embeddings=None, quantizer=None) -> "OneRecTokenizer":
+        """Fits a quantizer on item embeddings, and builds the tokenizer of its semantic IDs.
+
+        >>> from onerec_hf import SimulatedFeed
+        >>> feed = SimulatedFeed.generate(users=40, items=160).feed()
+        >>> tokenizer = OneRecTokenizer.fit(feed)
+        >>> tokenizer.num_items, tokenizer.codebook_sizes
+        (160, (16, 16, 16))
+        >>> tokenizer.decode(tokenizer.item_token_ids[0])  # doctest: +ELLIPSIS
+        '<a_...><b_...><c_...>'
+
+        Args:
+            items: N item ids, in the order of the catalogue. Without embeddings a [`Feed`], or a log that
+                [`feed_from_log`] reads by its default names, of whose items [`embed_items`] makes them.
+            embeddings: (N, d).
+            quantizer: An unfitted `onerec_hf.semantic_ids.Quantizer`; by default balanced residual K-means of three
+                levels, with as many codes as the catalogue needs.
+
+        Raises:
+            ValueError: ids that do not go with the embeddings, or what the quantizer or the reader of logs refuses.
+        """
+        if embeddings is None or quantizer is None:
+            items, embeddings, quantizer = _with_defaults(items, embeddings, quantizer)
+        item_ids = _ids_of_rows(items, embeddings)
         result = quantizer.fit(embeddings)
         return cls(result.codebook_sizes, item_ids, result.codes, report=result.report, quantizer=result.quantizer)
 
@@ -380,8 +416,18 @@ class OneRecTokenizer(TokenizersBackend):
 
     def tie(self, config) -> None:
         """Lets a model's configuration say that it is trained on this catalogue, unless it says what it was trained
-        on; see [`require_trained_with`]."""
+        on; see [`require_trained_with`].
+
+        Raises:
+            ValueError: it was trained on another catalogue, or has other codes.
+        """
         self.require_trained_with(config)
+        if list(config.codebook_sizes) != list(self.codebook_sizes):
+            raise ValueError(
+                f"The model's codebook_sizes are {list(config.codebook_sizes)} and the tokenizer's "
+                f"{list(self.codebook_sizes)}: make the model's configuration with codebook_sizes="
+                "tokenizer.codebook_sizes."
+            )
         if config.catalogue_fingerprint is None:
             config.catalogue_fingerprint = self.catalogue_fingerprint()
 

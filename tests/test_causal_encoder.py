@@ -194,7 +194,7 @@ def test_the_trainer_learns_from_shared_histories(tokenizer, tmp_path):
     sessions = index_sessions(Dataset.from_list(rows), tokenizer)
     trainer = OneRecPretrainer(
         model=causal_model(tokenizer, "item").train(),
-        tokenizer=tokenizer,
+        processing_class=tokenizer,
         args=Seq2SeqTrainingArguments(
             output_dir=str(tmp_path),
             max_steps=40,

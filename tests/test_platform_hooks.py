@@ -100,12 +100,15 @@ tokenizers.pre_tokenizers.Split(pattern, behavior, invert): OneRecTokenizer
 transformers.Trainer._get_train_sampler(train_dataset): OneRecPretrainer, lengths as a list
 transformers.Trainer._set_signature_columns_if_needed(): the trainers, what the collators read
 transformers.Trainer._get_num_items_in_batch(batch_samples, device): SessionCollator, <bos> is not counted
+transformers.Trainer.train(resume_from_checkpoint, trial, ignore_keys_for_eval, ...): OneRecRewardTrainer, base rates \
+before and the calibration after it
 transformers.Trainer.log(logs, start_time): OneRecPretrainer, the experts' load
 transformers.TrainerCallback.{on_optimizer_step, on_save}(args, state, control, **kwargs): the trainers' callbacks
 transformers.trainer_pt_utils.LengthGroupedSampler(batch_size, dataset, lengths, ...): OneRecPretrainer
 transformers.trainer_pt_utils.get_length_grouped_indices(lengths, batch_size, ...): recipes/benchmarks/training.py
 transformers.dynamic_module_utils.get_relative_imports(module_file): model_export, modules are flat siblings
 trl.DPOConfig.__post_init__(): OneRecDPOConfig
+trl.DPOConfig.{gradient_checkpointing, bf16}: OneRecDPOConfig, their defaults
 trl.DPOTrainer._prepare_dataset(dataset, processing_class, args, dataset_name): OneRecDPOTrainer, rows with each pair
 trl.DPOTrainer._set_signature_columns_if_needed(): OneRecDPOTrainer, what the collator reads
 trl.DPOTrainer._precompute_ref_logps(dataset, name, batch_size): OneRecDPOTrainer, where the pairs have them already

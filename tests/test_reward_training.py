@@ -227,7 +227,7 @@ class TestTraining:
     def model(self, feed, totals, tokenizer, **overrides):
         torch.manual_seed(0)
         config = SIZES | {"objectives": self.OBJECTIVES} | overrides
-        return create_reward_model(config, feed, totals, tokenizer, torch.eye(NUM_ITEMS)[:, :2])
+        return create_reward_model(config, feed, tokenizer, torch.eye(NUM_ITEMS)[:, :2], totals)
 
     def test_configuration_says_what_is_read(self, feed, totals, tokenizer):
         config = self.model(feed, totals, tokenizer).config
@@ -243,7 +243,7 @@ class TestTraining:
         watched = config.objectives[2]
         assert len(watched["quantiles"]) == 99 and watched["quantiles"][0] == 2.0
         assert config.taste_size and not self.model(feed, totals, tokenizer, taste_size=0).config.taste_size
-        without_content = create_reward_model(SIZES, feed, totals, tokenizer, torch.zeros(NUM_ITEMS, 0)).config
+        without_content = create_reward_model(SIZES | {"objectives": ["swt"]}, feed, tokenizer).config
         assert without_content.item_embedding_size == without_content.taste_size == 0
 
     def test_batches(self, feed, totals, tokenizer, runs):

@@ -7,8 +7,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "onerec_hf"
 
 # The flow of the data, the lowest floor first: a module imports from its own floor and from those before it. A name
-# stands for a module, or for a package with all that is in it. "" is the package's own __init__, which gives users the
-# models and what recommends with them.
+# stands for a module, or for a package with all that is in it. "" is the package's own __init__, which gives users
+# what they need of every stage.
 FLOORS = [
     [
         "co_consumption",
@@ -28,9 +28,10 @@ FLOORS = [
     ["history_features", "session_rows", "shared_histories"],
     ["modeling_onerec", "item_head", "item_memory", "training_checkpoints", "pretraining"],
     ["session_generation", "session_likelihood", "pipeline_generative_recommendation"],
-    ["reward", ""],
+    ["reward"],
     ["alignment"],
     ["evaluation"],
+    [""],
     ["reporting", "model_cards", "model_export"],
     ["stages"],
     ["command_line", "__main__"],

@@ -10,11 +10,12 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from onerec_hf.embedding_adaptation import EmbeddingAdaptation
+from onerec_hf.semantic_ids import codebook_sizes_for
 from onerec_hf.stages import parse_recipe_arguments, run_tokenize
 from onerec_hf.stages.pretrain_stage import generator_config
 from onerec_hf.stages.stage_runner import read_json
 from onerec_hf.stages.tokenize_stage import ITEM_EMBEDDINGS as FILE
-from onerec_hf.stages.tokenize_stage import codebook_sizes_for, load_item_content, semantic_id_pictures
+from onerec_hf.stages.tokenize_stage import load_item_content, semantic_id_pictures
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
 CONFIG = Path(__file__).parents[1] / "recipes" / "quickstart" / "debug.yaml"

@@ -23,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 from ..history_features import HISTORY_FEATURES, encode_history_rows
 from ..modeling_onerec import OneRecEncoderOutput, OneRecForConditionalGeneration
 from ..pretraining import SessionCollator
+from ..session_rows import rows_of, training_sessions
 from ..tokenization_onerec import BOS_TOKEN_ID, IGNORE_INDEX, PAD_TOKEN_ID, OneRecTokenizer
 from ..typed_arguments import typed_arguments
 
@@ -38,7 +39,8 @@ REFERENCE_FREE = (CPO, SIMPO, SFT)
 @dataclass
 class OneRecDPOConfig(DPOConfig):
     """Arguments of [`OneRecDPOTrainer`]: `trl.DPOConfig`, how L_NTP and L_DPO are mixed, and further losses.
-    `max_length` has no effect: the tokenizer gives whole sessions.
+    `max_length` has no effect: the tokenizer gives whole sessions. By default `gradient_checkpointing` is off, and
+    `bf16` on where there is a CUDA device.
 
     `loss_type` is one of TRL's (`"sigmoid"` is DPO, `"ipo"`, `"robust"` rDPO; several may be combined), or alone
 
@@ -53,6 +55,7 @@ class OneRecDPOConfig(DPOConfig):
     ntp_per_pair: int = field(default=1, metadata={"help": "Ordinary training rows with each pair; 0: none."})
     cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the likelihood term of loss_type 'cpo'."})
     simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of loss_type 'simpo'."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether activations are computed anew."})
 
     def __post_init__(self):
         if self.lambda_dpo < 0 or self.ntp_per_pair < 0:
@@ -69,6 +72,8 @@ class OneRecDPOConfig(DPOConfig):
                 f"loss_type {self.loss_type} needs label_smoothing, the share of flipped labels, in (0, 0.5), got "
                 f"{self.label_smoothing}."
             )
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not self.fp16
         if self.reference_free:
             self.precompute_ref_log_probs = True  # their constants need no reference model
         super().__post_init__()
@@ -273,6 +278,22 @@ class OneRecDPOTrainer(DPOTrainer):
     the trainer again from M_t (never from a checkpoint, or the reference would be another one) and call
     `train(resume_from_checkpoint=True)`.
 
+    >>> from onerec_hf import ItemTrie, OneRecConfig, PreferenceSampling, SessionScorer, SimulatedFeed
+    >>> from onerec_hf import create_reward_model, sample_preferences
+    >>> feed = SimulatedFeed.generate(users=40, items=160).feed()
+    >>> tokenizer = OneRecTokenizer.fit(feed)
+    >>> sizes = {"history_items": 16, "session_items": 2}
+    >>> config = OneRecConfig.from_preset("debug", codebook_sizes=tokenizer.codebook_sizes, **sizes)
+    >>> model = OneRecForConditionalGeneration(config)
+    >>> scorer = SessionScorer(create_reward_model(sizes, feed, tokenizer), tokenizer)
+    >>> trie, sampling = ItemTrie.from_tokenizer(tokenizer), PreferenceSampling(r_dpo=0.1, num_candidates=4)
+    >>> pairs = sample_preferences(model, trie, scorer, feed, sampling)
+    >>> args = OneRecDPOConfig("runs/align", max_steps=1, save_strategy="no", report_to="none")
+    >>> trainer = OneRecDPOTrainer(model, args, pairs, tokenizer, ntp_dataset=feed)
+    >>> trainer.train().global_step  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    1
+
     Args:
         model: M_t, trained in place.
         train_dataset: Pairs from [`sample_preferences`]. With the columns `ref_chosen_logps` (numbers) and
@@ -281,7 +302,8 @@ class OneRecDPOTrainer(DPOTrainer):
         processing_class: The tokenizer.
         ntp_dataset: Training rows with `history` and `session` (catalogue indices), of which `args.ntp_per_pair` go
             with each pair, every row once before any comes twice; with a causal encoder rows of `share_histories` too,
-            each of many sessions.
+            each of many sessions. Of a [`Feed`], or a log that [`feed_from_log`] reads by its default names,
+            [`training_sessions`].
         ref_model: The reference. By default M_t: a frozen copy of `model`, with `peft_config` the model without its
             adapter; none where the loss is reference-free.
 
@@ -296,7 +318,7 @@ class OneRecDPOTrainer(DPOTrainer):
         args: OneRecDPOConfig,
         train_dataset: Dataset,
         processing_class: OneRecTokenizer,
-        ntp_dataset: Dataset | None = None,
+        ntp_dataset=None,
         ref_model: OneRecForConditionalGeneration | None = None,
         **kwargs,
     ):
@@ -304,6 +326,7 @@ class OneRecDPOTrainer(DPOTrainer):
             raise ValueError(
                 "There is no preference pair to train on: raise r_dpo or num_candidates, or lower min_reward_margin."
             )
+        ntp_dataset = rows_of(ntp_dataset, lambda feed: training_sessions(feed, processing_class, model.config))
         if args.ntp_per_pair and not ntp_dataset:
             raise ValueError(f"ntp_per_pair is {args.ntp_per_pair}, but ntp_dataset has no rows: give them, or set 0.")
         processing_class.tie(model.config)

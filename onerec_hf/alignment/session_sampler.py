@@ -27,6 +27,7 @@ from ..renamed_arguments import renamed_arguments
 from ..reward import SessionScorer
 from ..session_generation import SEARCHES, SearchOptions, excluded_items, generate_sessions
 from ..session_likelihood import session_log_probs
+from ..session_rows import index_sessions, rows_of, users_of_feed
 from ..staged_files import staged_file
 from ..typed_arguments import typed_arguments
 
@@ -159,7 +160,7 @@ def sample_preferences(
     model: OneRecForConditionalGeneration,
     trie: ItemTrie,
     scorer: SessionScorer,
-    dataset: Dataset,
+    dataset,
     options: PreferenceSampling | None = None,
     seed: int = 0,
     parts_dir: str | Path | None = None,
@@ -175,7 +176,8 @@ def sample_preferences(
         trie: On the model's device.
         scorer: The reward model, with the tokenizer of both.
         dataset: Training rows with `user_id`, `history` (catalogue indices, oldest first) and the columns that
-            [`encode_history_rows`] and the scorer read.
+            [`encode_history_rows`] and the scorer read; or a [`Feed`], or a log that [`feed_from_log`] reads by its
+            default names, whose users the rows are.
         seed: Chooses the rows and the draws; give every round another one.
         parts_dir: Where the parts are kept, to be found again by a run that is resumed; a run of several processes
             needs one that all of them see. Pairs drawn by other options must not be in it.
@@ -192,6 +194,7 @@ def sample_preferences(
     options, state = options or PreferenceSampling(), PartialState()
     if state.num_processes > 1 and parts_dir is None:
         raise ValueError("Several processes exchange pairs through files: give parts_dir, which all of them see.")
+    dataset = rows_of(dataset, lambda feed: index_sessions(users_of_feed(feed, model.config), scorer.tokenizer))
     count = min(len(dataset), max(1, round(options.r_dpo * len(dataset))))
     rows = np.sort(np.random.default_rng(seed).choice(len(dataset), count, replace=False))
     kept = ["user_id", "history", *(name for name in HISTORY_FEATURES if name in dataset.column_names)]

@@ -1,7 +1,7 @@
 """Data: from raw logs to sessions with histories (paper, 3.1 and 3.2)."""
 
 from .data_arguments import DataArguments
-from .exposures import exposure_runs, feedback_signals, signal_names, user_exposures
+from .exposures import exposure_runs, feedback_signals, signal_names, user_exposures, with_user_exposures
 from .feed import Feed, FeedbackPredicate, SessionSimulator, positive_mask
 from .public_sets import (
     read_amazon_reviews,
@@ -13,6 +13,8 @@ from .public_sets import (
     read_yambda,
 )
 from .readers import (
+    as_feed,
+    feed_from_log,
     load_feed,
     load_saved_feed,
     read_amazon,

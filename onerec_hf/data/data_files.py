@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from datasets import Dataset
 
 from .schema import CATEGORY, ID, NUMBER, DataError, canonical_categories, require_columns
 
@@ -103,6 +104,46 @@ def frame_of_table(table: pa.Table, kinds: Mapping[str, str], source: str) -> pd
         values.name = name
         frame[name] = canonical_categories(values, name, source) if kind == CATEGORY else values
     return pd.DataFrame(frame, columns=table.column_names)
+
+
+def memory_frame(table, source: str) -> pd.DataFrame:
+    """A frame of a table in memory: a pandas frame, a `datasets.Dataset`, or what gives an Arrow stream, as frames of
+    polars do.
+
+    Raises:
+        DataError: it is none of these, or two of its columns have one name.
+    """
+    if isinstance(table, Dataset):
+        table = table.with_format("arrow")[:]
+    elif hasattr(table, "__arrow_c_stream__") and not isinstance(table, pd.DataFrame):
+        table = pa.table(table)
+    if not isinstance(table, (pd.DataFrame, pa.Table)):
+        raise DataError(
+            f"{source}: a {type(table).__name__} is no table in memory. Give a data frame of pandas or polars, a "
+            "datasets.Dataset or an Arrow table."
+        )
+    names = pd.Index(table.columns if isinstance(table, pd.DataFrame) else table.column_names)
+    if names.has_duplicates:
+        name = names[names.duplicated()][0]
+        raise DataError(f"{source}: column '{name}' stands there several times. Rename the others.")
+    if isinstance(table, pd.DataFrame):
+        frame = table.reset_index(drop=True)
+    else:
+        table = pa.table({name: _without_views(table[name]) for name in names})
+        frame = frame_of_table(table, dict.fromkeys(names, ID), source)
+    for name in names:
+        if isinstance(frame[name].dtype, pd.CategoricalDtype):
+            frame[name] = frame[name].astype(object).infer_objects()
+    return frame
+
+
+def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of text as polars has it, which Arrow does not give to pandas, as lists of text."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if is_list and pa.types.is_string_view(kind.value_type):
+        return column.cast(pa.large_list(pa.large_string()))
+    return column
 
 
 def _read_csv(path: Path, columns: list[str], kinds: Mapping[str, str]) -> pd.DataFrame:

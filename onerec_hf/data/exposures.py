@@ -95,6 +95,16 @@ def user_exposures(interactions: pd.DataFrame, feed: Feed, history_items: int) -
     return arrow_dataset(exposures.columns(np.maximum(exposures.first, ends - history_items), ends))
 
 
+def with_user_exposures(table: pa.Table, exposures: pa.Table) -> pa.Table:
+    """A table of users with the columns of [`user_exposures`], null for a user who was exposed to nothing."""
+    found = pd.Index(exposures["user_id"].to_pandas()).get_indexer(table["user_id"].to_pandas())
+    joined = exposures.take(pa.array(found, mask=found < 0))
+    for column in joined.column_names:
+        if column != "user_id":
+            table = table.append_column(column, joined[column])
+    return table
+
+
 def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, since: float | None = None) -> Dataset:
     """Runs of a user's consecutive exposures, the later of which are cut into sessions that the reward model judges.
 

@@ -184,6 +184,13 @@ class Feed:
         ]
         return "; ".join(f"{column} {value}" for column, value in known) or f"item {row['item_id']}"
 
+    def positive_histories(self) -> list[np.ndarray]:
+        """Catalogue indices of the positive behaviours of each user that has any, oldest first."""
+        positive = self.interactions[positive_mask(self.interactions, self.positive_feedback)]
+        users = positive["user_id"].to_numpy()
+        items = pd.Index(self.items["item_id"]).get_indexer(positive["item_id"])
+        return np.split(items, np.flatnonzero(users[1:] != users[:-1]) + 1) if len(items) else []
+
     def with_positive_feedback(self, positive_feedback: list[str]) -> Feed:
         """A copy with other conditions of a positive behaviour. Raises DataError for an unknown column."""
         return dataclasses.replace(self, positive_feedback=list(positive_feedback))

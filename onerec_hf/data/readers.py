@@ -1,8 +1,8 @@
-"""Readers: from files to a Feed.
+"""Readers: from files or tables in memory to a Feed.
 
 KuaiRand (the official CSV download, or the Parquet folder of this project), Amazon-style sequences, other public sets
-(see public_sets.py), a person's own tables and `datasets` repositories by a column mapping, and the simulated feed;
-and a saved Feed.
+(see public_sets.py), a person's own tables and `datasets` repositories by a column mapping, tables in memory, and the
+simulated feed; and a saved Feed.
 
 A column mapping is a YAML file:
 
@@ -42,12 +42,13 @@ positive_feedback: [view, "rating>=4"] # optional, default: every interaction is
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
 import reprlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -69,6 +70,7 @@ from .data_files import (
     frame_of_table,
     is_table,
     joined,
+    memory_frame,
     read_columns,
     typed_columns,
 )
@@ -87,7 +89,9 @@ from .schema import (
     ID,
     KEY_COLUMNS,
     NUMBER,
+    PROBABILITY_COLUMNS,
     PROPENSITY,
+    SECONDS_COLUMNS,
     TEXT,
     DataError,
     canonical_ids,
@@ -323,6 +327,98 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
     return _map_feed(mapping, read, default_name=hub_dataset.split("/")[-1])
 
 
+def feed_from_log(
+    log,
+    items=None,
+    users=None,
+    *,
+    user_id: str = "user_id",
+    item_id: str = "item_id",
+    timestamp: str = "timestamp",
+    feedback: Mapping | Sequence[str] | None = None,
+    positive_feedback: Sequence[str] = (),
+    item_columns: Mapping | None = None,
+) -> Feed:
+    """A feed of tables in memory: data frames of pandas or polars, `datasets.Dataset` or Arrow tables.
+
+    >>> import pandas as pd
+    >>> rows = [("ann", "tea", 10, 1), ("ann", "milk", 20, 0), ("bob", "milk", 15, 1)]
+    >>> log = pd.DataFrame(rows, columns=["who", "what", "time", "liked"])
+    >>> feed = feed_from_log(
+    ...     log,
+    ...     user_id="who",
+    ...     item_id="what",
+    ...     timestamp="time",
+    ...     feedback={"like": "liked"},
+    ...     positive_feedback=["like"],
+    ... )
+    >>> feed.items["item_id"].tolist(), [history.tolist() for history in feed.positive_histories()]
+    (['tea', 'milk'], [[0], [1]])
+
+    Args:
+        log: A row by behaviour. Columns `position`, `session_id` and `propensity` are read where it has them (see
+            schema.py); without times it needs `position`.
+        items: The catalogue, a row by item. By default the items that the log names, in its order.
+        users: A row by user, all of whose other columns are categories.
+        user_id, item_id, timestamp: Columns, in `items` and `users` too.
+        feedback: Columns of the log, or columns by the name that their feedback has here, as in a column mapping
+            (`{"watch_time": {"column": "play_ms", "scale": 0.001}}`). By default those that the log has of watch_time,
+            duration, view, follow and like.
+        positive_feedback: Conditions, any of which makes a behaviour positive: a column (more than 0) or a comparison
+            such as `"watch_time>=60"`. By default every behaviour is positive.
+        item_columns: What the columns of `items` are, as in a column mapping: `text`, `embedding` (a column each),
+            `categorical`, `multi_categorical`, `numeric` (lists of columns).
+
+    Raises:
+        DataError: a table of another kind, a column that is missing, or what a reader of files refuses too.
+    """
+    frame = memory_frame(log, "log")
+    for name, given in (("feedback", feedback), ("positive_feedback", positive_feedback)):
+        if isinstance(given, str):
+            raise DataError(f"{name} is {given!r}, where a list is needed. Pass [{given!r}].")
+    if feedback is None:
+        feedback = [name for name in (*SECONDS_COLUMNS, *PROBABILITY_COLUMNS) if name in frame]
+    feedback = dict(feedback) if isinstance(feedback, Mapping) else {name: name for name in feedback}
+    columns = {name: name for name in ("position", "session_id", PROPENSITY) if name in frame}
+    if timestamp in frame or "position" not in columns:
+        columns["timestamp"] = timestamp
+    mapping = {
+        "interactions": {"columns": {"user_id": user_id, "item_id": item_id, **columns}, "feedback": feedback},
+        "positive_feedback": list(positive_feedback),
+    }
+    tables = {"interactions": (frame, "log")}
+    if items is not None:
+        tables["items"] = memory_frame(items, "items"), "items"
+        mapping["items"] = {"columns": {"item_id": item_id}, **(item_columns or {})}
+    elif item_columns:
+        raise DataError("item_columns are columns of items, which is not given. Pass the table of items.")
+    if users is not None:
+        tables["users"] = memory_frame(users, "users"), "users"
+        others = [name for name in tables["users"][0].columns if name != user_id]
+        mapping["users"] = {"columns": {"user_id": user_id}, "categorical": others}
+    mapping = _checked_mapping(copy.deepcopy(mapping), "log", None)
+    arguments = {user_id: "user_id", item_id: "item_id", timestamp: "timestamp"}
+
+    def read(section: dict, kinds: dict[str, str]) -> Tables:
+        name = next(name for name in tables if mapping[name] is section)
+        table, source = tables[name]
+        for column in kinds:
+            if column not in table:
+                argument = arguments.get(column, "feedback" if name == "interactions" else "item_columns")
+                raise DataError(
+                    f"{source}: column '{column}' is missing; the columns are {', '.join(map(str, table.columns))}. "
+                    f"Pass its name there to feed_from_log as {argument}=."
+                )
+        return [(table[list(kinds)], source)]
+
+    return _map_feed(mapping, read, default_name="log")
+
+
+def as_feed(log) -> Feed:
+    """A feed as it is, and of a table in memory [`feed_from_log`], by the schema's names of columns."""
+    return log if isinstance(log, Feed) else feed_from_log(log)
+
+
 ID_COLUMNS = ("user_id", "item_id", "session_id")
 LIST_KEYS = ("file", "categorical", "multi_categorical", "numeric")
 MAPPING_KEYS = ("interactions", "items", "name", "positive_feedback", "timezone", "users")
@@ -343,6 +439,11 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
         mapping = read_yaml(path)
     except ValueError as error:
         raise DataError(str(error)) from None
+    return _checked_mapping(mapping, path, file_key)
+
+
+def _checked_mapping(mapping: object, path: str | Path, file_key: str | None) -> dict:
+    """The mapping, whose name is `path`, with the types of its ids stated apart."""
     if not isinstance(mapping, dict) or not isinstance(mapping.get("interactions"), dict):
         raise DataError(f"{path}: a column mapping needs a section 'interactions' with 'columns' in it.")
     for key in mapping:
@@ -401,7 +502,7 @@ def _read_mapping(path: str | Path, file_key: str | None) -> dict:
     return mapping
 
 
-def _require_plain(path: Path, value: object, place: tuple = ()) -> None:
+def _require_plain(path: str | Path, value: object, place: tuple = ()) -> None:
     """Raises DataError for a value below `place` of a mapping that is neither text nor a number, such as a list in the
     place of a column's name."""
     if isinstance(value, dict) and len(place) < 4:

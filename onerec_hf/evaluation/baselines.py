@@ -116,6 +116,10 @@ class ItemKNN(Baseline):
     """Item-based nearest neighbours: an item's score is the sum of its [`item_similarities`] to the items of the
     history.
 
+    >>> histories = [np.array([0, 1]), np.array([0, 1, 2]), np.array([2, 3])]
+    >>> ItemKNN().fit(histories, num_items=4).rank([np.array([0]), np.array([3])], k=1).tolist()
+    [[1], [2]]
+
     Args:
         neighbours, shrinkage: similarities kept for each item of the history, and what is added to their denominator.
         half_life: number of later items after which an item of the history counts half; None: all count alike.
@@ -147,6 +151,10 @@ class EASE(Baseline):
     B = I - P / diag(P) with P = (X^T X + regularization * I)^-1, diagonal 0; scores are X B. Fitting holds two N x N
     float64 matrices (16 N^2 bytes) and takes N^3 operations: half a minute at 10,000 items, out of reach at
     100,000. Where memory is short `fit` raises at once.
+
+    >>> histories = [np.array([0, 1]), np.array([0, 1, 2]), np.array([2, 3])]
+    >>> EASE(regularization=1.0).fit(histories, num_items=4).rank([np.array([0]), np.array([3])], k=1).tolist()
+    [[1], [2]]
 
     Args:
         regularization: ridge penalty lambda.

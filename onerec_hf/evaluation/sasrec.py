@@ -101,6 +101,11 @@ class SASRecBlock(nn.Module):
 class SASRec(Baseline):
     """Full-softmax SASRec with the interface of all baselines.
 
+    >>> histories = [(start + np.arange(6)) % 8 for start in range(8)]
+    >>> model = SASRec(hidden_size=16, epochs=40, learning_rate=1e-2, dropout=0.0).fit(histories, num_items=8)
+    >>> model.rank([np.array([2, 3, 4])], k=1).tolist()
+    [[5]]
+
     Args:
         hidden_size, num_layers, num_heads, dropout, max_length: see `SASRecModel`.
         learning_rate: peak, reached after a warm-up of 5% and followed by a cosine to 0.

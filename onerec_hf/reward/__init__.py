@@ -9,6 +9,7 @@ from .reward_training import (
     OneRecRewardTrainer,
     RewardCollator,
     RewardPredictions,
+    calibrate,
     create_reward_model,
     fit_calibration,
     label_means,
@@ -16,5 +17,6 @@ from .reward_training import (
     train_reward_model,
     user_fold,
     user_half,
+    without_calibration_users,
 )
 from .session_scoring import RewardGuide, SessionScorer, SessionScores

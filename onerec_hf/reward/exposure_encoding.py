@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from ..data import Feed, feedback_columns, feedback_signals
+from ..tokenization_onerec import OneRecTokenizer
 from .configuration_onerec_reward import OneRecRewardConfig
 
 # Columns that the reward model reads of a row; data/schema.py says what they hold. A row that has none of them is read
@@ -129,6 +130,12 @@ class ItemTotals:
         self._totals = np.concatenate([np.zeros((1, counted.shape[1])), np.cumsum(counted, axis=0)])
         self._keys = keys[order]
         self._starts = np.searchsorted(self._keys, np.arange(num_items + 1) * (len(self._times) + 1))
+
+    @classmethod
+    def of_feed(cls, feed: Feed, tokenizer: OneRecTokenizer) -> "ItemTotals":
+        """Of all interactions of a feed, for the items of a tokenizer."""
+        items = tokenizer.item_index(feed.interactions["item_id"])
+        return cls(feed.interactions, items, tokenizer.num_items)
 
     def before(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Totals `(..., 2 S)` of exposures of `items` strictly before `times` [s]; nothing before an unknown time."""

@@ -67,3 +67,16 @@ def fitted_quantiles(values: np.ndarray) -> list[float]:
     if not known.size:
         return []
     return np.quantile(known, np.arange(1, NUM_QUANTILES) / NUM_QUANTILES).tolist()
+
+
+def require_known_sources(
+    objectives: Sequence[Mapping[str, Any]], known: Sequence[str], name: str, remedy: str
+) -> None:
+    """Raises ValueError if an objective of the model `name` reads feedback that is not known."""
+    for objective in objectives:
+        for column in (objective["source"], *((DURATION,) if objective["kind"] == "share" else ())):
+            if column not in known:
+                raise ValueError(
+                    f"{name}: objective '{objective['name']}' ({objective['kind']}) needs the feedback column "
+                    f"'{column}', and what is known is {', '.join(known) or 'nothing'}. {remedy}"
+                )

@@ -8,7 +8,7 @@ for all sessions that are cut from it, each of which sees the exposures before i
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
-from ..data import Feed, signal_names
+from ..data import DataArguments, Feed, as_feed, exposure_runs, feedback_columns, signal_names
 from ..evaluation_mode import evaluation_mode
 from ..renamed_arguments import renamed_arguments
+from ..session_rows import index_sessions, rows_of
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import CheckpointCompleteCallback, train_from_latest
 from .configuration_onerec_reward import OneRecRewardConfig
 from .exposure_encoding import REWARD_FEATURES, ExposureEncoder, ItemFeatures, ItemTotals, known_user_values
 from .modeling_onerec_reward import OneRecRewardModel
 from .reward_metrics import objective_metrics
-from .reward_objectives import fitted_quantiles, objective_labels
+from .reward_objectives import fitted_quantiles, objective_labels, require_known_sources
 
 # Share of the training batches whose sessions are single exposures; the others have 2 to m items, all alike often.
 SINGLE_SHARE = 0.5
 CALIBRATION_STEPS = 50
+CALIBRATION_FOLDS = 10  # one of so many users is kept out of training, for the calibration
 TASTE_SIZE = 32  # where items have content; a saved configuration without the field is of a model without taste
 LENGTH_PRIOR = 5.0
 
@@ -49,12 +51,18 @@ def user_fold(user_ids: Sequence, folds: int, seed: int = 0) -> np.ndarray:
     return np.array([int.from_bytes(digest, "little") % folds for digest in digests], dtype=np.int64)[inverse]
 
 
+def without_calibration_users(runs: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """The runs without a tenth of the users, drawn by seed, and those of that tenth."""
+    held_out = user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0
+    return runs.select(np.flatnonzero(~held_out)), runs.select(np.flatnonzero(held_out))
+
+
 def create_reward_model(
     config: dict[str, Any],
-    feed: Feed,
-    totals: ItemTotals,
+    feed,
     tokenizer: OneRecTokenizer,
-    embeddings: torch.Tensor,
+    embeddings: torch.Tensor | np.ndarray | None = None,
+    totals: ItemTotals | None = None,
     former: OneRecRewardModel | None = None,
 ) -> OneRecRewardModel:
     """A model to be trained on a feed's exposures: its configuration says what of the feed is read, and it holds the
@@ -62,16 +70,22 @@ def create_reward_model(
 
     Args:
         config: Fields of [`OneRecRewardConfig`], without those that the feed decides.
-        feed: Its items and users, and `interactions` to fit, from which alone quantiles of labels come.
-        totals: Of the items, as of the end of the fitted period.
-        embeddings: (N, D) of the content of the tokenizer's items in its order; D may be 0. What is made of the same
-            log, as embeddings of behaviour are, tells of a fitted user's items which of them went together.
+        feed: A [`Feed`], or a log that [`feed_from_log`] reads by its default names: the tokenizer's items, users, and
+            the interactions to fit, from which alone quantiles of labels come.
+        embeddings: (N, D) of the content of the tokenizer's items in its order, the second that [`embed_items`] gives;
+            none by default. What is made of the same log, as embeddings of behaviour are, tells of a fitted user's
+            items which of them went together.
+        totals: Of the items, as of the end of the fitted period; by default those of the feed.
         former: A model of the same configuration that was trained on an earlier part of the log, whose first items
             are its own: what it learned is where the new one begins, values of features by the items that have them.
 
     Raises:
-        ValueError: the log's feedback or the embeddings are of other columns than the former model's.
+        ValueError: an objective reads feedback that the feed does not have; the feed's feedback or the embeddings are
+            of other columns than the former model's.
     """
+    feed = as_feed(feed)
+    totals = totals or ItemTotals.of_feed(feed, tokenizer)
+    embeddings = torch.zeros(tokenizer.num_items, 0) if embeddings is None else torch.as_tensor(embeddings)
     columns = list(totals.feedback)
     features = ItemFeatures.of_feed(feed).take(tokenizer.item_index(feed.items["item_id"]))
     known = OneRecRewardConfig(
@@ -88,6 +102,10 @@ def create_reward_model(
         user_features=known_user_values(feed.users),
         catalogue_fingerprint=tokenizer.catalogue_fingerprint(),
     )
+    remedy = (
+        "Give the model `objectives` that the log has, such as {'name': 'ltr', 'source': 'like', 'kind': 'binary'}."
+    )
+    require_known_sources(known.objectives, feedback_columns(feed.interactions), "reward model", remedy)
     for objective in known.objectives:
         if objective["kind"] == "quantile" and "quantiles" not in objective and objective["source"] in columns:
             objective["quantiles"] = fitted_quantiles(feed.interactions[objective["source"]].to_numpy(np.float64))
@@ -280,7 +298,9 @@ def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
     config = collator.encoder.config
     sums, counts = np.zeros(len(config.objectives)), np.zeros(len(config.objectives))
     columns = [name for name in dataset.column_names if name.startswith("exposed")]
-    for batch in DataLoader(dataset.select_columns(columns), batch_size=512, collate_fn=collator):
+    # A generator of its own, as the loader draws a seed: what is trained after it draws what it would without.
+    own = {"generator": torch.Generator()}
+    for batch in DataLoader(dataset.select_columns(columns), batch_size=512, collate_fn=collator, **own):
         labels = batch["labels"].numpy().reshape(-1, len(sums))
         sums += np.nansum(labels, axis=0)
         counts += (~np.isnan(labels)).sum(0)
@@ -337,36 +357,84 @@ def _platt(logits: np.ndarray, by_length: np.ndarray, labels: np.ndarray) -> np.
     return parameters if parameters[0] > 0 else start
 
 
+def calibrate(model: OneRecRewardModel, encoder: ExposureEncoder, totals: ItemTotals, runs: Dataset) -> None:
+    """Fits the calibration on runs that were not trained on, single exposures and whole sessions alike."""
+    lengths = {1, model.config.session_items}
+    predictions = [predict_rewards(model, runs, RewardCollator(encoder, totals, length)) for length in lengths]
+    fit_calibration(model, RewardPredictions.joined(predictions))
+
+
 def train_reward_model(
     model: OneRecRewardModel,
     tokenizer: OneRecTokenizer,
     totals: ItemTotals,
     runs: Dataset,
     arguments: dict[str, Any],
-    untrained: bool = True,
     **kwargs,
 ) -> list[dict[str, Any]]:
-    """Trains on `runs`, an untrained model from towers at their base rates, or goes on after the latest checkpoint in
-    `output_dir`; gives the log rows. `arguments` are those of `TrainingArguments`, the others of
-    [`OneRecRewardTrainer`]."""
-    encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-    means = label_means(runs, RewardCollator(encoder, totals, session_items=1))
-    if untrained:
-        model.set_base_rates(means)
-    trainer = OneRecRewardTrainer(
-        model, tokenizer, totals, args=TrainingArguments(**arguments), train_dataset=runs, **kwargs
-    )
+    """Trains on `runs`, or goes on after the latest checkpoint in `output_dir`; gives the log rows. `arguments` are
+    those of `TrainingArguments`, the others of [`OneRecRewardTrainer`]."""
+    trainer = OneRecRewardTrainer(model, TrainingArguments(**arguments), runs, tokenizer, totals, **kwargs)
     train_from_latest(trainer)
     return trainer.state.log_history
 
 
 class OneRecRewardTrainer(Trainer):
-    """`Trainer` of [`OneRecRewardModel`] on runs of exposures; `totals` are of the exposures to fit."""
+    """`Trainer` of [`OneRecRewardModel`] on runs of exposures: from towers at their base rates to a model that is
+    calibrated on users who were held out.
 
-    def __init__(self, model: OneRecRewardModel, tokenizer: OneRecTokenizer, totals: ItemTotals, **kwargs):
-        encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
+    >>> from onerec_hf import SimulatedFeed
+    >>> feed = SimulatedFeed.generate(users=40, items=160).feed()
+    >>> tokenizer = OneRecTokenizer.fit(feed)
+    >>> sizes = {"hidden_size": 16, "tower_hidden_size": 16, "history_items": 16}
+    >>> model = create_reward_model(sizes, feed, tokenizer)
+    >>> args = TrainingArguments("runs/reward", max_steps=2, save_strategy="no", report_to="none")
+    >>> OneRecRewardTrainer(model, args, feed, tokenizer).train().global_step  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    2
+
+    Args:
+        train_dataset: Runs; or a [`Feed`], or a log that [`feed_from_log`] reads by its default names, of whose runs a
+            tenth of the users is held out for the calibration.
+        processing_class: The tokenizer, which is not saved with the checkpoints.
+        totals: Of the exposures to fit; of a feed or a log by default its own.
+        calibration_dataset: Runs that are not trained on. Without them and without a log the model stays uncalibrated.
+        from_base_rates: Whether the towers begin at their objectives' base rates; False for a model that was trained
+            before.
+    """
+
+    def __init__(
+        self,
+        model: OneRecRewardModel,
+        args: TrainingArguments,
+        train_dataset,
+        processing_class: OneRecTokenizer,
+        totals: ItemTotals | None = None,
+        calibration_dataset: Dataset | None = None,
+        from_base_rates: bool = True,
+        **kwargs,
+    ):
+        runs, config = rows_of(train_dataset, lambda feed: feed), model.config
+        if isinstance(runs, Feed):
+            data = DataArguments(history_items=config.history_items, session_items=config.session_items)
+            totals = totals or ItemTotals.of_feed(runs, processing_class)
+            runs = index_sessions(exposure_runs(runs.interactions, runs, data), processing_class)
+            runs, held_out = without_calibration_users(runs, args.seed)
+            calibration_dataset = held_out if calibration_dataset is None else calibration_dataset
+        self.calibration_dataset, self.from_base_rates = calibration_dataset, from_base_rates
+        collator = RewardCollator(ExposureEncoder(config, processing_class.item_token_ids), totals)
         callbacks = [CheckpointCompleteCallback(), *kwargs.pop("callbacks", [])]
-        super().__init__(model=model, data_collator=RewardCollator(encoder, totals), callbacks=callbacks, **kwargs)
+        super().__init__(model, args, collator, runs, callbacks=callbacks, **kwargs)
+
+    def train(self, *args, **kwargs):
+        collator = self.data_collator
+        rates = label_means(self.train_dataset, replace(collator, session_items=1))
+        if self.from_base_rates:
+            self.model.set_base_rates(rates)
+        output = super().train(*args, **kwargs)
+        if self.calibration_dataset is not None:
+            calibrate(self.model, collator.encoder, collator.totals, self.calibration_dataset)
+        return output
 
     def _set_signature_columns_if_needed(self):
         # The columns that the collator reads, not the arguments of the model's forward.

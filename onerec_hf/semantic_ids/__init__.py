@@ -1,5 +1,6 @@
 """Semantic IDs: quantization of item embeddings (OneRec section 3.1, Algorithm 1)."""
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -18,6 +19,15 @@ def make_quantizer(quantizer_type: str, codebook_sizes: Sequence[int], **setting
     if quantizer_type == "rkmeans":
         settings = {"assignment": "nearest"} | settings
     return QUANTIZERS[quantizer_type](codebook_sizes, **settings)
+
+
+def codebook_sizes_for(num_items: int) -> list[int]:
+    """Three levels, the first two of which could already tell the items of a catalogue apart.
+
+    >>> codebook_sizes_for(2_000), codebook_sizes_for(12_101), codebook_sizes_for(1_000_000)
+    ([64, 64, 64], [128, 128, 128], [1024, 1024, 1024])
+    """
+    return [2 ** math.ceil(math.log2(num_items) / 2)] * 3
 
 
 def load_quantizer(directory: str | os.PathLike) -> Quantizer:

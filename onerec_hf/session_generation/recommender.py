@@ -8,11 +8,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from ..data import Feed
+from ..data.data_files import memory_frame
 from ..evaluation_mode import evaluation_mode
 from ..history_features import encode_history_rows
 from ..item_index import as_item_ids
 from ..item_trie import ItemTrie
 from ..renamed_arguments import renamed_arguments
+from ..session_rows import users_of_feed
 from .generation import generate_sessions
 from .searches import SearchOptions
 
@@ -76,6 +79,16 @@ class Recommender:
     """Recommends to users from their histories of item ids; keeps the trie on the model's device between calls.
 
     Items that the tokenizer adds or removes are added or removed here at the next call. Threads may share it.
+
+    >>> from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
+    >>> tokenizer = OneRecTokenizer.from_semantic_ids(
+    ...     ["tea", "milk", "rice"], [[0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 2]
+    ... )
+    >>> config = OneRecConfig.from_preset("debug", codebook_sizes=tokenizer.codebook_sizes, session_items=2)
+    >>> recommender = Recommender(OneRecForConditionalGeneration(config), tokenizer)
+    >>> found = recommender([["tea"], []], top_k=3)  # a user who drank tea, and a new one
+    >>> [sorted(row["items"]) for row in found]
+    [['milk', 'rice'], ['milk', 'rice', 'tea']]
 
     Args:
         model: The trained [`OneRecForConditionalGeneration`].
@@ -167,11 +180,24 @@ class Recommender:
     ) -> pd.DataFrame:
         """Recommends from a table of behaviours to a table of recommendations.
 
+        >>> import pandas as pd
+        >>> from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
+        >>> tokenizer = OneRecTokenizer.from_semantic_ids(
+        ...     ["tea", "milk", "rice"], [[0, 1], [1, 0], [1, 1]], codebook_sizes=[2, 2]
+        ... )
+        >>> config = OneRecConfig.from_preset("debug", codebook_sizes=tokenizer.codebook_sizes, session_items=2)
+        >>> recommender = Recommender(OneRecForConditionalGeneration(config), tokenizer)
+        >>> log = pd.DataFrame({"who": ["ann", "bob", "ann"], "what": ["tea", "milk", "rice"], "time": [1, 2, 3]})
+        >>> table = recommender.predict_df(log, user_id="who", item_id="what", timestamp="time")
+        >>> table[["who", "what", "rank"]].values.tolist()[0]
+        ['ann', 'milk', 1]
+
         Args:
-            log: A row by positive behaviour, as a pandas frame or anything with `to_pandas` (polars, `datasets`,
-                pyarrow). Without the timestamp column its rows are in the order of time.
+            log: A row by positive behaviour, as a data frame of pandas or polars, a `datasets.Dataset` or an Arrow
+                table. Without the timestamp column its rows are in the order of time. Or a [`Feed`], of which the
+                positive behaviours are read, and all else that the model and the scorer know of a user.
             top_k: Length of the ranked list.
-            user_id, item_id, timestamp: Columns of the log.
+            user_id, item_id, timestamp: Columns of the log; of a feed the first two name those of the result.
             options: Those of a call, but for the histories.
 
         Returns:
@@ -182,23 +208,34 @@ class Recommender:
         Raises:
             ValueError: If a column is missing, a row has no user, or for what a call raises it.
         """
-        frame = log if isinstance(log, pd.DataFrame) else log.to_pandas()
-        for column in (user_id, item_id):
-            if column not in frame:
-                raise ValueError(f"The log has no column {column!r}, only {', '.join(map(str, frame.columns))}.")
-        if frame[user_id].isna().any():
-            raise ValueError(f"Row {int(frame[user_id].isna().argmax())} of the log has no {user_id}: drop it.")
-        if timestamp in frame:
-            frame = frame.sort_values(timestamp, kind="stable")
-        histories = frame.groupby(user_id)[item_id].agg(list)
+        if isinstance(log, Feed):
+            histories = users_of_feed(log, self.model.config).to_list()
+            users = [row["user_id"] for row in histories]
+        else:
+            users, histories = self._histories_by_user(memory_frame(log, "log"), user_id, item_id, timestamp)
         rows = []
-        for user, found in zip(histories.index, self(histories.tolist(), top_k, **options), strict=True):
+        for user, found in zip(users, self(histories, top_k, **options), strict=True):
             places = {item: place for place, item in enumerate(found["session"], 1)}
             ranked = enumerate(zip(found["items"], found["scores"], strict=True), 1)
             rows += [(user, item, rank, score, places.pop(item, None)) for rank, (item, score) in ranked]
             rows += [(user, item, None, None, place) for item, place in places.items()]
         table = pd.DataFrame(rows, columns=[user_id, item_id, "rank", "score", "session_place"])
         return table.astype({"rank": "Int64", "score": "float64", "session_place": "Int64"})
+
+    @staticmethod
+    def _histories_by_user(frame: pd.DataFrame, user_id: str, item_id: str, timestamp: str) -> tuple[list, list]:
+        for name, column in (("user_id", user_id), ("item_id", item_id)):
+            if column not in frame:
+                columns = ", ".join(map(str, frame.columns))
+                raise ValueError(
+                    f"The log has no column {column!r}, only {columns}. Pass {name}= with its name there."
+                )
+        if frame[user_id].isna().any():
+            raise ValueError(f"Row {int(frame[user_id].isna().argmax())} of the log has no {user_id}: drop it.")
+        if timestamp in frame:
+            frame = frame.sort_values(timestamp, kind="stable")
+        histories = frame.groupby(user_id)[item_id].agg(list)
+        return histories.index.tolist(), histories.tolist()
 
     def _trie(self) -> ItemTrie:
         """The catalogue's, on the model's device."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
@@ -170,8 +169,6 @@ class Alignment:
                 "logging_steps": 5,
                 "num_train_epochs": 1,  # Algorithm 2 goes over the data once per round
                 "seed": seed,
-                "bf16": torch.cuda.is_available(),
-                "gradient_checkpointing": False,
                 **options.align,
                 "output_dir": str(checkpoints),
             }

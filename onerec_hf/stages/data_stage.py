@@ -4,7 +4,7 @@ Runs as the first step of `tokenize`. Everything that later stages fit comes fro
 fitted period; the evaluated users' histories reach to the evaluated one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from ..data import (
     split_feed,
     user_exposures,
     user_histories,
+    with_user_exposures,
 )
 from .previous_run import PreviousRun
 from .recipe_arguments import RecipeArguments
@@ -73,6 +74,11 @@ class PreparedData:
         return split_feed(self.feed, self.args)
 
     @cached_property
+    def fitted_feed(self) -> Feed:
+        """The feed with those of its interactions that may be fitted."""
+        return replace(self.feed, interactions=self.split.fit)
+
+    @cached_property
     def _fitted_exposures(self) -> pa.Table:
         exposures = user_exposures(self.split.fit, self.feed, self.args.history_items)
         return exposures.with_format("arrow")[:].combine_chunks()
@@ -94,16 +100,6 @@ class PreparedData:
             return exposure_runs(split.fit, feed, self.args).select([])
         joined = pd.concat([split.history, split.evaluation]).sort_values(["user_id", "position"], ignore_index=True)
         return exposure_runs(joined, feed, self.args, since=split.evaluation["timestamp"].min())
-
-
-def with_user_exposures(table: pa.Table, exposures: pa.Table) -> pa.Table:
-    """A table of users with the columns of [`user_exposures`], null for a user who was exposed to nothing."""
-    found = pd.Index(exposures["user_id"].to_pandas()).get_indexer(table["user_id"].to_pandas())
-    joined = exposures.take(pa.array(found, mask=found < 0))
-    for column in joined.column_names:
-        if column != "user_id":
-            table = table.append_column(column, joined[column])
-    return table
 
 
 def run_data(args: RecipeArguments) -> Path:

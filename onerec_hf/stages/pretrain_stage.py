@@ -15,21 +15,19 @@ from ..evaluation.policy_inputs import generation_inputs
 from ..item_memory import remember_items
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
-from ..pretraining import OneRecPretrainer
+from ..pretraining import OneRecPretrainer, shared_for_training
 from ..session_generation import fit_item_gate
 from ..session_rows import index_sessions, user_feature_values
-from ..shared_histories import share_histories
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .previous_run import PreviousRun
 from .recipe_arguments import PretrainArguments, RecipeArguments, require_held_out
 from .stage_runner import CHECKPOINTS, MODEL, Stage, run_stage, stage_dir
-from .tokenize_stage import fitted_histories, load_item_content
+from .tokenize_stage import load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
-TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 
 GATE_BATCH = 128
 
@@ -132,7 +130,7 @@ def run_pretrain(
         if model.config.item_gate:
             results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
         if model.config.item_memory:  # after the gate, whose held-out users are remembered too
-            remember_items(model, fitted_histories(prepared.feed, prepared))
+            remember_items(model, prepared.fitted_feed.positive_histories())
         save_trained_model(trainer, folder / MODEL)
         return results
 
@@ -240,12 +238,8 @@ def train_generator(
             "output_dir": str(folder),
         }
     )
-    if model.config.encoder_attention == "causal":
-        # The batch size counts targets, however many of them a history serves.
-        targets_per_row = min(TARGETS_PER_ROW, training_args.per_device_train_batch_size)
-        training_args.per_device_train_batch_size //= targets_per_row
-        rows = share_histories(rows, model.config.history_items, targets_per_row)
-    data = {"train_dataset": rows, "eval_dataset": held_out if len(held_out) else None}
-    trainer = OneRecPretrainer(model, tokenizer, training_args, sessions_continue_histories, **data)
+    rows, training_args = shared_for_training(rows, model.config, training_args)
+    held_out = held_out if len(held_out) else None
+    trainer = OneRecPretrainer(model, training_args, rows, tokenizer, held_out, sessions_continue_histories)
     train_from_latest(trainer)
     return trainer

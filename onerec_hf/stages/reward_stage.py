@@ -9,24 +9,21 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
-from ..data import Feed, exposure_runs
-from ..data.schema import feedback_columns
+from ..data import Feed, exposure_runs, feedback_columns
 from ..reward import (
     ExposureEncoder,
     ItemTotals,
     OneRecRewardConfig,
     OneRecRewardModel,
     RewardCollator,
-    RewardPredictions,
     create_reward_model,
-    fit_calibration,
     predict_rewards,
     reliability_plot,
     train_reward_model,
-    user_fold,
     user_half,
+    without_calibration_users,
 )
-from ..reward.reward_objectives import DURATION
+from ..reward.reward_objectives import require_known_sources
 from ..session_rows import index_sessions
 from ..tokenization_onerec import OneRecTokenizer
 from .data_stage import prepared_data
@@ -40,8 +37,6 @@ REWARD_MODEL, INDEPENDENT_JUDGE = "reward_model", "independent_judge"
 TRAINED = "trained.json"
 # The judge differs in its users and its seed and, unless it is configured, in its width.
 DEFAULTS = {REWARD_MODEL: {}, INDEPENDENT_JUDGE: {"hidden_size": 96, "tower_hidden_size": 96}}
-# One of so many users is kept out of training, for the calibration.
-CALIBRATION_FOLDS = 10
 
 
 def run_reward(args: RecipeArguments) -> Path:
@@ -73,14 +68,8 @@ def require_sources(args: RecipeArguments, known: list[str]) -> None:
     """Raises ValueError if an objective of a reward model reads feedback that is not known."""
     for name in ("reward_model", "judge_model"):
         given = {field: value for field, value in getattr(args, name).items() if field == "objectives"}
-        for objective in OneRecRewardConfig(**given).objectives:
-            for column in (objective["source"], *((DURATION,) if objective["kind"] == "share" else ())):
-                if column not in known:
-                    raise ValueError(
-                        f"{name}: objective '{objective['name']}' ({objective['kind']}) needs the feedback column "
-                        f"'{column}', and what is known is {', '.join(known) or 'nothing'}. Give both reward models "
-                        "`objectives` that the log has, or set align_rounds: 0."
-                    )
+        remedy = "Give both reward models `objectives` that the log has, or set align_rounds: 0."
+        require_known_sources(OneRecRewardConfig(**given).objectives, known, name, remedy)
 
 
 class _Exposures:
@@ -90,7 +79,7 @@ class _Exposures:
         prepared = prepared_data(args, "reward")
         self.tokenizer, self.data = tokenizer, prepared.args
         self.embeddings = load_item_content(args.output_dir)
-        self.feed: Feed = replace(prepared.feed, interactions=prepared.split.fit)
+        self.feed = prepared.fitted_feed
         require_sources(args, known_feedback(self.feed.interactions))
         self.runs = index_sessions(exposure_runs(self.feed.interactions, self.feed, self.data), tokenizer)
         self.later = index_sessions(prepared.later_runs(), tokenizer)
@@ -100,30 +89,13 @@ class _Exposures:
         """What one half of the users did, totals of the items among them, their runs, and the others' later runs."""
         interactions = self.feed.interactions
         interactions = interactions[user_half(interactions["user_id"], self.seed) == index].reset_index(drop=True)
-        items = self.tokenizer.item_index(interactions["item_id"])
+        feed = replace(self.feed, interactions=interactions)
         return (
-            replace(self.feed, interactions=interactions),
-            ItemTotals(interactions, items, len(self.tokenizer.item_ids)),
-            _of_users(self.runs, user_half(self.runs["user_id"][:], self.seed) == index),
-            _of_users(self.later, user_half(self.later["user_id"][:], self.seed) != index),
+            feed,
+            ItemTotals.of_feed(feed, self.tokenizer),
+            self.runs.select(np.flatnonzero(user_half(self.runs["user_id"][:], self.seed) == index)),
+            self.later.select(np.flatnonzero(user_half(self.later["user_id"][:], self.seed) != index)),
         )
-
-
-def _of_users(runs: Dataset, chosen: np.ndarray) -> Dataset:
-    return runs.select(np.flatnonzero(chosen))
-
-
-def without_calibration_users(runs: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """The runs without a tenth of the users, drawn by seed, and those of that tenth."""
-    held_out = user_fold(runs["user_id"][:], CALIBRATION_FOLDS, seed) == 0
-    return _of_users(runs, ~held_out), _of_users(runs, held_out)
-
-
-def calibrate(model: OneRecRewardModel, encoder: ExposureEncoder, totals: ItemTotals, runs: Dataset) -> None:
-    """Fits the calibration on runs that were not trained on, single exposures and whole sessions alike."""
-    lengths = {1, model.config.session_items}
-    predictions = [predict_rewards(model, runs, RewardCollator(encoder, totals, length)) for length in lengths]
-    fit_calibration(model, RewardPredictions.joined(predictions))
 
 
 def _train(options: RewardArguments, folder: Path, name: str, index: int, exposures: _Exposures) -> None:
@@ -137,13 +109,13 @@ def _train(options: RewardArguments, folder: Path, name: str, index: int, exposu
     fields = {**sizes, **DEFAULTS[name], **overrides}
     previous = PreviousRun.of(options)
     former = previous and OneRecRewardModel.from_pretrained(previous.stage("reward") / name)
-    model = create_reward_model(fields, feed, totals, tokenizer, exposures.embeddings, former)
+    model = create_reward_model(fields, feed, tokenizer, exposures.embeddings, totals, former)
     changes = options.reward_update if former else {}
     output = {"seed": seed, "output_dir": str(folder / CHECKPOINTS / name)}
     arguments = {**TRAINING_DEFAULTS, **options.reward, **changes, **output}
-    log = training_log(train_reward_model(model, tokenizer, totals, train, arguments, untrained=former is None))
+    given = {"calibration_dataset": calibration, "from_base_rates": former is None}
+    log = training_log(train_reward_model(model, tokenizer, totals, train, arguments, **given))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
-    calibrate(model, encoder, totals, calibration)
     if PartialState().is_main_process:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -31,7 +31,7 @@ from transformers import set_seed
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
 from onerec_hf.alignment import OneRecDPOConfig, OneRecDPOTrainer, PreferenceSampling, sample_preferences
 from onerec_hf.pretraining import CPU_EXPERTS, index_sessions
-from onerec_hf.reward import ItemTotals, OneRecRewardConfig, OneRecRewardModel, SessionScorer, create_reward_model
+from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer, create_reward_model
 from onerec_hf.session_generation import SEARCHES
 from onerec_hf.stages.data_stage import USER_HISTORIES, prepared_data
 from onerec_hf.stages.pretrain_stage import MODEL
@@ -235,12 +235,11 @@ def trained_run(args, users: int) -> tuple[OneRecForConditionalGeneration, Sessi
     if folder.exists():
         scorer = SessionScorer.from_pretrained(folder)
     else:
-        fitted = prepared.split.fit
-        totals = ItemTotals(fitted, tokenizer.item_index(fitted["item_id"]), tokenizer.num_items)
         lengths = {"history_items": args.history_items, "session_items": args.session_items}
         config = lengths | args.reward_model
         embeddings = load_item_content(args.output_dir)
-        scorer = SessionScorer(create_reward_model(config, prepared.feed, totals, tokenizer, embeddings), tokenizer)
+        model = create_reward_model(config, prepared.fitted_feed, tokenizer, embeddings)
+        scorer = SessionScorer(model, tokenizer)
     rows = index_sessions(prepared.read(USER_HISTORIES), tokenizer).shuffle(seed=0).select(range(users))
     return OneRecForConditionalGeneration.from_pretrained(source), scorer, rows
 

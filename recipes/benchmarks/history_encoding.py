@@ -20,11 +20,11 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
 from onerec_hf.evaluation import ranking_metrics
-from onerec_hf.pretraining import OneRecPretrainer
+from onerec_hf.pretraining import TARGETS_PER_ROW, OneRecPretrainer
 from onerec_hf.session_rows import index_sessions
 from onerec_hf.shared_histories import share_histories
 from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, prepared_data
-from onerec_hf.stages.pretrain_stage import TARGETS_PER_ROW, TRAINING_DEFAULTS
+from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 
@@ -86,7 +86,7 @@ def train(way: str, args, tokenizer: OneRecTokenizer, seconds: float):
     )
     trainer = OneRecPretrainer(
         model=model,
-        tokenizer=tokenizer,
+        processing_class=tokenizer,
         args=training_args,
         train_dataset=rows,
         callbacks=[clock],

@@ -15,7 +15,6 @@ import json
 import sys
 import tempfile
 from argparse import ArgumentParser
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +32,11 @@ from onerec_hf.reward import (
     objective_metrics,
     predict_rewards,
     train_reward_model,
+    without_calibration_users,
 )
 from onerec_hf.stages.data_stage import prepared_data
 from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
-from onerec_hf.stages.reward_stage import calibrate, without_calibration_users
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 from onerec_hf.stages.tokenize_stage import load_item_content
 from onerec_hf.tokenization_onerec import OneRecTokenizer
@@ -64,19 +63,18 @@ class Cases:
         self.tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", "reward benchmark"))
         self.embeddings = load_item_content(args.output_dir)
         prepared = prepared_data(args, "reward benchmark")
-        self.feed = replace(prepared.feed, interactions=prepared.split.fit)
+        self.feed = prepared.fitted_feed
         runs = index_sessions(
             exposure_runs(self.feed.interactions, self.feed, args.group(DataArguments)), self.tokenizer
         )
         self.train, self.held_out = without_calibration_users(runs, seed)
         self.later = index_sessions(prepared.later_runs(), self.tokenizer)
-        items = self.tokenizer.item_index(self.feed.interactions["item_id"])
-        self.totals = ItemTotals(self.feed.interactions, items, len(self.tokenizer.item_ids))
+        self.totals = ItemTotals.of_feed(self.feed, self.tokenizer)
         sizes = {"history_items": args.history_items, "session_items": args.session_items}
         self.fields = {**sizes, **args.reward_model}
 
     def model(self, **fields):
-        return create_reward_model(self.fields | fields, self.feed, self.totals, self.tokenizer, self.embeddings)
+        return create_reward_model(self.fields | fields, self.feed, self.tokenizer, self.embeddings, self.totals)
 
 
 def reward_model_cells(args, cases: Cases, seed: int) -> dict[str, dict[str, float]]:
@@ -86,8 +84,9 @@ def reward_model_cells(args, cases: Cases, seed: int) -> dict[str, dict[str, flo
     lengths = {"exposures": 1, "sessions": model.config.session_items}
     with tempfile.TemporaryDirectory() as folder:
         arguments = {**TRAINING_DEFAULTS, "seed": seed, **args.reward, "save_strategy": "no"}
-        train_reward_model(model, cases.tokenizer, cases.totals, cases.train, arguments | {"output_dir": folder})
-    calibrate(model, encoder, cases.totals, cases.held_out)
+        arguments |= {"output_dir": folder}
+        data = {"runs": cases.train, "calibration_dataset": cases.held_out}
+        train_reward_model(model, cases.tokenizer, cases.totals, arguments=arguments, **data)
     return {
         name: predict_rewards(model, cases.later, RewardCollator(encoder, None, length)).metrics(model.config)
         for name, length in lengths.items()
