@@ -25,6 +25,7 @@ from onerec_hf.demo.content import DemoContent, anonymous, fit_baselines
 from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
 HISTORIES = [[100, 101, 102, 103], [104, 105, 100], [110, 111, 100, 101], [101, 120]]
 
 
@@ -37,7 +38,7 @@ def content():
     return DemoContent(
         Recommender(tiny_generator().eval(), tiny_tokenizer()),
         SessionScorer(OneRecRewardModel(config).eval(), tiny_tokenizer()),
-        pd.DataFrame({"name": names, "image": None}),
+        pd.DataFrame({"name": names, "image": [PIXEL, *[None] * (NUM_ITEMS - 1)]}),
         Dataset.from_dict({"user_id": [f"ann{row}" for row in range(4)], "history_item_ids": HISTORIES}),
         fit_baselines([np.array(history) - 100 for history in HISTORIES], NUM_ITEMS, {}),
         world,
@@ -54,7 +55,7 @@ def test_a_click_changes_all_columns_of_a_history():
         "exposed_feedback": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
         "user_features": {"country": "de"},
     }
-    added = with_item(row, 8)
+    added = with_item(row, 8, num_conditions=2)
     assert added["history_item_ids"] == [5, 6, 8] and added["history_feedback"][2] == [None, None]
     assert added["history_timestamps"] == [1.0, 2.0, 9.0] and added["exposed_item_ids"] == [5, 7, 5, 6, 8]
     assert added["exposed_feedback"][:8] == row["exposed_feedback"]
@@ -64,6 +65,21 @@ def test_a_click_changes_all_columns_of_a_history():
     assert dropped["history_timestamps"] == [2.0] and dropped["exposed_item_ids"] == [5, 7, 6]
     assert dropped["exposed_feedback"] == [0.1, 0.2, 0.3, 0.4, 0.7, 0.8]
     assert dropped["user_features"] == row["user_features"] and len(row["history_item_ids"]) == 2
+    # Who has no exposure left is judged by the history.
+    last = without_item({**row, "exposed_item_ids": [5], "exposed_feedback": [0.1, 0.2]}, 0)
+    assert (last["exposed_item_ids"], last["exposed_feedback"]) == (None, None)
+
+
+def test_a_new_history_has_what_the_model_reads(content):
+    config = {"history_feedback": ["like", "follow"], "time_gap_buckets": 4, "user_features": {"country": ["de"]}}
+    model = tiny_generator(**config).eval()
+    users = Dataset.from_dict({"user_id": [1], "history_item_ids": [[100]], "timestamp": [50.0]})
+    asked = replace(content, recommender=Recommender(model, tiny_tokenizer()), users=users, world=None)
+    row = asked.new_row()
+    assert (row["timestamp"], row["user_features"]) == (50.0, {"country": None})
+    for item in (103, 104):
+        row = with_item(row, item, num_conditions=2)
+    assert len(choose(asked, row, Settings()).ranked) == 10
 
 
 def test_the_choice_is_the_recommenders(content):
@@ -224,6 +240,7 @@ def test_the_page_in_a_browser(page):
     user.press("Enter")
     expect(history).to_have_count(3)
     assert history.first.get_by_text("Song <0>").count() == 1  # the latest first
+    assert page.locator("#history img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 1
     listed = names.all_inner_texts()
 
     added = page.locator("#catalogue .card").filter(has_text=listed[0])

@@ -31,18 +31,18 @@ button:hover, button:focus-visible { border-color: var(--color-accent) !importan
   background: hsl(var(--hue) 45% 55%); }
 .name { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical; overflow: hidden;
   font-size: 13px; line-height: 1.3; overflow-wrap: anywhere; }
-.codes, .note { display: block; font-size: 12px; line-height: 1.3; opacity: .7; margin: 0; }
+.codes, .note { font-size: 12px; line-height: 1.3; opacity: .7; margin: 0; }
 .note { padding: 4px 0; }
 .lists { display: grid; grid-template-columns: minmax(310px, 2fr) repeat(var(--others), minmax(0, 1fr)); gap: 14px; }
 .ranked { list-style: none; margin: 0; padding: 0; display: grid; gap: 4px; }
 .ranked li { display: grid; grid-template-columns: 20px minmax(0, 1fr); gap: 8px; align-items: center;
   padding: 3px 6px; height: 46px; box-sizing: border-box; }
-#ranked li { grid-template-columns: 20px 34px minmax(0, 1fr) auto auto auto; }
+#ranked li { grid-template-columns: 20px 34px minmax(0, 1fr) auto auto; }
 .ranked li.shared { border-color: var(--color-accent); }
 .ranked .picture { height: 30px; margin: 0; }
 .ranked .name { -webkit-line-clamp: 1; }
 .number { text-align: right; font-variant-numeric: tabular-nums; font-size: 13px; }
-.badge { border-radius: 4px; padding: 1px 6px; font-size: 12px; font-weight: 400;
+.badge { border-radius: 4px; padding: 0 6px; margin-left: 6px; font-size: 12px; line-height: 1.3; font-weight: 400;
   background: var(--color-accent-soft); }
 .scroll { overflow-x: auto; }
 .rewards { border-collapse: collapse; font-size: 13px; }
@@ -57,6 +57,8 @@ button:hover, button:focus-visible { border-color: var(--color-accent) !importan
 .html-container { padding: 0 !important; }
 @media (max-width: 900px) {
   .lists { grid-template-columns: minmax(0, 1fr); }
+  .ranked li { height: auto; min-height: 46px; }
+  .ranked .name { -webkit-line-clamp: 2; }
   #history .cards, #catalogue .cards { grid-template-columns: none; grid-auto-flow: column; grid-auto-columns: 104px;
     overflow-x: auto; }
 }
@@ -78,9 +80,11 @@ def picture(content: DemoContent, item: int) -> str:
     return f'<span class="picture" style="--hue:{hue}"></span>'
 
 
-def named(content: DemoContent, item: int) -> str:
+def named(content: DemoContent, item: int, beside: str = "") -> str:
+    """The item's name, and below it its codes and what stands beside them."""
     name = escape(content.items["name"].iloc[item])
-    return f'<span class="name">{name}</span><span class="codes">{codes_of(content, item)}</span>'
+    codes = f'<span class="codes">{codes_of(content, item)}</span>{beside}'
+    return f'<span class="name" title="{name}">{name}</span>{codes}'
 
 
 def button(content: DemoContent, kind: str, action: str, item: int, inner: str, place: int | None = None) -> str:
@@ -130,7 +134,7 @@ def result(content: DemoContent, choice: Choice) -> str:
     items = {ranked.item for ranked in choice.ranked}
     session = "".join(f'<div class="card">{card(content, item)}</div>' for item in choice.session)
     others = "".join(
-        f'<div class="others"><h3 class="part">{escape(name)}</h3>{_other_list(content, ranked, items)}</div>'
+        f'<div><h3 class="part">{escape(name)}</h3>{_other_list(content, ranked, items)}</div>'
         for name, ranked in choice.baselines.items()
     )
     return "".join(
@@ -155,7 +159,7 @@ def _ranked_list(content: DemoContent, ranked: Sequence[RankedItem]) -> str:
         badge = f'<span class="badge">{moved}</span>' if moved else ""
         rows.append(
             f'<li><span class="number">{rank}</span>{picture(content, found.item)}'
-            f"<span>{named(content, found.item)}</span><span>{badge}</span>"
+            f"<span>{named(content, found.item, badge)}</span>"
             f'<span class="number" title="log-probability">{found.score:.2f}</span>'
             f"{button(content, 'cut', 'block', found.item, 'Block')}</li>"
         )

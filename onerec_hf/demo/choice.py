@@ -63,12 +63,15 @@ class Choice:
     rewards: pd.DataFrame | None
 
 
-def with_item(row: Row, item_id: Any) -> dict[str, Any]:
-    """The row after one more behaviour, of unknown feedback, at the moment of recommendation."""
+def with_item(row: Row, item_id: Any, num_conditions: int = 0) -> dict[str, Any]:
+    """The row after one more behaviour, of unknown feedback, at the moment of recommendation.
+
+    Args:
+        num_conditions: of `history_feedback`, where the model reads it.
+    """
     added = {**row, "history_item_ids": [*row["history_item_ids"], item_id]}
     if row.get("history_feedback") is not None:
-        conditions = len(row["history_feedback"][0]) if row["history_feedback"] else 0
-        added["history_feedback"] = [*row["history_feedback"], [None] * conditions]
+        added["history_feedback"] = [*row["history_feedback"], [None] * num_conditions]
     if row.get("history_timestamps") is not None:
         added["history_timestamps"] = [*row["history_timestamps"], row["timestamp"]]
     if row.get("exposed_item_ids") is not None:
@@ -85,8 +88,8 @@ def without_item(row: Row, place: int) -> dict[str, Any]:
     exposed = row.get("exposed_item_ids")
     if exposed is not None and item in exposed:
         last, width = len(exposed) - 1 - exposed[::-1].index(item), _feedback_columns(row)
-        kept["exposed_item_ids"] = _without(exposed, last)
-        kept["exposed_feedback"] = _without(row["exposed_feedback"], last * width, width)
+        kept["exposed_item_ids"] = _without(exposed, last) or None
+        kept["exposed_feedback"] = _without(row["exposed_feedback"], last * width, width) or None
     return {**row, **kept}
 
 
@@ -95,7 +98,7 @@ def _without(values: Sequence, place: int, count: int = 1) -> list:
 
 
 def _feedback_columns(row: Row) -> int:
-    return len(row["exposed_feedback"]) // max(len(row["exposed_item_ids"]), 1)
+    return len(row["exposed_feedback"]) // len(row["exposed_item_ids"])
 
 
 def found_items(content: DemoContent, query: str, count: int = 24) -> list[int]:

@@ -26,7 +26,9 @@ def clicked(content: DemoContent, visit: Visit, action: str, number: int) -> dic
     """The visit after a click on what names this action, and an item or a place of the history."""
     blocked = visit["blocked"]
     if action == "add":
-        return {**visit, "row": with_item(visit["row"], content.tokenizer.item_ids[[number]].tolist()[0])}
+        item_id = content.tokenizer.item_ids[[number]].tolist()[0]
+        conditions = len(content.recommender.model.config.history_feedback)
+        return {**visit, "row": with_item(visit["row"], item_id, conditions)}
     if action == "drop":
         return {**visit, "row": without_item(visit["row"], number)}
     if action == "block":
@@ -127,7 +129,7 @@ def build_page(content: DemoContent, title: str) -> gr.Blocks:
     return page
 
 
-def launch_page(content: DemoContent, title: str = "OneRec", **options: Any) -> None:
+def launch_page(content: DemoContent, title: str, **options: Any) -> None:
     """Serves the page until it is interrupted; options are those of [`gradio.Blocks.launch`]."""
     page = build_page(content, title).queue(default_concurrency_limit=4)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetched from nowhere
