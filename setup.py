@@ -26,6 +26,7 @@ INSTALL_REQUIRES = [
     "trl>=1.15,<2",  # DPOTrainer's internals, which alignment/ overrides, move between major versions
 ]
 EXTRAS_REQUIRE = {
+    "demo": ["gradio>=6.31,<7"],
     "lora": ["peft>=0.18"],
     "search": ["optuna>=5.0"],
     "test": [

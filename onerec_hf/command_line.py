@@ -16,18 +16,8 @@ from .packaged_recipes import LAUNCHER_CONFIGS, RECIPES, packaged_recipes
 
 # The scripts of recipes/ in the order of a run; the first lines of their docstrings are the help.
 RECIPE_COMMANDS = (
-    *(
-        "pipeline",
-        "update",
-        "fit_tokenizer",
-        "pretrain",
-        "reward",
-        "align",
-        "sample_preferences",
-        "recommend",
-        "evaluate",
-    ),
-    *("search", "ablations"),
+    *("pipeline", "update", "fit_tokenizer", "pretrain", "reward", "align", "sample_preferences", "recommend"),
+    *("evaluate", "search", "ablations", "demo"),
 )
 INFO = "info"
 PLATFORM = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -35,6 +25,7 @@ PLATFORM = ("torch", "transformers", "trl", "accelerate", "datasets")
 OPTIONAL = {
     "peft": ("adapters, align_lora", "-c constraints.txt 'onerec_hf[lora]'"),
     "optuna": ("onerec search", "-c constraints.txt 'onerec_hf[search]'"),
+    "gradio": ("onerec demo", "-c constraints.txt 'onerec_hf[demo]'"),
     "torchao": ("quantized weights", "-c constraints.txt torchao"),
     "deepspeed": ("accelerate_configs/deepspeed_zero2.yaml", "deepspeed"),
     "parameterized": ("recipes/benchmarks/conformance.py", "parameterized"),

@@ -3,6 +3,7 @@
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from onerec_hf.stages import parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+RUN_BY_NAME = {"demo"}  # which takes the run's folder, and no options of a recipe
 WORDS = {"ablations": ["r_dpo"], "search": ["--methods", "item_knn"]}
 RUN = {"ablations": "run_ablation", "fit_tokenizer": "run_tokenize"}
 
@@ -21,7 +23,7 @@ def onerec(monkeypatch, *words: str) -> int | None:
     return command_line.main()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted({*RECIPES} - RUN_BY_NAME))
 def test_every_recipe_is_a_sub_command(name, monkeypatch, tmp_path, capsys):
     calls = []
     for run in [run for run in vars(stages) if run.startswith("run_")]:
@@ -36,6 +38,19 @@ def test_every_recipe_is_a_sub_command(name, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
         onerec(monkeypatch, name, "--help")
     assert f"usage: onerec {name} " in capsys.readouterr().out
+
+
+def test_the_demo_takes_a_run(monkeypatch, tmp_path, capsys):
+    served = []
+    gradio = SimpleNamespace(launch_page=lambda *given, **options: served.append((given, options)))
+    monkeypatch.setitem(sys.modules, "onerec_hf.demo.page", gradio)
+    monkeypatch.setattr("onerec_hf.demo.run_content.content_of_run", lambda run: {"run": run})
+    onerec(monkeypatch, "demo", str(tmp_path / "mine"), "--port", "7999")
+    options = {"server_name": "127.0.0.1", "server_port": 7999, "share": False}
+    assert served == [(({"run": tmp_path / "mine"}, "OneRec, mine"), options)]
+    with pytest.raises(SystemExit, match="0"):
+        onerec(monkeypatch, "demo", "--help")
+    assert "usage: onerec demo " in capsys.readouterr().out
 
 
 def test_an_unknown_sub_command_is_refused_with_the_list(monkeypatch, capsys):

@@ -162,6 +162,7 @@ items:
   text: title
   multi_categorical: [tags]
   embedding: vector
+  image: cover
 users:
   file: people.csv
   columns: {user_id: uid}
@@ -179,6 +180,7 @@ def table(tmp_path):
     log[:2].to_csv(tmp_path / "log" / "a.csv", index=False)
     log[2:].to_csv(tmp_path / "log" / "b.csv", index=False)
     videos = pd.DataFrame({"video": [7, 5], "title": ["x", None], "tags": ["a,b", ""], "vector": [[0.0, 1], [2, 3]]})
+    videos["cover"] = ["https://example.org/7.png", None]
     videos.to_parquet(tmp_path / "videos.parquet")
     people = pd.DataFrame({"uid": ["u2", "u3"], "country": ["no", None], "name": "unread"})
     people.to_csv(tmp_path / "people.csv", index=False)
@@ -194,6 +196,7 @@ def test_table_by_mapping(table):
     assert rows["watch_time"].tolist() == pytest.approx([0.3, 1.5, 0])
     assert rows["session_id"].isna().tolist() == [False, False, True]
     assert feed.items["item_id"].tolist() == [7, 5] and feed.items["tags"].tolist() == [["a", "b"], []]
+    assert feed.items["cover"].fillna("-").tolist() == ["https://example.org/7.png", "-"]
     assert feed.users.columns.tolist() == ["user_id", "country"] and feed.users["user_id"].tolist() == ["u2", "u3"]
     assert feed.users["country"][0] == "no" and feed.users["country"].isna()[1]
     assert (feed.name, feed.timezone, feed.positive_feedback) == ("mine", "Europe/Berlin", ["stars>=4"])

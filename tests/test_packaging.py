@@ -107,7 +107,7 @@ def test_constraints_pin_every_requirement_within_its_range():
 
 def test_what_the_plain_installation_lacks_is_not_imported():
     hidden = "".join(
-        f"sys.modules[{name!r}] = None; " for name in ("hypothesis", "optuna", "peft", "pytest", "torchao")
+        f"sys.modules[{name!r}] = None; " for name in ("gradio", "hypothesis", "optuna", "peft", "pytest", "torchao")
     )
     code = f"import sys; {hidden}import onerec_hf.stages, onerec_hf.model_export"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -41,6 +41,8 @@ def amazon_reviews() -> dict:
         {"parent_asin": "0002", "title": "Two", "categories": ["Books"], "store": "Shop"},
         {"parent_asin": "9999", "title": "Never reviewed", "categories": ["Books"], "store": "Shop"},
     ]
+    meta[0]["images"] = [{"thumb": "t.jpg", "large": "https://example.org/3.jpg"}, {"large": "other.jpg"}]
+    meta[1]["images"] = []
     return {
         "Books.train.csv": AMAZON_HEADER + AMAZON_TRAIN,
         "Books.valid.csv.gz": AMAZON_HEADER + "UA,0003,5.0,1658002729837\nUB,0002,2.0,1658002729837\n",
@@ -151,8 +153,8 @@ CASES = {
         [("UA", "0001", 2.5, True), ("UA", "0002", 1658002729.836, True), ("UA", "0003", 1658002729.837, True)]
         + [("UA", "0004", 1658002729.837, True), ("UB", "0001", 1.0, True), ("UB", "0003", 2.001, True)]
         + [("UB", "0002", 1658002729.837, True)],
-        {"0003": ["Three", None, "Books,Maps"], "0001": [None, "Shop", ""], "0002": ["Two", "Shop", "Books"]}
-        | {"0004": ["Four", None, ""]},
+        {"0003": ["Three", None, "Books,Maps", "https://example.org/3.jpg"], "0001": [None, "Shop", "", None]}
+        | {"0002": ["Two", "Shop", "Books", None], "0004": ["Four", None, "", None]},
     ),
     "movielens_dat": (
         "movielens",

@@ -19,6 +19,8 @@ from metrics_keys import undescribed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
+from onerec_hf.demo.choice import Settings, choose
+from onerec_hf.demo.run_content import content_of_run
 from onerec_hf.item_memory import remember_items
 from onerec_hf.reporting import number
 from onerec_hf.reporting.served_report import served_name
@@ -161,6 +163,19 @@ def test_the_quickstart_ends_in_a_table_a_report_and_a_model(killed_and_resumed)
     recommendations = pq.read_table(output_dir / "recommend" / "recommendations.parquet")
     assert recommendations.column_names == ["user_id", "session", "items", "scores"]
     assert recommendations.num_rows == 40
+
+
+def test_the_demo_shows_what_the_run_recommends(killed_and_resumed):
+    output_dir, _, _ = killed_and_resumed
+    content = content_of_run(output_dir)
+    (example, *_) = json.loads((output_dir / "evaluate" / "examples.json").read_text())
+    choice = choose(content, content.user_row(example["user"]), Settings(guidance_weight=8.0))
+    assert [str(content.tokenizer.item_ids[found.item]) for found in choice.ranked] == [
+        recommended["item"] for recommended in example["recommendations"]
+    ]
+    assert list(choice.baselines) == ["Popularity", "Item-KNN", "EASE"]
+    assert choice.rewards.columns.get_level_values(0).unique().tolist() == ["Reward model", "Truth"]
+    assert content.items["name"][0] == "item 100001" and choice.rewards.notna().all(axis=None)
 
 
 def test_a_run_ends_in_the_last_round_that_was_kept(killed_and_resumed, tmp_path):

@@ -358,13 +358,13 @@ def json_lines(path: Path) -> Iterator[dict]:
         raise _unreadable(path, error) from None
 
 
-def read_json_columns(path: Path, columns: list[str]) -> pd.DataFrame:
+def read_json_columns(path: Path, columns: list[str], optional: Sequence[str] = ()) -> pd.DataFrame:
     """The named keys of a file of JSON lines as columns, null where a line has no such key.
 
     Raises:
-        DataError: a line that is not JSON, or a key that no line has.
+        DataError: a line that is not JSON, or a key that no line has, unless it is optional.
     """
-    found: dict[str, list] = {column: [] for column in columns}
+    found: dict[str, list] = {column: [] for column in (*columns, *optional)}
     present: set[str] = set()
     for record in json_lines(path):
         present |= record.keys()

@@ -87,6 +87,7 @@ class Feed:
         positive_feedback: conditions (see FeedbackPredicate), any of which makes a behaviour positive; none: every
             interaction is positive.
         text_column, categorical_columns, multi_categorical_columns, numeric_columns, embedding_column: of the items.
+        image_column: of the items, the pictures' URLs, for readers alone.
         timezone: IANA name of the time zone whose midnight separates the days of a user.
         world: knows the truth, for simulated data: a SimulatedFeed, or any other SessionSimulator.
         users: categories of the users, where the data has them; `user_id` is the first column.
@@ -101,6 +102,7 @@ class Feed:
     multi_categorical_columns: list[str] = field(default_factory=list)
     numeric_columns: list[str] = field(default_factory=list)
     embedding_column: str | None = None
+    image_column: str | None = None
     timezone: str = "UTC"
     world: SessionSimulator | None = None
     users: pd.DataFrame | None = None
@@ -160,7 +162,7 @@ class Feed:
     def item_roles(self) -> dict:
         """The roles of the item columns, as keyword arguments of `item_features` and `canonical_items`."""
         names = ("text_column", "categorical_columns", "multi_categorical_columns", "numeric_columns")
-        return {name: getattr(self, name) for name in (*names, "embedding_column")}
+        return {name: getattr(self, name) for name in (*names, "embedding_column", "image_column")}
 
     def interaction_features(self) -> Features:
         return interaction_features(self.interactions)

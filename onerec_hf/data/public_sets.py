@@ -55,7 +55,8 @@ def read_amazon_reviews(data_dir: str | Path) -> Feed:
     if not metadata:
         return Feed.from_frames("amazon_reviews", parts, _catalogue(parts), [])
     columns = ["parent_asin", "title", "categories", "store"]
-    items = joined([(read_json_columns(path, columns), path.name) for path in metadata])
+    items = joined([(read_json_columns(path, columns, ["images"]), path.name) for path in metadata])
+    items[0]["image"] = items[0].pop("images").map(_first_picture)
     return Feed.from_frames(
         "amazon_reviews",
         parts,
@@ -64,7 +65,14 @@ def read_amazon_reviews(data_dir: str | Path) -> Feed:
         text_column="title",
         categorical_columns=["store"],
         multi_categorical_columns=["categories"],
+        image_column="image",
     )
+
+
+def _first_picture(images: object) -> str | None:
+    """The URL of the first of a product's pictures; None where there is none."""
+    first = images[0] if isinstance(images, list) and images else None
+    return first.get("large") if isinstance(first, dict) else None
 
 
 def _amazon_logs(folder: Path) -> list[Path]:

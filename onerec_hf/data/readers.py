@@ -32,6 +32,7 @@ items:                                 # optional: without it the items are thos
   multi_categorical: [tags]            # lists, also as text: ["a", "b"], a|b, a;b or a,b
   numeric: [age]
   embedding: vector
+  image: cover                         # the pictures' URLs, for the demo
 users:                                 # optional: categories that the encoder may read (user_features)
   file: users.csv
   columns: {user_id: uid}
@@ -425,7 +426,7 @@ MAPPING_KEYS = ("interactions", "items", "name", "positive_feedback", "timezone"
 # Of each section: the schema's columns, of which the first two are needed, and the other keys.
 MAPPING_SECTIONS = {
     "interactions": (KEY_COLUMNS, {"columns", "timestamp_unit", "feedback"}),
-    "items": (("item_id",), {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding"}),
+    "items": (("item_id",), {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding", "image"}),
     "users": (("user_id",), {"columns", "categorical"}),
 }
 
@@ -556,8 +557,8 @@ def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], def
         kinds = dict.fromkeys(roles["multi_categorical_columns"], TEXT)
         kinds |= dict.fromkeys(roles["numeric_columns"], NUMBER)
         kinds |= dict.fromkeys(roles["categorical_columns"], CATEGORY)
-        roles |= {"text_column": section.get("text"), "embedding_column": section.get("embedding")}
-        kinds |= {section[key]: TEXT for key in ("text", "embedding") if section.get(key)}
+        roles |= {f"{key}_column": section.get(key) for key in ("text", "embedding", "image")}
+        kinds |= {section[key]: TEXT for key in ("text", "embedding", "image") if section.get(key)}
         items = _joined_table("item_id", section, read(section, kinds | _kinds_of_columns(section)))
     else:
         ids = same_kind([canonical_ids(frame["item_id"], "item_id", source) for frame, source in parts])

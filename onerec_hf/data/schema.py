@@ -26,6 +26,7 @@ Items (one row per item; the row number is the item's catalogue index)
 | multi-categorical | list of string, optional | empty where missing |
 | numeric | float32, optional | NaN where missing |
 | embedding | list of float32, optional | the same length for every item, finite |
+| image | string, optional | the picture's URL, null where missing |
 
 Users (one row per user, optional)
 
@@ -117,6 +118,7 @@ def item_features(
     multi_categorical_columns: Iterable[str] = (),
     numeric_columns: Iterable[str] = (),
     embedding_column: str | None = None,
+    image_column: str | None = None,
 ) -> Features:
     """`datasets.Features` of canonical items."""
     features = {"item_id": Value(id_type(items["item_id"]))}
@@ -127,6 +129,8 @@ def item_features(
     features |= {column: Value("float32") for column in numeric_columns}
     if embedding_column is not None:
         features[embedding_column] = List(Value("float32"))
+    if image_column is not None:
+        features[image_column] = Value("string")
     return Features(features)
 
 
@@ -398,6 +402,7 @@ def canonical_items(
     multi_categorical_columns: Iterable[str] = (),
     numeric_columns: Iterable[str] = (),
     embedding_column: str | None = None,
+    image_column: str | None = None,
 ) -> pd.DataFrame:
     """Checks a table of items and casts it; columns that are not named are left out.
 
@@ -407,7 +412,7 @@ def canonical_items(
         DataError: missing column, wrong dtype, missing or duplicate id, an embedding that is missing, of another
             length than the first, or not finite, no rows.
     """
-    named = [name for name in (text_column, embedding_column) if name is not None]
+    named = [name for name in (text_column, embedding_column, image_column) if name is not None]
     named += [*categorical_columns, *multi_categorical_columns, *numeric_columns]
     require_columns(frame.columns, ["item_id", *named], source)
     if not len(frame):
@@ -424,6 +429,8 @@ def canonical_items(
         columns[name] = canonical_numbers(frame[name], name, source)
     if embedding_column is not None:
         columns[embedding_column] = canonical_embeddings(frame[embedding_column], embedding_column, source)
+    if image_column is not None:
+        columns[image_column] = canonical_text(frame[image_column], image_column, source)
     return pd.DataFrame(columns)
 
 
