@@ -16,7 +16,17 @@ from .packaged_recipes import LAUNCHER_CONFIGS, RECIPES, packaged_recipes
 
 # The scripts of recipes/ in the order of a run; the first lines of their docstrings are the help.
 RECIPE_COMMANDS = (
-    *("pipeline", "fit_tokenizer", "pretrain", "reward", "align", "sample_preferences", "recommend", "evaluate"),
+    *(
+        "init",
+        "pipeline",
+        "fit_tokenizer",
+        "pretrain",
+        "reward",
+        "align",
+        "sample_preferences",
+        "recommend",
+        "evaluate",
+    ),
     *("search", "ablations"),
 )
 INFO = "info"
