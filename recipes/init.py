@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from onerec_hf.data import DataError
-from onerec_hf.data.mapping_writer import MAPPING, next_command, public_set, read_back, write_mapping
+from onerec_hf.data.mapping_writer import MAPPING, next_commands, public_set, read_back, write_mapping
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
         known = None if given.columns else public_set(given.data_dir)
         if known is not None:
             print(f"These are the official files of {known}, which has a reader of its own: no mapping is needed.")
-            print(f"Next:\n  {next_command(None, given.data_dir, path, known)}")
+            print(next_commands(None, given.data_dir, path, known))
             return 0
         mapping, text = write_mapping(given.data_dir, path, given.columns, given.overwrite)
         print(f"{text}\nWritten: {path}. Correct there what is wrong.")
@@ -48,7 +48,7 @@ def main() -> int:
     except DataError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"Next:\n  {next_command(mapping, given.data_dir, path, mapping.name)}")
+    print(next_commands(mapping, given.data_dir, path, mapping.name))
     return 0
 
 

@@ -1,6 +1,7 @@
 """`onerec init`: logs in the shapes of public sets, and in no set's, to the column mapping that reads them."""
 
 import json
+import shlex
 import sys
 
 import numpy as np
@@ -10,8 +11,10 @@ import yaml
 
 from onerec_hf import command_line
 from onerec_hf.data import DataError, read_movielens, read_table
-from onerec_hf.data.mapping_writer import next_command, public_set, write_mapping
+from onerec_hf.data.mapping_writer import next_commands, objectives, public_set, write_mapping
 from onerec_hf.data.table_samples import KNOWN_HEADERS
+from onerec_hf.stages import parse_recipe_arguments
+from onerec_hf.stages.reward_stage import require_sources
 
 START = 1_600_000_000
 RNG = np.random.default_rng(0)
@@ -73,7 +76,7 @@ def write_amazon_csv(folder):
 def test_official_files_of_a_set_are_known_by_their_reader(name, write, tmp_path):
     write(tmp_path)
     assert public_set(tmp_path) == name
-    assert f"--dataset {name} --data_dir {tmp_path}" in next_command(None, tmp_path, "", name)
+    assert f"--dataset {name} --data_dir {tmp_path}" in next_commands(None, tmp_path, "", name)
     if name == "movielens":
         assert len(read_movielens(tmp_path).interactions) == 240
 
@@ -181,7 +184,9 @@ def test_a_web_shop_s_events(tmp_path):
     properties = pd.DataFrame({"timestamp": TIMES[:60] * 1000, "itemid": ITEMS[:60], "property": "p", "value": "n1"})
     properties.to_csv(tmp_path / "item_properties_part1.csv", index=False)
 
-    mapping, text, _ = inferred(tmp_path)
+    mapping, text, choices = inferred(tmp_path)
+    # Of view, cart and transaction, whose chances add up to 1, all but the most frequent are rewarded.
+    assert {aim["name"] for aim in objectives(choices)} == {"addtocart", "transaction"}
     log = mapping["interactions"]
     assert log["columns"] == {"user_id": "visitorid", "item_id": "itemid", "timestamp": "timestamp"}
     assert log["feedback"]["transaction"] == {"column": "event", "equals": "transaction"}
@@ -198,7 +203,7 @@ def test_odd_names_of_feedback_units_and_dates(tmp_path):
     frame.assign(skipped=ITEMS % 3 == 0, empty=0, price=ITEMS * 1.5).to_csv(
         tmp_path / "export.csv", index=False, sep=";"
     )
-    mapping, text, _ = inferred(tmp_path)
+    mapping, text, choices = inferred(tmp_path)
     log = mapping["interactions"]
     assert log["columns"] == {"user_id": "who", "item_id": "clip", "timestamp": "moment"}
     assert log["delimiter"] == ";" and log["timestamp_unit"] == "%d.%m.%Y %H:%M"
@@ -209,13 +214,19 @@ def test_odd_names_of_feedback_units_and_dates(tmp_path):
     assert "not a known name: not counted as positive" in text
     times = read_table(tmp_path, tmp_path / "mapping.yaml").interactions["timestamp"]
     assert times.min() == TIMES.min() // 60 * 60
+    # The second command takes the feedback for the reward model's objectives.
+    command = shlex.split(next_commands(choices, tmp_path, tmp_path / "mapping.yaml", "odd").splitlines()[-1])
+    args = parse_recipe_arguments([*command[2:], "--threads", "1"])
+    kinds = {"watch_time": "quantile", "like": "binary", "rating": "quantile"}
+    assert {aim["name"]: aim["kind"] for aim in args.reward_model["objectives"]} == kinds
+    require_sources(args, ["watch_time", "like", "rating"])
 
 
 def test_without_a_time_the_rows_are_in_order_and_the_command_says_so(tmp_path):
     pd.DataFrame({"user": USERS, "item": ITEMS}).to_csv(tmp_path / "log.csv", index=False)
     mapping, text, choices = inferred(tmp_path)
     assert mapping["interactions"]["order"] == "file" and "nothing can be split by it" in text
-    assert "--split_method leave_one_out" in next_command(choices, tmp_path, "m.yaml", "mine")
+    assert "--split_method leave_one_out" in next_commands(choices, tmp_path, "m.yaml", "mine")
     interactions = read_table(tmp_path, tmp_path / "mapping.yaml").interactions
     assert interactions["item_id"].tolist() == ITEMS.tolist() and interactions["timestamp"].isna().all()
 

@@ -21,7 +21,7 @@ def onerec(monkeypatch, *words: str) -> int | None:
     return command_line.main()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "init"])  # which takes a folder, no recipe
 def test_every_recipe_is_a_sub_command(name, monkeypatch, tmp_path, capsys):
     calls = []
     for run in [run for run in vars(stages) if run.startswith("run_")]:

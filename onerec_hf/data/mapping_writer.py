@@ -189,13 +189,39 @@ def summary(feed: Feed) -> str:
     return text
 
 
-def next_command(mapping: InferredMapping | None, data_dir: str | Path, column_mapping: str | Path, name: str) -> str:
-    """The pipeline's command on what was found; `mapping` is None for the public set of that name."""
-    folder = data_folder(data_dir)
-    options = ["--config", "recall", "--dataset", "table" if mapping else name, "--data_dir", str(folder)]
+def objectives(mapping: InferredMapping) -> list[dict[str, str]]:
+    """What a reward model of this log estimates: its positive feedback, and how much was watched.
+
+    The most frequent type of event is left out: where every row is one of several, their chances add up to 1.
+    """
+    named = {condition.partition(">=")[0] for condition in mapping.positive.value} | {"watch_time"}
+    roles = [choice.role for choice in mapping.feedback]
+    found, columns = [], set()
+    for choice in [choice for choice in mapping.feedback if choice.role in named]:
+        column = choice.value["column"] if isinstance(choice.value, dict) else choice.value
+        is_event = isinstance(choice.value, dict) and "equals" in choice.value
+        if not is_event or column in columns:
+            is_flag = is_event or set(mapping.log.numbers[column].dropna().unique()) <= {0, 1}
+            kind = "binary" if is_flag else "quantile"
+            kind = "share" if choice.role == "watch_time" and "duration" in roles else kind
+            found.append({"name": choice.role, "source": choice.role, "kind": kind})
+        columns.add(column)
+    return found
+
+
+def next_commands(mapping: InferredMapping | None, data_dir: str | Path, column_mapping: str | Path, name: str) -> str:
+    """The pipeline's commands on what was found; `mapping` is None for the public set of that name."""
+    options = ["--dataset", "table" if mapping else name, "--data_dir", str(data_folder(data_dir))]
     if mapping is not None:
         options += ["--column_mapping", str(column_mapping)]
         if mapping.column("timestamp") is None:
             options += ["--split_method", "leave_one_out"]
-    options += ["--output_dir", f"runs/{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"]
-    return shlex.join(["onerec", "pipeline", *options])
+    folder = f"runs/{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
+    command = ["onerec", "pipeline", "--config"]
+    text = f"Next, the next item:\n  {shlex.join([*command, 'recall', *options, '--output_dir', folder])}"
+    aims = objectives(mapping) if mapping is not None else []
+    if not aims:
+        return text
+    models = json.dumps({"objectives": aims})
+    options += ["--reward_model", models, "--judge_model", models, "--output_dir", f"{folder}_sessions"]
+    return f"{text}\nOr sessions too, aligned to the feedback:\n  {shlex.join([*command, 'own_log', *options])}"
