@@ -30,7 +30,7 @@ TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year a
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
 TARGETS_PER_ROW = 16  # with a causal encoder: of histories of similar length, so that batches are alike
 
-LEAST_STEPS = 32  # of an epoch, as far as the smallest batch goes
+LEAST_STEPS = 16  # of an epoch, as far as the smallest batch goes
 SMALLEST_BATCH, LARGEST_BATCH = 16, 256
 
 GATE_BATCH = 128
@@ -55,7 +55,7 @@ def fitting_batch_size(num_sessions: int) -> int:
     """Where no batch size is given: the largest power of two that leaves an epoch `LEAST_STEPS`, within bounds.
 
     >>> [fitting_batch_size(num_sessions) for num_sessions in (300, 2000, 100_000)]
-    [16, 32, 256]
+    [16, 64, 256]
     """
     largest = max(num_sessions // LEAST_STEPS, 1)
     return min(max(2 ** (largest.bit_length() - 1), SMALLEST_BATCH), LARGEST_BATCH)
