@@ -16,8 +16,8 @@ from .packaged_recipes import LAUNCHER_CONFIGS, RECIPES, packaged_recipes
 
 # The scripts of recipes/ in the order of a run; the first lines of their docstrings are the help.
 RECIPE_COMMANDS = (
-    *("pipeline", "update", "fit_tokenizer", "pretrain", "reward", "align", "sample_preferences", "recommend"),
-    *("evaluate", "search", "ablations", "demo"),
+    *("init", "pipeline", "update", "fit_tokenizer", "pretrain", "reward", "align", "sample_preferences"),
+    *("recommend", "evaluate", "search", "ablations", "demo"),
 )
 INFO = "info"
 PLATFORM = ("torch", "transformers", "trl", "accelerate", "datasets")

@@ -252,3 +252,40 @@ def test_saved_feed_comes_back(table, tmp_path):
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["feed"]
     with pytest.raises(DataError, match="feed.json"):
         load_saved_feed(tmp_path)
+
+
+def test_a_mapping_of_text_without_a_header_with_events_and_unlisted_items(tmp_path):
+    rows = ["u1|a|buy|05.03.2024", "u2|b|see|06.03.2024", "u2|c|see|07.03.2024"]
+    (tmp_path / "log.txt").write_text("\n".join(rows) + "\n")
+    (tmp_path / "items.json").write_text('{"id": "a", "tags": ["x"]}\n{"id": "b", "tags": []}\n')
+    mapping = {
+        "interactions": {
+            "file": "log.txt",
+            "delimiter": "|",
+            "header": ["who", "what", "event", "day"],
+            "columns": {"user_id": "who", "item_id": "what", "timestamp": "day"},
+            "timestamp_unit": "%d.%m.%Y",
+            "feedback": {"bought": {"column": "event", "equals": ["buy", "order"]}},
+        },
+        "items": {"file": "items.json", "columns": {"item_id": "id"}, "multi_categorical": ["tags"]},
+    }
+    path = tmp_path / "mapping.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    with pytest.raises(DataError, match="names items that are not in items.json, first at row 2 .*'c'"):
+        read_table(tmp_path, path)
+    mapping["items"]["unlisted"] = "add"
+    path.write_text(yaml.safe_dump(mapping))
+    feed = read_table(tmp_path, path)
+    assert feed.interactions["bought"].tolist() == [1, 0, 0]
+    assert feed.interactions["timestamp"].iloc[0] == pd.Timestamp("2024-03-05").timestamp()
+    assert feed.items["item_id"].tolist() == ["a", "b", "c"] and feed.items["tags"].tolist() == [["x"], [], []]
+    for section, key, value, message in (
+        ("interactions", "delimiter", "::", "'interactions.delimiter' must be one sign"),
+        ("interactions", "header", "who", "'interactions.header' must be a list"),
+        ("interactions", "order", "row", "'interactions.order' must be file"),
+        ("items", "unlisted", "drop", "'items.unlisted' must be add"),
+        ("interactions", "feedback", {"b": {"column": "event", "is": 1}}, "'scale' or 'equals'"),
+    ):
+        path.write_text(yaml.safe_dump({**mapping, section: {**mapping[section], key: value}}))
+        with pytest.raises(DataError, match=message):
+            read_table(tmp_path, path)

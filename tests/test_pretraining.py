@@ -18,7 +18,7 @@ from onerec_hf import (
 )
 from onerec_hf.pretraining import OneRecPretrainer, SessionCollator
 from onerec_hf.session_rows import index_sessions
-from onerec_hf.stages.pretrain_stage import recent_sessions, train_generator
+from onerec_hf.stages.pretrain_stage import fitting_batch_size, recent_sessions, train_generator
 from onerec_hf.stages.recipe_arguments import PretrainArguments
 from onerec_hf.training_checkpoints import CHECKPOINT_COMPLETE, latest_complete_checkpoint
 
@@ -173,3 +173,8 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path):
             (tmp_path / f"checkpoint-{step}" / CHECKPOINT_COMPLETE).touch()
     assert latest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert not (tmp_path / "checkpoint-100").exists()
+
+
+def test_a_batch_that_is_not_given_follows_from_the_sessions():
+    sizes = {sessions: fitting_batch_size(sessions) for sessions in (1, 300, 1023, 1024, 4096, 10**6)}
+    assert sizes == {1: 16, 300: 16, 1023: 32, 1024: 64, 4096: 256, 10**6: 256}

@@ -254,7 +254,7 @@ def test_a_run_with_several_semantic_ids(item_head, tmp_path):
 
 
 CONFIGURATIONS = [
-    "recall.yaml",
+    *("own_log.yaml", "recall.yaml"),
     *sorted(path.relative_to(ROOT / "recipes").as_posix() for path in ROOT.glob("recipes/*/*.yaml")),
 ]
 

@@ -1,4 +1,4 @@
-"""Files of tables, by the columns that are wanted: CSV, Parquet, text without a header and JSON lines.
+"""Files of tables, by the columns that are wanted: CSV, TSV, Parquet, JSON lines and text without a header.
 
 A CSV file has no types: its columns are read as text, and a column is numbers where every value is one. Ids are
 integers only where nothing is lost by it: `0108775015`, `12e3` and what 64 bits do not hold stay text.
@@ -37,6 +37,7 @@ UNREADABLE = (
 )
 # The first by which a CSV file's header has the columns parts them.
 DELIMITERS = (",", ";", "\t")
+TEXT_ENDINGS, JSON_ENDINGS = (".csv", ".tsv"), (".jsonl", ".ndjson", ".json")
 _BLOCK_BYTES = 2**24  # no row is longer
 # Stands in a line for a separator of several characters, which pandas' fast parser does not take.
 UNIT_SEPARATOR = "\x1f"
@@ -60,31 +61,48 @@ def data_folder(data_dir: str | Path) -> Path:
 def is_table(path: Path) -> bool:
     """Whether [`read_columns`] reads files of this name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    return suffixes[-1:] == [".parquet"] or ".csv" in suffixes
+    return suffixes[-1:] == [".parquet"] or any(ending in suffixes for ending in (*TEXT_ENDINGS, *JSON_ENDINGS))
 
 
-def read_columns(path: Path, columns: list[str], kinds: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """The named columns of a CSV (also compressed) or Parquet file.
+def is_json(path: Path) -> bool:
+    """Whether a file of this name is read as JSON lines."""
+    return path.suffix.lower() != ".parquet" and any(suffix.lower() in JSON_ENDINGS for suffix in path.suffixes)
+
+
+def read_columns(
+    path: Path,
+    columns: list[str],
+    kinds: Mapping[str, str] | None = None,
+    header: list[str] | None = None,
+    delimiter: str | None = None,
+) -> pd.DataFrame:
+    """The named columns of a CSV or TSV file, of JSON lines (all also compressed) or of a Parquet file.
 
     Args:
         path, columns: what is read.
         kinds: What a column holds, `NUMBER` where it is not said. An `ID` is an integer or text, and never goes
             through a float; `CATEGORY` and, of a CSV file, `TEXT` are text even if every value looks like a number.
+        header: Names of all columns of a text file whose first line is a row.
+        delimiter: What parts the columns of a text file. By default what its header tells, or with `header` a comma.
+            Where one of these two is given the file may have any ending.
 
     Raises:
         DataError: the file or a column is missing, or the file cannot be read.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file. Put it there, or give another data_dir.")
-    if not is_table(path):
-        raise DataError(f"{path}: only .csv and .parquet files are read. Convert it to one of these.")
+    if not is_table(path) and header is None and delimiter is None:
+        endings = ", ".join((*TEXT_ENDINGS, *JSON_ENDINGS))
+        raise DataError(f"{path}: only {endings} and .parquet files are read. Convert it to one of these.")
     try:
         if path.suffix.lower() == ".parquet":
             require_columns(pq.read_schema(path).names, columns, path.name)
             table = pq.ParquetFile(path, pre_buffer=True).read(columns=columns)
             table.validate(full=True)  # text of a damaged page need not be any
             return frame_of_table(table, kinds or {}, path.name)
-        return _read_csv(path, columns, kinds or {})
+        if is_json(path):
+            return _typed_objects(read_json_columns(path, columns), kinds or {}, path.name)
+        return _read_csv(path, columns, kinds or {}, header, delimiter)
     except UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -146,24 +164,45 @@ def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
-def _read_csv(path: Path, columns: list[str], kinds: Mapping[str, str]) -> pd.DataFrame:
-    delimiter = _delimiter(path, columns)
+def _typed_objects(frame: pd.DataFrame, kinds: Mapping[str, str], source: str) -> pd.DataFrame:
+    """Values of JSON, which have types, as those of a table that has them; numbers may be text too."""
+    columns = {}
+    for name in frame:
+        try:
+            values = pa.chunked_array([pa.array(frame[name].to_list())])
+        except pa.ArrowException:  # of several types, which the schema refuses by its row
+            columns[name] = frame[name]
+            continue
+        if pa.types.is_string(values.type) and kinds.get(name, NUMBER) == NUMBER:
+            columns[name] = _typed(values, NUMBER)
+        else:
+            columns[name] = frame_of_table(pa.table({name: values}), kinds, source)[name]
+    return pd.DataFrame(columns, columns=frame.columns)
+
+
+def _read_csv(
+    path: Path, columns: list[str], kinds: Mapping[str, str], header: list[str] | None, delimiter: str | None
+) -> pd.DataFrame:
+    if header is not None:
+        require_columns(header, columns, path.name)
+        delimiter = delimiter or ","
+    delimiter = delimiter or _delimiter(path, columns)
     numbers = [name for name in columns if kinds.get(name, NUMBER) == NUMBER]
     with suppress(pa.ArrowInvalid):
         # The usual case, in which the parser itself makes the numbers, on all cores.
-        table = _csv_table(path, columns, delimiter, dict.fromkeys(numbers, pa.float64()), use_threads=True)
-        return typed_columns(table, kinds)
+        types = dict.fromkeys(numbers, pa.float64())
+        return typed_columns(_csv_table(path, columns, delimiter, types, header, use_threads=True), kinds)
     # One block after the other, so that an error names the row.
-    return typed_columns(_csv_table(path, columns, delimiter, {}, use_threads=False), kinds)
+    return typed_columns(_csv_table(path, columns, delimiter, {}, header, use_threads=False), kinds)
 
 
 def _delimiter(path: Path, columns: list[str]) -> str:
     """What parts the columns of a CSV file, all of which its header has once."""
-    with _opened(path) as file:
+    with opened(path) as file:
         start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: is written in UTF-16, only utf-8 is read. Save it as CSV in utf-8.")
-    with _opened(path) as file:
+    with opened(path) as file:
         line = io.TextIOWrapper(file, encoding="utf-8-sig").readline()
     # A header of one column whose name holds other separators is parted by these.
     headers = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in DELIMITERS}
@@ -177,16 +216,27 @@ def _delimiter(path: Path, columns: list[str]) -> str:
 
 
 def _csv_table(
-    path: Path, columns: list[str], delimiter: str, types: dict[str, pa.DataType], use_threads: bool
+    path: Path,
+    columns: list[str],
+    delimiter: str,
+    types: dict[str, pa.DataType],
+    header: list[str] | None,
+    use_threads: bool,
 ) -> pa.Table:
     """The named columns, as text where there is no other type."""
-    with _opened(path) as packed:
+    # Without a header, tabs part what is written as it is: a quote is a sign as any other.
+    quoted = header is None or delimiter != "\t"
+    with opened(path) as packed:
         file = _QuotesCounted(packed)
         try:
             return pyarrow.csv.read_csv(
                 file,
-                read_options=pyarrow.csv.ReadOptions(use_threads=use_threads, block_size=_BLOCK_BYTES),
-                parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                read_options=pyarrow.csv.ReadOptions(
+                    use_threads=use_threads, block_size=_BLOCK_BYTES, column_names=header
+                ),
+                parse_options=pyarrow.csv.ParseOptions(
+                    delimiter=delimiter, newlines_in_values=quoted, quote_char='"' if quoted else False
+                ),
                 convert_options=pyarrow.csv.ConvertOptions(
                     include_columns=columns,
                     column_types=dict.fromkeys(columns, pa.string()) | types,
@@ -195,7 +245,7 @@ def _csv_table(
                 ),
             )
         finally:
-            if file.quotes % 2:
+            if quoted and file.quotes % 2:
                 _require_closed_quotes(path, delimiter)
 
 
@@ -216,7 +266,7 @@ class _QuotesCounted(io.RawIOBase):
 
 def _require_closed_quotes(path: Path, delimiter: str) -> None:
     """Raises DataError if a quote is not closed, which would make one value of the rest of the file."""
-    with _opened(path) as file:
+    with opened(path) as file:
         rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
         complete = -1  # the header is the first
         try:
@@ -231,7 +281,7 @@ def _require_closed_quotes(path: Path, delimiter: str) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked by its ending."""
     suffix = path.suffix.lower()
     if suffix == ".zip":

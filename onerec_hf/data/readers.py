@@ -10,20 +10,26 @@ A column mapping is a YAML file:
 name: my_feed                          # optional
 timezone: Europe/Berlin                # optional, default UTC: whose midnight separates user days
 interactions:
-  file: log/*.csv                      # CSV or Parquet below data_dir, a pattern or a list; on the Hub:
-                                       # {config: ..., split: train} in the place of `file`
+  file: log/*.csv                      # CSV, TSV, JSON lines or Parquet below data_dir, a pattern or a list; on the
+                                       # Hub: {config: ..., split: train} in the place of `file`
+  header: [uid, time, video]           # optional: all columns of text files whose first line is a row already
+  delimiter: "\\t"                      # optional: what parts the columns of text files, by default what they say
   columns:                             # schema column: your column
     user_id: uid                       # or {column: uid, type: string}; types are string and integer,
     item_id: video                     # by default what the column holds
     timestamp: time                    # or `position: rank` where there are no times, or both
     session_id: request                # optional
     propensity: chance                 # optional, of exposures that were drawn by known chances
-  timestamp_unit: ms                   # s, ms, us, ns or iso; by default what the values say, or else s
+                                       # where there is neither: `order: file` beside columns, for rows that stand
+                                       # in the order of time
+  timestamp_unit: ms                   # s, ms, us, ns or iso; by default what the values say, or else s; or how dates
+                                       # are written, such as "%d.%m.%Y %H:%M"
   feedback:                            # optional; name: column, or {column: ..., scale: factor}
     watch_time: {column: play_ms, scale: 0.001}
     duration: {column: length_ms, scale: 0.001}
     view: is_view
     rating: stars
+    purchase: {column: event, equals: [buy, order]}  # 1 where the column has one of these values, else 0
 items:                                 # optional: without it the items are those that the interactions name
   file: videos.parquet
   columns: {item_id: video}
@@ -33,6 +39,7 @@ items:                                 # optional: without it the items are thos
   numeric: [age]
   embedding: vector
   image: cover                         # the pictures' URLs, for the demo
+  unlisted: add                        # optional: items that only the interactions name, without features
 users:                                 # optional: categories that the encoder may read (user_features)
   file: users.csv
   columns: {user_id: uid}
@@ -95,6 +102,7 @@ from .schema import (
     SECONDS_COLUMNS,
     TEXT,
     DataError,
+    canonical_categories,
     canonical_ids,
     id_type,
     refuse,
@@ -266,7 +274,8 @@ def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
 
     def read(section: dict, kinds: dict[str, str]) -> Tables:
         paths = _mapped_files(section, data_dir, column_mapping)
-        tables = [(read_columns(path, list(kinds), kinds), _name_below(path, folder)) for path in paths]
+        layout = {key: section.get(key) for key in LAYOUT_KEYS}
+        tables = [(read_columns(path, list(kinds), kinds, **layout), _name_below(path, folder)) for path in paths]
         # Spark writes parts without rows.
         return [(frame, source) for frame, source in tables if len(frame)] or tables[:1]
 
@@ -294,7 +303,7 @@ def _mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Pat
 def _tables_below(folder: Path) -> list[Path]:
     """Spark and Dask write a table as a folder of parts, and beside them files that are none."""
     below = sorted(path for path in folder.rglob("*") if path.is_file() and is_table(path))
-    return [path for path in below if not path.name.startswith(("_", "."))]
+    return [path for path in below if not any(part[0] in "_." for part in path.relative_to(folder).parts)]
 
 
 def _name_below(path: Path, folder: Path) -> str:
@@ -421,12 +430,16 @@ def as_feed(log) -> Feed:
 
 
 ID_COLUMNS = ("user_id", "item_id", "session_id")
-LIST_KEYS = ("file", "categorical", "multi_categorical", "numeric")
+LAYOUT_KEYS = ("header", "delimiter")  # of text files
+LIST_KEYS = ("file", "header", "categorical", "multi_categorical", "numeric")
 MAPPING_KEYS = ("interactions", "items", "name", "positive_feedback", "timezone", "users")
 # Of each section: the schema's columns, of which the first two are needed, and the other keys.
 MAPPING_SECTIONS = {
-    "interactions": (KEY_COLUMNS, {"columns", "timestamp_unit", "feedback"}),
-    "items": (("item_id",), {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding", "image"}),
+    "interactions": (KEY_COLUMNS, {"columns", "timestamp_unit", "feedback", "order"}),
+    "items": (
+        ("item_id",),
+        {"columns", "text", "categorical", "multi_categorical", "numeric", "embedding", "image", "unlisted"},
+    ),
     "users": (("user_id",), {"columns", "categorical"}),
 }
 
@@ -454,7 +467,7 @@ def _checked_mapping(mapping: object, path: str | Path, file_key: str | None) ->
         if section not in mapping:
             continue
         part = mapping[section]
-        keys = keys | ({file_key} if file_key else {"config", "split"})
+        keys = keys | ({file_key, *LAYOUT_KEYS} if file_key else {"config", "split"})
         if not isinstance(part, dict):
             raise DataError(f"{path}: '{section}' must be a mapping with {', '.join(sorted(keys))}.")
         for key in part:
@@ -476,13 +489,20 @@ def _checked_mapping(mapping: object, path: str | Path, file_key: str | None) ->
         for name in columns[:2]:
             if name not in part["columns"]:
                 raise DataError(f"{path}: '{section}.columns' needs '{name}'.")
+        if not isinstance(part.get("header", []), list):
+            raise DataError(f"{path}: '{section}.header' must be a list of the names of all columns.")
+        if not re.fullmatch(r"[^\w\"]", str(part.get("delimiter", ","))):
+            raise DataError(f"{path}: '{section}.delimiter' must be one sign, such as \"\\t\" or ';'.")
         given = {name: value for name, value in part["columns"].items() if isinstance(value, dict)}
         part["types"] = {name: value["type"] for name, value in given.items()}
         part["columns"] = part["columns"] | {name: value["column"] for name, value in given.items()}
     unit = mapping["interactions"].get("timestamp_unit", "s")
-    if unit not in TIMESTAMP_UNITS:
+    if unit not in TIMESTAMP_UNITS and not (isinstance(unit, str) and "%" in unit):
         shown = unit if isinstance(unit, str) else reprlib.repr(unit)
         raise DataError(f"{path}: timestamp_unit '{shown}' is not known; use {', '.join(TIMESTAMP_UNITS)}.")
+    for section, key, only in (("interactions", "order", "file"), ("items", "unlisted", "add")):
+        if mapping.get(section, {}).get(key, only) != only:
+            raise DataError(f"{path}: '{section}.{key}' must be {only}, or left out.")
     for section in ("items", "users"):
         for key in ("categorical", "multi_categorical", "numeric"):
             if not isinstance(mapping.get(section, {}).get(key, []), list):
@@ -493,8 +513,8 @@ def _checked_mapping(mapping: object, path: str | Path, file_key: str | None) ->
     for name, column in feedback.items():
         if name in KEY_COLUMNS:
             raise DataError(f"{path}: feedback cannot be called '{name}'; that is a column of the schema.")
-        if isinstance(column, dict) and not ("column" in column and set(column) <= {"column", "scale"}):
-            raise DataError(f"{path}: feedback '{name}' needs 'column', and at most 'scale' beside it.")
+        if isinstance(column, dict) and set(column) not in ({"column"}, {"column", "scale"}, {"column", "equals"}):
+            raise DataError(f"{path}: feedback '{name}' needs 'column', and at most 'scale' or 'equals' beside it.")
         if isinstance(column, dict) and "scale" in column:
             column["scale"] = _factor(column["scale"], f"{path}: scale of feedback '{name}'")
     if not isinstance(mapping.get("positive_feedback", []), list):
@@ -510,7 +530,9 @@ def _require_plain(path: str | Path, value: object, place: tuple = ()) -> None:
         for key, inner in value.items():
             _require_plain(path, inner, (*place, key))
         return
-    lists = isinstance(value, list) and (place == ("positive_feedback",) or len(place) == 2 and place[1] in LIST_KEYS)
+    lists = isinstance(value, list) and (
+        place == ("positive_feedback",) or len(place) == 2 and place[1] in LIST_KEYS or place[3:] == ("equals",)
+    )
     for one in value if lists else [value]:
         if not (one is None or isinstance(one, (str, int, float))) or isinstance(one, str) and "\0" in one:
             name = ".".join(map(str, place))
@@ -537,18 +559,20 @@ def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], def
     """A feed of the mapped columns; `read(section, kinds)` gives the frames of a section and their names."""
     section = mapping["interactions"]
     feedback = {
-        name: (column["column"], column.get("scale", 1)) if isinstance(column, dict) else (column, 1)
+        name: column if isinstance(column, dict) else {"column": column}
         for name, column in section.get("feedback", {}).items()
     }
-    kinds = dict.fromkeys((column for column, _ in feedback.values()), NUMBER) | _kinds_of_columns(section)
-    parts = []
+    kinds = {part["column"]: CATEGORY if "equals" in part else NUMBER for part in feedback.values()}
+    kinds |= _kinds_of_columns(section)
+    parts, rows = [], 0
     for raw, source in read(section, kinds):
         frame = {name: _mapped(raw, section, name, source) for name in section["columns"]}
         if "timestamp" in frame:
             frame["timestamp"] = unix_seconds(frame["timestamp"], section.get("timestamp_unit"), source)
-        for name, (column, scale) in feedback.items():
-            number = pd.api.types.is_numeric_dtype(raw[column].dtype)
-            frame[name] = raw[column] * scale if number and scale != 1 else raw[column]
+        if "order" in section:
+            frame["position"] = np.arange(rows, rows + len(raw), dtype="float64")
+            rows += len(raw)
+        frame |= {name: _feedback(raw[part["column"]], part, source) for name, part in feedback.items()}
         parts.append((pd.DataFrame(frame), source))
     roles = {"categorical_columns": [], "multi_categorical_columns": [], "numeric_columns": []}
     if "items" in mapping:
@@ -560,6 +584,8 @@ def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], def
         roles |= {f"{key}_column": section.get(key) for key in ("text", "embedding", "image")}
         kinds |= {section[key]: TEXT for key in ("text", "embedding", "image") if section.get(key)}
         items = _joined_table("item_id", section, read(section, kinds | _kinds_of_columns(section)))
+        if section.get("unlisted") == "add":
+            items = _with_unlisted(items, parts)
     else:
         ids = same_kind([canonical_ids(frame["item_id"], "item_id", source) for frame, source in parts])
         items = pd.concat(ids).drop_duplicates().to_frame("item_id"), parts[0][1]
@@ -577,6 +603,26 @@ def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], def
         timezone=str(mapping.get("timezone", "UTC")),
         **roles,
     )
+
+
+def _feedback(values: pd.Series, part: dict, source: str) -> pd.Series:
+    """A column of feedback by its part of the mapping."""
+    if "equals" in part:
+        wanted = part["equals"] if isinstance(part["equals"], list) else [part["equals"]]
+        text = canonical_categories(values, str(values.name), source)
+        return text.isin([str(value) for value in wanted]).astype("float32").where(text.notna())
+    scale = part.get("scale", 1)
+    return values * scale if pd.api.types.is_numeric_dtype(values.dtype) and scale != 1 else values
+
+
+def _with_unlisted(items: tuple[pd.DataFrame, str], parts: Tables) -> tuple[pd.DataFrame, str]:
+    """A table of items with those that only the interactions name, which have no features."""
+    table, source = items
+    ids = [canonical_ids(frame["item_id"], "item_id", name) for frame, name in parts]
+    listed, *named = same_kind([canonical_ids(table["item_id"], "item_id", source), *ids])
+    named = pd.concat(named).drop_duplicates()
+    unlisted = named[~named.isin(listed)]
+    return pd.concat([table.assign(item_id=listed), unlisted.to_frame("item_id")], ignore_index=True), source
 
 
 def _kinds_of_columns(section: dict) -> dict[str, str]:

@@ -265,7 +265,8 @@ def canonical_interactions(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     if "timestamp" not in frame and "position" not in frame:
         raise DataError(
             f"{source}: columns 'timestamp' and 'position' are both missing; the columns are "
-            f"{', '.join(map(str, frame.columns))}. Map one of them: it gives the order of a user's behaviour."
+            f"{', '.join(map(str, frame.columns))}. Map one of them: it gives the order of a user's behaviour; "
+            "or, where the rows stand in that order, set `order: file` beside `columns`."
         )
     frame = frame.reset_index(drop=True)
     columns = {name: canonical_ids(frame[name], name, source) for name in ("user_id", "item_id")}

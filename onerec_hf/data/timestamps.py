@@ -25,8 +25,9 @@ def unix_seconds(values: pd.Series, unit: str | None, source: str) -> pd.Series:
 
     Args:
         values: numbers, date-times (which need no unit) or, of the unit `"iso"`, text.
-        unit: one of `TIMESTAMP_UNITS`. By default what the values say, which is logged where it is not seconds;
-            seconds where they say nothing, such as times since a start of the log's own.
+        unit: one of `TIMESTAMP_UNITS`, or how text is written as `strptime` has it, such as `"%d.%m.%Y %H:%M"`. By
+            default what the values say, which is logged where it is not seconds; seconds where they say nothing, such
+            as times since a start of the log's own.
 
     Raises:
         DataError: a value that is no time, a unit that contradicts the values, a date after 2100 in a log of dates.
@@ -34,6 +35,8 @@ def unix_seconds(values: pd.Series, unit: str | None, source: str) -> pd.Series:
     if pd.api.types.is_bool_dtype(values.dtype):
         bad, remedy = values.notna().to_numpy(), "Name the column of the times."
         refuse(source, str(values.name), bad, values, "holds true and false where times are needed", remedy)
+    if unit is not None and "%" in unit:
+        return _of_dates(values, unit, source)
     if unit != "iso" and not _has_units(values):
         numbers = pd.to_numeric(values, errors="coerce").notna().any()
         if unit is not None or numbers:
@@ -45,7 +48,7 @@ def unix_seconds(values: pd.Series, unit: str | None, source: str) -> pd.Series:
         return _of_dates(values, unit, source)
     numbers = pd.Series(values.to_numpy(dtype="float64", na_value=np.nan), index=values.index, name=values.name)
     median = numbers[numbers > 0].median()
-    likely = _likely_unit(median)
+    likely = likely_unit(median)
     if unit is None:
         unit = likely or "s"
         if unit != "s":
@@ -68,14 +71,18 @@ def _has_units(values: pd.Series) -> bool:
 
 
 def _of_dates(values: pd.Series, unit: str | None, source: str) -> pd.Series:
-    times = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601" if unit == "iso" else None)
+    written = {"iso": "ISO8601"}.get(unit, unit)
+    # 20200705 of a CSV file is a number.
+    text = values.astype("Int64").astype("string") if written and pd.api.types.is_numeric_dtype(values) else values
+    times = pd.to_datetime(text, utc=True, errors="coerce", format=written)
     unread = (times.isna() & values.notna()).to_numpy()
     remedy = "Correct timestamp_unit, or the values."
-    refuse(source, str(values.name), unread, values, "is not an ISO date-time", remedy)
+    what = "an ISO date-time" if unit == "iso" else f"a date-time written as {unit}"
+    refuse(source, str(values.name), unread, values, f"is not {what}", remedy)
     return (times.dt.tz_localize(None).astype("datetime64[us]").astype("int64") / 1e6).where(times.notna())
 
 
-def _likely_unit(time: float) -> str | None:
+def likely_unit(time: float) -> str | None:
     """The unit in which it is a date as logs have them; None where it is one in no unit, or not known."""
     fitting = [unit for unit, per_second in UNITS_PER_SECOND.items() if _EARLIEST <= time / per_second < _LATEST]
     return fitting[0] if fitting else None

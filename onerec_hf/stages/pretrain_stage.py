@@ -29,6 +29,9 @@ from .tokenize_stage import load_item_content
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
 
+LEAST_STEPS = 16  # of an epoch, as far as the smallest batch goes
+SMALLEST_BATCH, LARGEST_BATCH = 16, 256
+
 GATE_BATCH = 128
 
 TRAINING_DEFAULTS = {
@@ -44,6 +47,16 @@ TRAINING_DEFAULTS = {
     # Experts are slices of one parameter, so that every parameter is used in every step.
     "ddp_find_unused_parameters": False,
 }
+
+
+def fitting_batch_size(num_sessions: int) -> int:
+    """Where no batch size is given: the largest power of two that leaves an epoch `LEAST_STEPS`, within bounds.
+
+    >>> [fitting_batch_size(num_sessions) for num_sessions in (300, 2000, 100_000)]
+    [16, 64, 256]
+    """
+    largest = max(num_sessions // LEAST_STEPS, 1)
+    return min(max(2 ** (largest.bit_length() - 1), SMALLEST_BATCH), LARGEST_BATCH)
 
 
 def training_log(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,6 +245,7 @@ def train_generator(
             **TRAINING_DEFAULTS,
             "train_sampling_strategy": "group_by_length",
             "eval_strategy": "epoch" if len(held_out) else "no",
+            "per_device_train_batch_size": fitting_batch_size(len(rows)),
             **options.pretrain,
             **changes,
             "seed": options.seed,

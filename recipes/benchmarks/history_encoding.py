@@ -24,7 +24,7 @@ from onerec_hf.pretraining import TARGETS_PER_ROW, OneRecPretrainer
 from onerec_hf.session_rows import index_sessions
 from onerec_hf.shared_histories import share_histories
 from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, prepared_data
-from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS
+from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS, fitting_batch_size
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.stage_runner import read_json, stage_dir, write_json
 
@@ -67,7 +67,8 @@ def train(way: str, args, tokenizer: OneRecTokenizer, seconds: float):
     """A model trained in one way for the given processor time [s], and what the training says of itself."""
     set_seed(args.seed)
     sessions = index_sessions(prepared_data(args, "history_encoding").read(PRETRAINING_SESSIONS), tokenizer)
-    rows, options = sessions, dict(args.pretrain)
+    rows = sessions
+    options = {"per_device_train_batch_size": fitting_batch_size(len(sessions)), **args.pretrain}
     if WAYS[way].get("encoder_attention") == "causal":
         rows = share_histories(sessions, args.history_items, TARGETS_PER_ROW)
         options["per_device_train_batch_size"] = max(options["per_device_train_batch_size"] // TARGETS_PER_ROW, 1)
