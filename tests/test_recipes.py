@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,12 +20,13 @@ from metrics_keys import undescribed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
+from onerec_hf import command_line
 from onerec_hf.demo.choice import Settings, choose
 from onerec_hf.demo.run_content import content_of_run
 from onerec_hf.item_memory import remember_items
 from onerec_hf.reporting import number
 from onerec_hf.reporting.served_report import served_name
-from onerec_hf.stages import parse_recipe_arguments
+from onerec_hf.stages import parse_recipe_arguments, run_pipeline
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -397,15 +399,43 @@ def test_the_readme_recommends(killed_and_resumed, tmp_path, monkeypatch, capsys
     assert len(scope["recommender"](scope["histories"], top_k=10)[0]["items"]) == 10
 
 
-def test_the_readme_trains_on_a_log_of_users_items_and_times(tmp_path, monkeypatch, capsys):
+def a_log(path: Path) -> None:
     users = np.arange(1200) % 100
     items = 20 * (users % 6) + np.random.default_rng(0).integers(20, size=len(users))
     log = pd.DataFrame({"user": users, "item": items, "time": 1_700_000_000 + 600 * np.arange(len(users))})
-    log.to_csv(tmp_path / "log.csv", index=False)
+    log.to_csv(path, index=False)
+
+
+def test_the_readme_trains_on_a_log_of_users_items_and_times(tmp_path, monkeypatch):
+    a_log(tmp_path / "log.csv")
     monkeypatch.chdir(tmp_path)
+    code = (
+        readme_code("Train on your own log")
+        .replace('"small"', '"debug"')
+        .replace("num_train_epochs=10", "max_steps=2")
+    )
+    assert code.count("max_steps=2") == code.count('"debug"') == 1
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    recommended = scope["recommendations"]
+    assert recommended["user_id"].nunique() == 100 and recommended["rank"].max() == 10
+
+
+def test_the_readmes_commands_go_from_a_folder_to_a_report(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_data").mkdir()
+    a_log(tmp_path / "my_data" / "log.csv")
+    monkeypatch.chdir(tmp_path)
+    shell = re.search(r"```shell\n(onerec init.*?)```", README, re.DOTALL).group(1).splitlines()
+    init, pipeline = (shlex.split(line, comments=True) for line in shell[:2])
+    monkeypatch.setattr(sys, "argv", init)
+    with pytest.raises(SystemExit) as done:
+        command_line.main()
+    assert not done.value.code
     small = {"preset": "debug", "pretrain": '{"max_steps": 2}', "baselines": '{"sasrec": false}', "threads": "1"}
-    code = readme_code("Train on your own log").replace("options = {", f"options = {small} | {{")
-    exec(compile(code, "README.md", "exec"), {})
+    flags = [part for name, value in small.items() for part in (f"--{name}", value)]
+    assert pipeline[:5] == ["accelerate", "launch", "-m", "onerec_hf", "pipeline"]
+    capsys.readouterr()
+    run_pipeline(parse_recipe_arguments([*pipeline[5:], *flags]))
     _, rows = capsys.readouterr().out.split("Recall@10  NDCG@10\n")  # what training says comes before
     assert [line.split()[0] for line in rows.split("\n")[1:5]] == ["OneRec", "Popularity", "Item-KNN", "EASE"]
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
