@@ -48,6 +48,7 @@ DATE_FORMATS = (
 ID_WORDS = {"id", "hash", "key", "no", "code", "uuid", "guid", "anon", "anonymous", "pseudo", "external", "internal"}
 USER_WORDS = {"user", "customer", "visitor", "member", "client", "reviewer", "buyer", "viewer", "listener", "reader"}
 ITEM_WORDS = {"item", "product", "video", "movie", "track", "song", "article", "news", "book", "game", "post", "clip"}
+GUESSED = "ids that repeat"
 FLAG_WORDS = {"is", "has", "was", "did", "flag", "long", "effective", "user", "item"}
 MAX_EVENTS = 16  # values of a column of event types
 RATING_SHARE = 0.7  # of a scale: from here on a rating is positive
@@ -141,8 +142,8 @@ def infer_mapping(name: str, tables: list[TableSample], given: dict[str, str] | 
 
 
 def _certainty(keys: list[Choice]) -> int:
-    """How sure a table is the log: by names of user and item, a time, and an explicit reason over a guess."""
-    return sum(3 if choice.role in ("user_id", "item_id") and "name" in choice.reason else 1 for choice in keys)
+    """How sure it is that a table is the log: what names tell counts more than what values do."""
+    return sum(1 if choice.reason.startswith(GUESSED) else 3 for choice in keys)
 
 
 def _keys(table: TableSample, given: dict[str, str]) -> list[Choice] | None:
@@ -163,10 +164,10 @@ def _keys(table: TableSample, given: dict[str, str]) -> list[Choice] | None:
         user, session = Choice("user_id", session.value, "a session's name, and there is no user: its own user"), None
     ids = [name for name in free if (session is None or name != session.value) and _looks_like_ids(table, name)]
     if user is None and item is None and len(ids) >= 2:
-        why = "ids that repeat, without a known name; the {} of these columns"
+        why = f"{GUESSED}, without a known name; the {{}} of these columns"
         user, item = Choice("user_id", ids[0], why.format("first")), Choice("item_id", ids[1], why.format("second"))
     elif (user is None) != (item is None) and len(ids) == 1:
-        guess = Choice("user_id" if user is None else "item_id", ids[0], "the only other column of ids that repeat")
+        guess = Choice("user_id" if user is None else "item_id", ids[0], f"{GUESSED}, the only other such column")
         user, item = (guess, item) if user is None else (user, guess)
     if user is None or item is None or "user_id" not in given and not _repeats(table, user.value):
         return None

@@ -69,7 +69,8 @@ def sampled_tables(data_dir: str | Path) -> tuple[list[TableSample], list[str]]:
     folder = data_folder(data_dir)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     wanted = [path for path in paths if is_table(path) or path.suffix.lower() in TEXT_SUFFIXES]
-    unread = [f"{path.relative_to(folder)}: no table by its ending" for path in paths if path not in wanted]
+    others = [str(path.relative_to(folder)) for path in paths if path not in wanted]
+    unread = [f"no tables by their endings: {', '.join(others[:5])}{', ...' * (len(others) > 5)}"] if others else []
     tables = []
     # Parts of one table have names that differ in their numbers alone.
     for _, group in itertools.groupby(wanted, lambda path: (path.parent, re.sub(r"\d+", "#", path.name))):
