@@ -91,8 +91,8 @@ def test_served_sessions_are_chosen_by_the_reward_model_and_compared_by_the_inde
     found = sentences(0.1, served=entries)[1]
     assert found.startswith(
         "Served session, by the independent judge: OneRec 1, likeliest session, is worse than the best cascade, "
-        "EASE's 128, session by reward: mean reward 1.0000 against 1.2000, a difference of -0.2 (95% interval -0.242 to "
-        "-0.158, which excludes 0)."
+        "EASE's 128, session by reward: mean reward 1.0000 against 1.2000, a difference of -0.2 (95% interval "
+        "-0.242 to -0.158, which excludes 0)."
     )
     assert found.endswith("Both were chosen by the reward model.")
     assert len(sentences(0.1, served=entries[:3])) == 2

@@ -89,6 +89,7 @@ details { margin: 8px 0; } summary { cursor: pointer; font-weight: 600; }
 @media print {
   body { font-size: 11px; } main { max-width: none; padding: 0; } nav { display: none; }
   details::details-content { content-visibility: visible; }
+  #all-numbers-and-settings ~ details::details-content { content-visibility: hidden; }
   .wide { overflow: visible; } table { font-size: 8px; width: 100%; }
   th, td { white-space: normal; padding-right: 5px; }
   h2, h3, summary { break-after: avoid; } img, tr, .card, .verdict { break-inside: avoid; }

@@ -173,6 +173,7 @@ class Alignment:
                 "seed": seed,
                 "bf16": torch.cuda.is_available(),
                 "gradient_checkpointing": False,
+                **self.args.tracking(f"{self.folder.name.partition('.')[0]}/{target.name}"),
                 **options.align,
                 "output_dir": str(checkpoints),
             }

@@ -115,11 +115,14 @@ def run_pretrain(
         if config.item_content_size:
             model.set_item_content(content)
         positive = data.session_source == "positive"
-        trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive)
+        trainer = train_generator(
+            model, tokenizer, parts, options, folder / CHECKPOINTS, positive, **args.tracking(stage)
+        )
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
             last = folder / CHECKPOINTS / "recent"
-            trainer = train_generator(model, tokenizer, recent, options, last, positive, **options.pretrain_recent)
+            changes = args.tracking(f"{stage}/recent") | options.pretrain_recent
+            trainer = train_generator(model, tokenizer, recent, options, last, positive, **changes)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
         if config.item_gate:

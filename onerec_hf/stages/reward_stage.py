@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,7 +54,7 @@ def run_reward(args: RecipeArguments) -> Path:
         for index, name in enumerate((REWARD_MODEL, INDEPENDENT_JUDGE)):
             if not (folder / name / TRAINED).exists():
                 exposures = exposures or _Exposures(args, tokenizer)
-                _train(options, folder, name, index, exposures)
+                _train(options, folder, name, index, exposures, args.tracking(f"reward/{name}"))
             summary[name] = read_json(folder / name / TRAINED)
         return {"models": summary}
 
@@ -122,7 +123,9 @@ def calibrate(model: OneRecRewardModel, encoder: ExposureEncoder, totals: ItemTo
     fit_calibration(model, RewardPredictions.joined(predictions))
 
 
-def _train(options: RewardArguments, folder: Path, name: str, index: int, exposures: _Exposures) -> None:
+def _train(
+    options: RewardArguments, folder: Path, name: str, index: int, exposures: _Exposures, tracking: dict[str, Any]
+) -> None:
     """One of the two models, into its folder."""
     target, seed, tokenizer = folder / name, options.seed + index, exposures.tokenizer
     set_seed(seed)
@@ -132,7 +135,8 @@ def _train(options: RewardArguments, folder: Path, name: str, index: int, exposu
     sizes = {field: getattr(exposures.data, field) for field in ("history_items", "session_items")}
     fields = {**sizes, **DEFAULTS[name], **overrides}
     model = create_reward_model(fields, feed, totals, tokenizer, exposures.embeddings)
-    arguments = {**TRAINING_DEFAULTS, "seed": seed, **options.reward, "output_dir": str(folder / CHECKPOINTS / name)}
+    own = {"seed": seed, **tracking, **options.reward, "output_dir": str(folder / CHECKPOINTS / name)}
+    arguments = {**TRAINING_DEFAULTS, **own}
     log = training_log(train_reward_model(model, tokenizer, totals, train, arguments))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
     calibrate(model, encoder, totals, calibration)
