@@ -41,6 +41,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
             print("at work", flush=True)
             signal.pause()
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
         run_stage(Stage("pretrain", Path(sys.argv[1]), Options()), work)
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
