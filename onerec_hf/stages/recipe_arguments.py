@@ -164,7 +164,7 @@ class RunArguments:
     threads: int | None = option(None, "CPU threads of each process. Default: its share of the available cores.")
     report_to: str | None = option(
         None,
-        "Where trainings log to: trackio, tensorboard, wandb or all; each of a run's is one run of a project that has "
+        "Where trainings log to: trackio, tensorboard or wandb; each of a run's is one run of a project that has "
         "the name of output_dir. Default: nowhere.",
     )
     verbose: bool = option(False, "Whether a run ends in all tables of its report, in place of a summary.")
@@ -559,6 +559,8 @@ class RecipeArguments(
             vars(self).update(vars(self.group(group)))
         if self.num_semantic_ids > 1 and self.align_rounds:
             raise ValueError("Alignment is for one semantic ID per item: with num_semantic_ids set align_rounds to 0.")
+        if self.report_to is not None:
+            self.check_choice("report_to", "trackio", "tensorboard", "wandb")
         names = ("hub_model_id", "hub_reward_model_id", "hub_preferences_id")
         require_repositories(**{name: getattr(self, name) for name in names})
         if self.hub_reward_model_id is not None and self.hub_model_id is None:
