@@ -1,5 +1,6 @@
 """Checkpoints of a training that may be killed at any moment: which of them are whole."""
 
+import importlib
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def train_from_latest(trainer: Trainer) -> None:
             "dataloader_drop_last drops the last: lower per_device_train_batch_size, or keep the last batch."
         )
     trainer.train(resume_from_checkpoint=latest_complete_checkpoint(args.output_dir))
+    if "wandb" in args.report_to:  # its callback leaves the run open, and the next training would log to it
+        importlib.import_module("wandb").finish()
 
 
 __all__ = ["CHECKPOINT_COMPLETE", "CheckpointCompleteCallback", "latest_complete_checkpoint", "train_from_latest"]

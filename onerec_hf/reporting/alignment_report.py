@@ -95,7 +95,7 @@ def rounds_section(alignment: Sequence[Entry]) -> str:
         "of the catalogue. KL: divergence of a user's session distribution from the seed model's.</p>"
         + _dropped_note(alignment)
         + svg_image(_rounds_figure(alignment), "Recall@10, coverage, popularity share and KL by round")
-        + rounds_table(alignment, columns).html()
+        + rounds_table(alignment, columns).folded("Rounds in figures")
     )
 
 
@@ -123,7 +123,9 @@ def reward_section(alignment: Sequence[Entry]) -> str:
     for objective in objectives:
         columns = [(judge, f"{objective}_{kind}") for judge in judges for kind in KINDS]
         rows = [[round_name(entry), *(_judged(entry, *column) for column in columns)] for entry in alignment]
-        text += f"<h3>{escape(shown_name(objective))}</h3>" + Table(header, rows, _classes(alignment), groups).html()
+        text += f"<h3>{escape(shown_name(objective))}</h3>" + Table(header, rows, _classes(alignment), groups).folded(
+            "By round and judge"
+        )
     return text
 
 
@@ -152,10 +154,12 @@ def log_section(alignment: Sequence[Entry]) -> str:
         [round_name(entry), *(entry["on_log"][name] for name in LOG_FACTS), _verdict(entry["on_log"])]
         for entry in entries
     ]
-    text += Table(["round", *LOG_FACTS.values(), "enough to conclude"], rows, classes).html()
+    text += Table(["round", *LOG_FACTS.values(), "enough to conclude"], rows, classes).folded("The sample")
     for objective in dict.fromkeys(name for entry in entries for name in entry["on_log"]["heads"]):
         rows = [[round_name(entry), *_estimates(entry["on_log"]["heads"][objective])] for entry in entries]
-        text += f"<h3>{escape(shown_name(objective))}</h3>" + Table(["round", *ESTIMATES], rows, classes).html()
+        text += f"<h3>{escape(shown_name(objective))}</h3>" + Table(["round", *ESTIMATES], rows, classes).folded(
+            "Estimates"
+        )
     return text
 
 

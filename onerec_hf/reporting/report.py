@@ -31,6 +31,7 @@ from .alignment_report import (
 )
 from .served_report import BASELINE_NAMES, served_section, served_text
 from .tables import Measured, Table, fact_rows, number, signed_percent
+from .verdict import verdict_sentences
 
 PARTS = {
     "dataset": {},
@@ -77,12 +78,22 @@ tr.groups th { text-align: center; border-bottom: 0; padding-top: 8px; color: #1
 td small { color: #66717f; } tr.dropped td { opacity: .6; }
 tr.ours td { font-weight: 650; background: #f2f6fe; }
 .user { display: grid; grid-template-columns: 1fr 1fr; gap: 0 28px; margin-bottom: 10px; }
-.user h3 { grid-column: 1 / -1; } .user > div { min-width: 0; } .user table { width: 100%; }
+.user > div { min-width: 0; } .user table { width: 100%; }
 .user th, .user td { text-align: left; } .user td { white-space: normal; overflow-wrap: anywhere; }
 .user td:nth-child(3) { text-align: right; }
 tr.hit td { background: #e8f6ec; font-weight: 650; }
 details { margin: 8px 0; } summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 720px) { .user { grid-template-columns: 1fr; } }
+.verdict { border-left: 4px solid #2f6fde; padding: 4px 0 4px 16px; margin: 20px 0; }
+.verdict p { margin: 0 0 8px; }
+@media (max-width: 720px) { main { padding: 18px 14px 40px; } .user { grid-template-columns: 1fr; } }
+@media print {
+  body { font-size: 11px; } main { max-width: none; padding: 0; } nav { display: none; }
+  details::details-content { content-visibility: visible; }
+  #all-numbers-and-settings ~ details::details-content { content-visibility: hidden; }
+  .wide { overflow: visible; } table { font-size: 8px; width: 100%; }
+  th, td { white-space: normal; padding-right: 5px; }
+  h2, h3, summary { break-after: avoid; } img, tr, .card, .verdict { break-inside: avoid; }
+}
 """
 
 
@@ -133,7 +144,7 @@ def write_report(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head><body><main><h1>{escape(title)}</h1>"
         '<p class="note">From raw logs to aligned recommendations: what this run learned and how good it is.</p>'
-        f"<nav>{links}</nav>{_cards(metrics)}{body}</main></body></html>\n"
+        f"{_verdict(metrics)}{_cards(metrics)}<nav>{links}</nav>{body}</main></body></html>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +197,15 @@ def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
+def _verdict(metrics: Mapping[str, Any]) -> str:
+    sentences = [sentence.partition(": ") for sentence in verdict_sentences(metrics)]
+    text = "".join(
+        f"<p><b>{escape(what)}{colon}</b>{escape(rest)}</p>" if colon else f'<p class="note">{escape(what)}</p>'
+        for what, colon, rest in sentences
+    )
+    return f'<div class="verdict">{text}</div>' if text else ""
+
+
 def _cards(metrics: Mapping[str, Any]) -> str:
     onerec, alignment, cards = metrics["onerec"], metrics["alignment"], []
     if "recall@10" in onerec:
@@ -221,13 +241,13 @@ def _quality_section(metrics: Mapping[str, Any]) -> str:
         "intervals over users.</p>"
     )
     text += svg_image(_comparison_figure(methods), "Recall@10 and NDCG@10 of OneRec and the baselines")
-    text += Table(["", *RANKING_COLUMNS], rows, classes).html()
+    text += Table(["", *RANKING_COLUMNS], rows, classes).folded("All methods in figures")
     text += "".join(f'<p class="note">{escape(line)}</p>' for line in skipped_notes(metrics))
     if len(metrics["alignment"]) > 1:
         return text + rounds_section(metrics["alignment"])
     columns = [column for column in SESSION_COLUMNS if column in onerec]
     rates = Table(["", *columns], [["OneRec", *(onerec[column] for column in columns)]])
-    return text + rates.html() if columns else text
+    return text + rates.folded("Generated sessions in figures") if columns else text
 
 
 def _code_section(
@@ -247,9 +267,9 @@ def _code_section(
     if code_samples:
         rows = [[str(row["code"]), row["num_items"], "; ".join(map(str, row["items"]))] for row in code_samples]
         samples = Table(["first code", "items", "of them"], rows)
-        text += "<h3>Some items of some first codes</h3>" + samples.html(kind="plain")
+        text += "<h3>Some items of some first codes</h3>" + samples.folded("Items by code", kind="plain")
     if report:
-        text += Table(["", ""], fact_rows(report)).html(kind="plain")
+        text += Table(["", ""], fact_rows(report)).folded("Semantic IDs in figures", kind="plain")
     return text
 
 
@@ -266,8 +286,8 @@ def _examples_section(examples: Sequence[Mapping[str, Any]]) -> str:
         rows = [[str(row["item"]), row.get("label", ""), float(row["score"])] for row in found]
         hits = ["hit" if next_item is not None and row["item"] == next_item else "" for row in found]
         recommended = Table(["recommended", "", "score"], rows, hits)
-        text += f'<div class="user"><h3>{escape(title)}</h3>'
-        text += f"<div>{history.html()}</div><div>{recommended.html()}</div></div>"
+        text += f'<details><summary>{escape(title)}</summary><div class="user">'
+        text += f"<div>{history.html()}</div><div>{recommended.html()}</div></div></details>"
     return text
 
 
@@ -288,7 +308,7 @@ def _reward_model_section(reward_models: Mapping[str, Any], plots: Mapping[str, 
             for index, (name, report) in enumerate(reports.items())
         ]
         text += f"<h3>On later {'sessions' if what == 'sessions' else 'single exposures'}</h3>"
-        text += Table(["", "", *(REWARD_METRICS[key] for key in columns)], rows).html()
+        text += Table(["", "", *(REWARD_METRICS[key] for key in columns)], rows).folded("In figures")
         for name in plots:
             if what in plots[name]:
                 title = f"{shown_name(name)}, {what}: estimate against label in bins of equal size"
@@ -306,8 +326,7 @@ def _details_section(parts: Mapping[str, Any]) -> str:
         title = key.replace("_", " ")
         rows = fact_rows(value if isinstance(value, Mapping) else {title: value})
         if rows and key not in shown:
-            table = Table(["", ""], rows).html(kind="plain")
-            text += f"<details><summary>{escape(title.capitalize())}</summary>{table}</details>"
+            text += Table(["", ""], rows).folded(title.capitalize(), kind="plain")
     return text
 
 

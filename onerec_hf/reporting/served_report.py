@@ -108,7 +108,7 @@ def served_section(served: Sequence[Entry]) -> str:
             "opinion.</p>"
         )
     text += svg_image(served_figure(served), "Reward against session recall, by judge")
-    return text + served_table(served).html()
+    return text + served_table(served).folded("All methods in figures")
 
 
 def served_figure(served: Sequence[Entry]) -> Figure:

@@ -129,6 +129,10 @@ class Table:
         table.insert(1, ["-" * (width or 3) for width in widths])
         return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in table)
 
+    def folded(self, summary: str, kind: str = "") -> str:
+        """The HTML table below a line that unfolds it."""
+        return f"<details><summary>{escape(summary)}</summary>{self.html(kind)}</details>"
+
     def html(self, kind: str = "") -> str:
         """An HTML table; intervals and changes, or what follows a line break, are set smaller below a cell's value.
 

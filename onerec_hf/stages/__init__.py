@@ -1,5 +1,6 @@
 """The recipes' stages, from raw logs to the report. Each is one function of [`RecipeArguments`], `run_<stage>`."""
 
+import time
 import warnings
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ logger = get_logger(__name__)
 def run_pipeline(args: RecipeArguments) -> None:
     """All stages in order. With `align_rounds` 0, or of a log without feedback, there is no reward model to train, and
     the seed model is the last."""
+    started = time.monotonic()
     require_login(args.hub_model_id, args.hub_reward_model_id)
     run_tokenize(args)
     warn_of_skipped_baselines(args)
@@ -35,12 +37,13 @@ def run_pipeline(args: RecipeArguments) -> None:
         else:
             logger.warning("The log has no feedback, so that there is nothing to align to: align_rounds is set to 0.")
             args = replace(args, align_rounds=0, hub_reward_model_id=None)
-    run_pretrain(args)
-    if args.align_rounds:
-        run_reward(args)
-        run_align(args)
-    run_recommend(args)
-    run_evaluate(args)
+    aligning = [run_reward, run_align] if args.align_rounds else []
+    steps = [run_pretrain, *aligning, run_recommend, run_evaluate]
+    for number, step in enumerate(steps, start=2):
+        minutes = (time.monotonic() - started) / 60
+        name = step.__name__.removeprefix("run_")
+        logger.info(f"Step {number} of {len(steps) + 1}: {name}, {minutes:.0f} min after the start")
+        step(args)
 
 
 def run_update(args: RecipeArguments) -> None:

@@ -169,6 +169,7 @@ class Alignment:
                 "logging_steps": 5,
                 "num_train_epochs": 1,  # Algorithm 2 goes over the data once per round
                 "seed": seed,
+                **self.args.tracking(f"{self.folder.name.partition('.')[0]}/{target.name}"),
                 **options.align,
                 "output_dir": str(checkpoints),
             }

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from .. import __version__
 from ..evaluation import PolicyOnLog, PolicyResults, last_kept
@@ -30,6 +30,7 @@ from ..reporting import (
     tokenizer_card,
 )
 from ..reporting.report import write_report
+from ..reporting.tables import fact_rows
 from ..semantic_ids.semantic_id_report import code_use
 from ..session_generation import generate_sessions
 from ..staged_files import staged_file
@@ -85,12 +86,30 @@ def run_evaluate(args: RecipeArguments) -> Path:
         examples = read_json(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []  # none of runs before
         print(print_table(metrics) if args.verbose else run_summary(metrics, examples))
         print(f"Report: {args.output_dir / 'report.html'}" + " (--verbose prints its tables)" * (not args.verbose))
+        track_evaluation(args, metrics)
         model_id, reward_id = args.hub_model_id, args.hub_reward_model_id
         if model_id is not None:
             reward_dir = args.output_dir / "reward" / REWARD_MODEL if reward_id else None
             urls = push_run_to_hub(model_id, final_model(args), metrics, reward_id, reward_dir)
             print("\n".join(f"Pushed: {url}" for url in urls))
     return folder
+
+
+def track_evaluation(args: RecipeArguments, metrics: dict[str, Any]) -> None:
+    """Logs the last model's and the baselines' figures to `report_to`, as the run `evaluate` beside the trainings."""
+    tracked = args.tracking("evaluate")
+    if tracked:
+        folder = args.output_dir / "tensorboard"
+        accelerator = Accelerator(
+            log_with=tracked["report_to"], project_dir=folder, cpu=PartialState().device.type == "cpu"
+        )
+        init = {"trackio": {"name": tracked["run_name"]}, "wandb": {"name": tracked["run_name"]}}
+        accelerator.init_trackers(
+            "evaluate" if tracked["report_to"] == "tensorboard" else tracked["project"], init_kwargs=init
+        )
+        rows = fact_rows({name: metrics[name] for name in ("onerec", "baselines")}, "/", nested_lists=False)
+        accelerator.log({name: value for name, value in rows if isinstance(value, (int, float))})
+        accelerator.end_training()
 
 
 def final_model(args: RecipeArguments) -> Path:

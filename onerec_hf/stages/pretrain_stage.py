@@ -133,11 +133,13 @@ def run_pretrain(
             changes = options.pretrain_update
             model = continued_generator(previous.generator(), config, content)
         positive = data.session_source == "positive"
+        changes = args.tracking(stage) | changes
         trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive, **changes)
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
             last = folder / CHECKPOINTS / "recent"
-            trainer = train_generator(model, tokenizer, recent, options, last, positive, **options.pretrain_recent)
+            changes = args.tracking(f"{stage}/recent") | options.pretrain_recent
+            trainer = train_generator(model, tokenizer, recent, options, last, positive, **changes)
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
         if model.config.item_gate:

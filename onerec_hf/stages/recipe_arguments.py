@@ -168,6 +168,11 @@ class RunArguments:
     hub_reward_model_id: str | None = option(None, "Repository for the reward model, beside hub_model_id.")
     hub_preferences_id: str | None = option(None, "Data set repository that sample_preferences pushes its pairs to.")
     threads: int | None = option(None, "CPU threads of each process. Default: its share of the available cores.")
+    report_to: str | None = option(
+        None,
+        "Where trainings log to: trackio, tensorboard or wandb; each of a run's is one run of a project that has "
+        "the name of output_dir. Default: nowhere.",
+    )
     verbose: bool = option(False, "Whether a run ends in all tables of its report, in place of a summary.")
 
 
@@ -580,12 +585,26 @@ class RecipeArguments(
             self.update_since = PreviousRun(self.previous_run).evaluation_start
         if self.num_semantic_ids > 1 and self.align_rounds:
             raise ValueError("Alignment is for one semantic ID per item: with num_semantic_ids set align_rounds to 0.")
+        if self.report_to is not None:
+            self.check_choice("report_to", "trackio", "tensorboard", "wandb")
         names = ("hub_model_id", "hub_reward_model_id", "hub_preferences_id")
         require_repositories(**{name: getattr(self, name) for name in names})
         if self.hub_reward_model_id is not None and self.hub_model_id is None:
             raise ValueError("hub_reward_model_id goes with hub_model_id: give both, or neither.")
         if self.hub_reward_model_id is not None and not self.align_rounds:
             raise ValueError("With align_rounds 0 there is no reward model: leave out hub_reward_model_id.")
+
+    def tracking(self, training: str) -> dict[str, Any]:
+        """Fields of `TrainingArguments` by which a training logs to `report_to`, as the run of that name, such as
+        `align/round_1`; none without."""
+        if self.report_to is None:
+            return {}
+        project = self.output_dir.resolve().name
+        # What no field of theirs says: tensorboard's folder, of which checkpoints are removed, and wandb's project.
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.output_dir / "tensorboard" / training)
+        os.environ.setdefault("WANDB_PROJECT", project)
+        os.environ["WANDB_RUN_GROUP"] = training.partition("/")[0]
+        return {"report_to": self.report_to, "project": project, "run_name": training}
 
     def group(self, group: type[Group]) -> Group:
         """The options of one stage, checked."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ def run_reward(args: RecipeArguments) -> Path:
         for index, name in enumerate((REWARD_MODEL, INDEPENDENT_JUDGE)):
             if not (folder / name / TRAINED).exists():
                 exposures = exposures or _Exposures(args, tokenizer)
-                _train(options, folder, name, index, exposures)
+                _train(options, folder, name, index, exposures, args.tracking(f"reward/{name}"))
             summary[name] = read_json(folder / name / TRAINED)
         return {"models": summary}
 
@@ -98,7 +99,9 @@ class _Exposures:
         )
 
 
-def _train(options: RewardArguments, folder: Path, name: str, index: int, exposures: _Exposures) -> None:
+def _train(
+    options: RewardArguments, folder: Path, name: str, index: int, exposures: _Exposures, tracking: dict[str, Any]
+) -> None:
     """One of the two models, into its folder."""
     target, seed, tokenizer = folder / name, options.seed + index, exposures.tokenizer
     set_seed(seed)
@@ -111,9 +114,9 @@ def _train(options: RewardArguments, folder: Path, name: str, index: int, exposu
     former = previous and OneRecRewardModel.from_pretrained(previous.stage("reward") / name)
     model = create_reward_model(fields, feed, tokenizer, exposures.embeddings, totals, former)
     changes = options.reward_update if former else {}
-    output = {"seed": seed, "output_dir": str(folder / CHECKPOINTS / name)}
-    arguments = {**TRAINING_DEFAULTS, **options.reward, **changes, **output}
+    own = {"seed": seed, **tracking, **options.reward, **changes, "output_dir": str(folder / CHECKPOINTS / name)}
     given = {"calibration_dataset": calibration, "from_base_rates": former is None}
+    arguments = {**TRAINING_DEFAULTS, **own}
     log = training_log(train_reward_model(model, tokenizer, totals, train, arguments, **given))
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
     if PartialState().is_main_process:

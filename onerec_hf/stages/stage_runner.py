@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi, snapshot_download
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..staged_files import staged_file
 
@@ -180,6 +182,18 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def interruption_named(stage: str) -> Iterator[None]:
+    """Ends the process by Ctrl-C with a line on how to go on, and exit status 130, in place of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            text = f"\n[{stage}] interrupted. The same command goes on from here; what is complete is kept."
+            print(text, file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def run_stage(stage: Stage, work: Callable[[Path], dict | None]) -> Path:
     """Runs `work(folder)` for a stage unless it is complete, and returns the stage's folder.
 
@@ -213,7 +227,7 @@ def run_stage(stage: Stage, work: Callable[[Path], dict | None]) -> Path:
     # A kill may have come between the end of the work and the renaming.
     if not (partial / STAGE_FILE).exists():
         started = time.monotonic()
-        with full_disk_named(partial):
+        with interruption_named(stage.name), logging_redirect_tqdm(), full_disk_named(partial):
             summary = work(partial) or {}
             state.wait_for_everyone()
             if state.is_main_process:

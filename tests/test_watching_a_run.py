@@ -1,0 +1,54 @@
+"""What a run says of itself while it works: its trainings' runs at a tracker, and Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from onerec_hf.stages import parse_recipe_arguments
+
+
+def test_trainings_are_runs_of_one_project_grouped_by_stage(tmp_path, monkeypatch):
+    for name in ("TENSORBOARD_LOGGING_DIR", "WANDB_PROJECT", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(name, "before")
+    monkeypatch.delenv("WANDB_PROJECT")
+    words = ["--config", "quickstart/debug", "--output_dir", str(tmp_path / "mine")]
+    assert parse_recipe_arguments(words).tracking("pretrain") == {}
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == "before"
+    found = parse_recipe_arguments([*words, "--report_to", "trackio"]).tracking("align/round_1")
+    assert found == {"report_to": "trackio", "project": "mine", "run_name": "align/round_1"}
+    assert os.environ["WANDB_PROJECT"] == "mine" and os.environ["WANDB_RUN_GROUP"] == "align"
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "mine" / "tensorboard" / "align" / "round_1")
+    monkeypatch.delenv("WANDB_PROJECT")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    script = """
+        import signal, sys
+        from dataclasses import dataclass
+        from pathlib import Path
+        from onerec_hf.stages.stage_runner import Stage, run_stage
+
+        @dataclass
+        class Options:
+            seed: int = 0
+
+        def work(folder):
+            print("at work", flush=True)
+            signal.pause()
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+        run_stage(Stage("pretrain", Path(sys.argv[1]), Options()), work)
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], **pipes)
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.count("[pretrain] interrupted. The same command goes on from here") == 1
+    assert os.listdir(tmp_path) == ["pretrain.partial"]
