@@ -1,20 +1,11 @@
 """The page's layout and what its parts do."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 from .cards import CLICKS, CSS, blocked_chips, catalogue_cards, history_cards, problem, result
 from .choice import Settings, choose, with_item, without_item
 from .content import DemoContent
-
-try:
-    import gradio as gr
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "The demo needs gradio: pip install -c constraints.txt 'onerec_hf[demo]'.", name=error.name
-    ) from None
 
 LISTED_USERS = 200  # any other can be typed
 MOST_GUIDANCE = 16.0
@@ -46,8 +37,20 @@ def shown(content: DemoContent, visit: Visit, guidance_weight: float, temperatur
     return history_cards(content, visit["row"]), blocked_chips(content, visit["blocked"]) + results
 
 
-def build_page(content: DemoContent, title: str) -> gr.Blocks:
-    """The page: a visitor's history and settings, and what they give."""
+def optional_gradio():
+    """The package, which the plain installation leaves out."""
+    try:
+        import gradio
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "The demo needs gradio: pip install -c constraints.txt 'onerec_hf[demo]'.", name=error.name
+        ) from None
+    return gradio
+
+
+def build_page(content: DemoContent, title: str):
+    """The page, a `gradio.Blocks`: a visitor's history and settings, and what they give."""
+    gr = optional_gradio()
     first = next(iter(content.user_ids), None)
     start = {"row": content.new_row() if first is None else content.user_row(first), "blocked": [], "seed": 0}
 
@@ -132,5 +135,7 @@ def build_page(content: DemoContent, title: str) -> gr.Blocks:
 def launch_page(content: DemoContent, title: str, **options: Any) -> None:
     """Serves the page until it is interrupted; options are those of [`gradio.Blocks.launch`]."""
     page = build_page(content, title).queue(default_concurrency_limit=4)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetched from nowhere
+    theme = optional_gradio().themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )  # fetched from nowhere
     page.launch(css=CSS, theme=theme, footer_links=["gradio"], **options)
