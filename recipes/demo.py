@@ -20,10 +20,12 @@ def main() -> None:
     parser.add_argument("--share", action="store_true", help="a public link for a week, through gradio's servers")
     args = parser.parse_args()
 
-    from onerec_hf.demo.page import launch_page
+    from onerec_hf.demo.page import launch_page, optional_gradio
     from onerec_hf.demo.run_content import content_of_run
     from onerec_hf.demo.space import write_space
 
+    if args.space is None:
+        optional_gradio()  # rather than after the models are loaded
     content, title = content_of_run(args.run), f"OneRec, {args.run.resolve().name}"
     if args.space is not None:
         write_space(content, args.space, title)

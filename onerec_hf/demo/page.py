@@ -135,7 +135,6 @@ def build_page(content: DemoContent, title: str):
 def launch_page(content: DemoContent, title: str, **options: Any) -> None:
     """Serves the page until it is interrupted; options are those of [`gradio.Blocks.launch`]."""
     page = build_page(content, title).queue(default_concurrency_limit=4)
-    theme = optional_gradio().themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # fetched from nowhere
+    # Of fonts that are there: nothing is fetched.
+    theme = optional_gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(css=CSS, theme=theme, footer_links=["gradio"], **options)
