@@ -27,7 +27,7 @@ FLOORS = [
     ["configuration_onerec", "tokenization_onerec", "item_trie"],
     ["history_features", "session_rows", "shared_histories"],
     ["modeling_onerec", "item_head", "item_memory", "training_checkpoints", "pretraining"],
-    ["session_generation", "session_likelihood", "pipeline_generative_recommendation"],
+    ["session_generation", "session_likelihood", "pipeline_generative_recommendation", "endpoint"],
     ["reward"],
     ["alignment"],
     ["evaluation"],

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from ..endpoint import ENDPOINT_FILES, write_endpoint_files
 from ..staged_files import staged_files
 from .alignment_report import judge_change, round_name
 from .tables import Measured, Table, fact_rows
@@ -131,7 +132,7 @@ def push_to_hub(
     files: dict[str, Path] = {}
     for directory in directories:
         for path in sorted(Path(directory).iterdir()):
-            if path.is_file() and path.suffix in PUBLISHED_SUFFIXES:
+            if path.is_file() and (path.suffix in PUBLISHED_SUFFIXES or path.name in ENDPOINT_FILES):
                 files.setdefault(path.name, path)
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(
@@ -155,6 +156,7 @@ def push_run_to_hub(
     **push_arguments,
 ) -> list[str]:
     """Publishes a run: model with tokenizer in one repository and, where both are given, the reward model in another.
+    The model's has what an inference endpoint runs, too.
 
     The reward model's repository gets the tokenizer too: its inputs are that tokenizer's codes and no other's.
     `push_arguments` (private, revision, token, commit_message) are those of [`push_to_hub`].
@@ -174,7 +176,9 @@ def push_run_to_hub(
     card, reward_card = onerec_card(model_dir, metrics, repo_id), None
     if reward_repo_id is not None:
         reward_card = reward_model_card(reward_model_dir, model_dir, metrics, reward_repo_id)
-    urls = [push_to_hub(repo_id, card, model_dir, **push_arguments)]
+    with tempfile.TemporaryDirectory() as endpoint_dir:
+        endpoint = write_endpoint_files(endpoint_dir)
+        urls = [push_to_hub(repo_id, card, model_dir, endpoint, **push_arguments)]
     if reward_card is not None:
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             AutoTokenizer.from_pretrained(model_dir).save_pretrained(tokenizer_dir)

@@ -42,9 +42,13 @@ class SessionScorer:
         self._encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device | None = None) -> "SessionScorer":
-        """Reward model and tokenizer of a folder or Hub repository that holds both."""
-        scorer = cls(OneRecRewardModel.from_pretrained(source).eval(), OneRecTokenizer.from_pretrained(source))
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device | None = None, **hub_arguments
+    ) -> "SessionScorer":
+        """Reward model and tokenizer of a folder or Hub repository that holds both; `hub_arguments` (`revision`,
+        `token`, `local_files_only`, ...) are for both."""
+        model = OneRecRewardModel.from_pretrained(source, **hub_arguments).eval()
+        scorer = cls(model, OneRecTokenizer.from_pretrained(source, **hub_arguments))
         return scorer if device is None else scorer.to(device)
 
     @property
