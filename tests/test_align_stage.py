@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer
@@ -208,7 +210,12 @@ def test_pairs_alone_are_those_of_the_first_round(prepared, undisturbed, monkeyp
         pushed[repo_id] = self.to_list()
         return type("", (), {"repo_url": repo_id})
 
+    cards = []
     monkeypatch.setattr("datasets.Dataset.push_to_hub", push_to_hub)
+    monkeypatch.setattr(
+        "huggingface_hub.DatasetCard.push_to_hub", lambda card, repo_id, **kind: cards.append(card.text)
+    )
+    monkeypatch.setattr(f"{run_sample_preferences.__module__}.create_repo", lambda *args, **kind: None)
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
     run = shutil.copytree(prepared, prepared.with_name("pairs"))
     folder = run_sample_preferences(parse_recipe_arguments(recipe(run)))
@@ -216,6 +223,11 @@ def test_pairs_alone_are_those_of_the_first_round(prepared, undisturbed, monkeyp
     assert pairs.equals(pq.read_table(undisturbed / "round_1" / "pairs.parquet")) and not pushed
     run_sample_preferences(parse_recipe_arguments(recipe(run, hub_preferences_id="me/pairs")))
     assert pushed == {"me/pairs": pairs.to_pylist()}
+    assert len(cards) == 1 and 'load_dataset("me/pairs"' in cards[0] and "| num_candidates | 6 |" in cards[0]
+    # Beside its card the folder is a data set, also with what the stage says of itself.
+    loaded = load_dataset(str(folder), split="train", cache_dir=str(prepared.with_name("cache")))
+    assert loaded.to_list() == pairs.to_pylist()
+    assert set(re.findall(r"`(\w+)`", cards[0].split("## How")[0])) >= set(pairs.column_names)
 
 
 def test_without_the_encoder_a_round_changes_the_decoder_alone(prepared, tmp_path):

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import (
+    CommitOperationAdd,
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+)
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -92,7 +100,35 @@ def reward_model_card(
     return _render("reward_model.md", metrics, repo_id, "reward-model", tokenizer_dir, **values)
 
 
-def save_model_card(card: ModelCard, directory: str | Path) -> Path:
+def preferences_card(
+    num_pairs: int, sampling: Mapping[str, Any], dataset: Mapping[str, Any], repo_id: str | None = None
+) -> DatasetCard:
+    """Card of a round's preference pairs, in a file `pairs.parquet` beside it.
+
+    Args:
+        sampling: how they were drawn, by option.
+        dataset: `dataset` of the run's metrics, which the users are from.
+        repo_id: repository that the card's code loads from. Without one the code is to be run in the folder.
+    """
+    files = [{"split": "train", "path": "pairs.parquet"}]
+    configs = [{"config_name": "default", "data_files": files}]
+    data = DatasetCardData(tags=[*TAGS, "preference"], configs=configs)
+    text = (
+        _environment()
+        .get_template("preferences.md")
+        .render(
+            card_data=data.to_yaml(),
+            dataset=dataset,
+            dataset_table=_dataset_table(dataset),
+            num_pairs=num_pairs,
+            sampling_table=_facts_table(sampling),
+            source=repo_id or ".",
+        )
+    )
+    return DatasetCard(text)
+
+
+def save_model_card(card: ModelCard | DatasetCard, directory: str | Path) -> Path:
     """Writes the card to `README.md` in an existing directory, whole or not at all; returns its path."""
     path = Path(directory) / "README.md"
     with staged_files(directory, last=path.name) as staging:
@@ -229,6 +265,15 @@ def _facts_table(facts: Mapping[str, Any]) -> str:
     return Table(["", "value"], fact_rows(facts, separator=" ", nested_lists=False)).markdown()
 
 
+def _dataset_table(dataset: Mapping[str, Any]) -> str:
+    return _facts_table({name: value for name, value in dataset.items() if name != "name"})
+
+
+def _environment() -> Environment:
+    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    return Environment(loader=FileSystemLoader(_TEMPLATE_DIRECTORIES), undefined=StrictUndefined, **blocks)
+
+
 def _config_table(config: PreTrainedConfig) -> str:
     """The fields that the model's own configuration adds to those of every transformers configuration."""
     # Tables of values are for the file alone.
@@ -276,16 +321,18 @@ def _render(
         eval_results=eval_results,
         model_name=f"OneRec on {dataset['name']}" if eval_results else None,
     )
-    blocks = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=FileSystemLoader(_TEMPLATE_DIRECTORIES), undefined=StrictUndefined, **blocks)
-    text = environment.get_template(template).render(
-        card_data=data.to_yaml(),
-        dataset=dataset,
-        dataset_table=_facts_table({name: value for name, value in dataset.items() if name != "name"}),
-        repo_id=repo_id,
-        source=repo_id or ".",
-        tokenizer=tokenizer,
-        example_items=tokenizer.item_ids[:EXAMPLE_ITEMS].tolist(),
-        **{"tokenizer_table": _facts_table(tokenizer.report), **values},
+    text = (
+        _environment()
+        .get_template(template)
+        .render(
+            card_data=data.to_yaml(),
+            dataset=dataset,
+            dataset_table=_dataset_table(dataset),
+            repo_id=repo_id,
+            source=repo_id or ".",
+            tokenizer=tokenizer,
+            example_items=tokenizer.item_ids[:EXAMPLE_ITEMS].tolist(),
+            **{"tokenizer_table": _facts_table(tokenizer.report), **values},
+        )
     )
     return ModelCard(text)

@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset
+from huggingface_hub import DatasetCard, create_repo
 
 from ..alignment import PreferenceSampling, sample_preferences
 from ..item_trie import ItemTrie
 from ..modeling_onerec import OneRecForConditionalGeneration
+from ..reporting.model_cards import preferences_card, save_model_card
 from ..reward import SessionScorer
 from ..session_rows import index_sessions
 from ..staged_files import staged_file
@@ -22,7 +24,7 @@ from .data_stage import USER_HISTORIES, prepared_data
 from .hub_access import require_login
 from .recipe_arguments import SAMPLING_OPTIONS, PreferenceArguments, RecipeArguments, SamplePreferencesArguments
 from .reward_stage import REWARD_MODEL
-from .stage_runner import MODEL, OutsideInput, Stage, run_stage, stage_dir
+from .stage_runner import MODEL, OutsideInput, Stage, completed_stage, run_stage, stage_dir
 
 PAIRS = "pairs.parquet"
 PARTS = "pairs"
@@ -74,12 +76,23 @@ def run_sample_preferences(args: RecipeArguments, stage: str = "preferences") ->
         scorer = SessionScorer.from_pretrained(reward_model, state.device)
         users = index_sessions(prepared_data(args, "preferences").read(USER_HISTORIES), tokenizer)
         seed = options.seed + 1  # as the first round of align
-        return {"pairs": len(draw_pairs(options, folder, model, trie, scorer, users, seed))}
+        pairs = draw_pairs(options, folder, model, trie, scorer, users, seed)
+        if state.is_main_process:
+            save_model_card(card(len(pairs)), folder)
+        return {"pairs": len(pairs)}
+
+    def card(num_pairs: int) -> DatasetCard:
+        sampling = {name: getattr(options, name) for name in SAMPLING_OPTIONS} | options.preferences
+        known = completed_stage(args.output_dir, "data")["dataset"]
+        return preferences_card(num_pairs, sampling, known, args.hub_preferences_id)
 
     reads = ["data", "tokenize", "reward", *([] if source else ["pretrain"])]
     outside = [OutsideInput(source)] if source else []
     folder = run_stage(Stage(stage, args.output_dir, options, reads, outside), work)
     if args.hub_preferences_id is not None and state.is_main_process:
+        # The card first: what it says of the files gives way to what is pushed.
         pairs = Dataset(pq.read_table(folder / PAIRS))
+        create_repo(args.hub_preferences_id, repo_type="dataset", exist_ok=True)
+        card(len(pairs)).push_to_hub(args.hub_preferences_id, repo_type="dataset")
         logger.info(f"Pushed: {pairs.push_to_hub(args.hub_preferences_id).repo_url}")
     return folder
