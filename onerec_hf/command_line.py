@@ -39,7 +39,11 @@ def main() -> int | None:
     """Runs a sub-command with the words that follow it, and returns the exit status."""
     command, *words = sys.argv[1:] or ["--help"]
     if command in RECIPE_COMMANDS:
-        return run_recipe(command, words)
+        try:
+            return run_recipe(command, words)
+        except KeyboardInterrupt as interruption:
+            print("\n".join(["", *getattr(interruption, "__notes__", ())]), file=sys.stderr)
+            return 130
     if command == INFO and not words:
         print(information())
     elif command in ("-h", "--help", INFO):

@@ -3,7 +3,6 @@
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -42,8 +41,8 @@ def test_every_recipe_is_a_sub_command(name, monkeypatch, tmp_path, capsys):
 
 def test_the_demo_takes_a_run(monkeypatch, tmp_path, capsys):
     served = []
-    gradio = SimpleNamespace(launch_page=lambda *given, **options: served.append((given, options)))
-    monkeypatch.setitem(sys.modules, "onerec_hf.demo.page", gradio)
+    monkeypatch.setattr("onerec_hf.demo.page.launch_page", lambda *given, **options: served.append((given, options)))
+    monkeypatch.setattr("onerec_hf.demo.page.optional_gradio", lambda: None)
     monkeypatch.setattr("onerec_hf.demo.run_content.content_of_run", lambda run: {"run": run})
     onerec(monkeypatch, "demo", str(tmp_path / "mine"), "--port", "7999")
     options = {"server_name": "127.0.0.1", "server_port": 7999, "share": False}

@@ -1,5 +1,6 @@
 """Model cards and the Hub: the cards' code runs, and what is pushed comes back equal in another process."""
 
+import importlib.util
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import onerec_hf
 from onerec_hf.endpoint import write_endpoint_files
@@ -236,61 +237,35 @@ def test_a_run_is_pushed_and_loads_by_repository_id_in_another_process(run_direc
         assert results[repo] == pytest.approx(scores.reward.item(), rel=1e-5)
 
 
-ENDPOINT = """
-import importlib.util, json, sys
-folder, request = sys.argv[1], json.loads(sys.argv[2])
-spec = importlib.util.spec_from_file_location("handler", f"{folder}/handler.py")
-handler = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(handler)
-endpoint = handler.EndpointHandler(path=folder)
-answers = [endpoint(request)]
-for wrong in ({}, {"inputs": [["nowhere"]]}, request | {"parameters": {"top_n": 3}}):
-    try:
-        endpoint(wrong)
-    except ValueError as error:
-        answers.append(str(error))
-print(json.dumps(answers))
-"""
-
-
 def test_an_endpoint_answers_requests_as_the_recommender_does(run_directory, tmp_path):
     repository = tmp_path / "repository"
     shutil.copytree(run_directory / "model", repository)
     write_endpoint_files(repository)
     request = {"inputs": [HISTORY, HISTORY[:1]], "parameters": {"top_k": 3, "blocked_items": ["video-2"]}}
-    answered = run_python(ENDPOINT, {"HF_HUB_OFFLINE": "1"}, str(repository), json.dumps(request))
-    assert answered.returncode == 0, answered.stderr
-    results, no_inputs, unknown_item, unknown_option = json.loads(answered.stdout.splitlines()[-1])
+    # As the platform does: by its path, with the folder.
+    spec = importlib.util.spec_from_file_location("handler", repository / "handler.py")
+    handler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(handler)
+    endpoint = handler.EndpointHandler(path=str(repository))
+    results = json.loads(json.dumps(endpoint(request)))
     model = AutoModelForSeq2SeqLM.from_pretrained(run_directory / "model")
     tokenizer = onerec_hf.OneRecTokenizer.from_pretrained(run_directory / "model")
     expected = onerec_hf.recommend(model, tokenizer, request["inputs"], top_k=3, blocked_items=["video-2"])
     assert [result["items"] for result in results] == [result["items"] for result in expected]
     assert results[0]["scores"] == pytest.approx(expected[0]["scores"], rel=1e-5)
-    assert "inputs must be a history" in no_inputs and "nowhere" in unknown_item and "top_n" in unknown_option
+    wrong = ({}, "inputs must be a history"), ({"inputs": [["nowhere"]]}, "nowhere")
+    for body, message in (*wrong, (request | {"parameters": {"top_n": 3}}, "top_n")):
+        with pytest.raises(ValueError, match=message):
+            endpoint(body)
 
 
-OFFLINE = """
-import json
-import onerec_hf
-from onerec_hf.reward import SessionScorer
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-found = {}
-for revision in (None, "old"):
-    given = {} if revision is None else {"revision": revision}
-    model = AutoModelForSeq2SeqLM.from_pretrained("tester/model", **given)
-    tokenizer = AutoTokenizer.from_pretrained("tester/model", **given)
-    scorer = SessionScorer.from_pretrained("tester/reward", **given)
-    [result] = onerec_hf.Recommender(model, tokenizer)([tokenizer.item_ids[:3].tolist()], top_k=3)
-    weights = [float(next(iter(part.parameters())).sum()) for part in (model, scorer.model)]
-    found[revision or "main"] = [tokenizer.item_ids[0], scorer.tokenizer.item_ids[0], result["items"], weights]
-print(json.dumps(found))
-"""
-
-
-def test_revision_and_offline_reach_every_file(run_directory, tmp_path):
+def test_revision_and_offline_reach_every_file(tmp_path, monkeypatch):
     """Of a cache as huggingface_hub lays it out, in which two revisions of each repository differ in all files."""
     expected = {}
+
+    def weights(*models: torch.nn.Module) -> list[float]:
+        return [next(iter(model.parameters())).detach().sum().item() for model in models]
+
     for number, revision in enumerate(("main", "old")):
         codes = np.stack(np.unravel_index(np.random.default_rng(number).permutation(8**3)[:20], (8, 8, 8)), axis=1)
         items = [f"{revision}-{item}" for item in range(20)]
@@ -301,14 +276,21 @@ def test_revision_and_offline_reach_every_file(run_directory, tmp_path):
         reward_config = OneRecRewardConfig(codebook_sizes=[8, 8, 8], hidden_size=16, tower_hidden_size=16)
         reward_model = OneRecRewardModel(reward_config)
         for repository, saved in (("model", model), ("reward", reward_model)):
-            cache, commit = tmp_path / "hub" / f"models--tester--{repository}", str(number) * 40
+            cache, commit = tmp_path / f"models--tester--{repository}", str(number) * 40
             for part in (saved, tokenizer):
                 part.save_pretrained(cache / "snapshots" / commit)
             (cache / "refs").mkdir(exist_ok=True)
             (cache / "refs" / revision).write_text(commit)
         [result] = onerec_hf.Recommender(model, tokenizer)([items[:3]], top_k=3)
-        weights = [next(iter(part.parameters())).detach().sum().item() for part in (model, reward_model)]
-        expected[revision] = [items[0], items[0], result["items"], pytest.approx(weights, rel=1e-5)]
-    loaded = run_python(OFFLINE, {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
-    assert loaded.returncode == 0, loaded.stderr
-    assert json.loads(loaded.stdout.splitlines()[-1]) == expected
+        expected[revision] = items[0], result["items"], weights(model, reward_model)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = {"cache_dir": tmp_path, "local_files_only": True}
+    for revision in ("old", "main"):
+        model = AutoModelForSeq2SeqLM.from_pretrained("tester/model", revision=revision, **given)
+        tokenizer = AutoTokenizer.from_pretrained("tester/model", revision=revision, **given)
+        scorer = SessionScorer.from_pretrained("tester/reward", revision=revision, **given)
+        [result] = onerec_hf.Recommender(model, tokenizer)([tokenizer.item_ids[:3].tolist()], top_k=3)
+        found = scorer.tokenizer.item_ids[0], result["items"], weights(model, scorer.model)
+        assert found == expected[revision]
+    with pytest.raises(OSError, match="in the cached files"):
+        AutoTokenizer.from_pretrained("tester/model", revision="never", **given)

@@ -31,6 +31,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         import signal, sys
         from dataclasses import dataclass
         from pathlib import Path
+        from onerec_hf import command_line
         from onerec_hf.stages.stage_runner import Stage, run_stage
 
         @dataclass
@@ -42,7 +43,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
             signal.pause()
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
-        run_stage(Stage("pretrain", Path(sys.argv[1]), Options()), work)
+        command_line.run_recipe = lambda *words: run_stage(Stage("pretrain", Path(words[1][0]), Options()), work)
+        sys.argv[1:1] = ["pretrain"]
+        sys.exit(command_line.main())
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], **pipes)

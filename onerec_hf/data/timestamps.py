@@ -72,8 +72,11 @@ def _has_units(values: pd.Series) -> bool:
 
 def _of_dates(values: pd.Series, unit: str | None, source: str) -> pd.Series:
     written = {"iso": "ISO8601"}.get(unit, unit)
-    # 20200705 of a CSV file is a number.
-    text = values.astype("Int64").astype("string") if written and pd.api.types.is_numeric_dtype(values) else values
+    text = values
+    if written and pd.api.types.is_numeric_dtype(values):
+        # 20200705 of a CSV file is a number, a whole one.
+        whole = values.where((values % 1 == 0) & (values.abs() < 1e15)).astype("Int64").astype("string")
+        text = whole.fillna(values.astype("string"))
     times = pd.to_datetime(text, utc=True, errors="coerce", format=written)
     unread = (times.isna() & values.notna()).to_numpy()
     remedy = "Correct timestamp_unit, or the values."

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -184,14 +183,13 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def interruption_named(stage: str) -> Iterator[None]:
-    """Ends the process by Ctrl-C with a line on how to go on, and exit status 130, in place of a traceback."""
+    """Adds to a Ctrl-C how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        if PartialState().is_main_process:
-            text = f"\n[{stage}] interrupted. The same command goes on from here; what is complete is kept."
-            print(text, file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as interruption:
+        text = f"[{stage}] interrupted. The same command goes on from here; what is complete is kept."
+        interruption.add_note(text)
+        raise
 
 
 def run_stage(stage: Stage, work: Callable[[Path], dict | None]) -> Path:
