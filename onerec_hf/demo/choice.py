@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 
 from ..evaluation import judge_by_model, judge_by_truth, rank_items
-from .content import BASELINE_NAMES, DemoContent
+from ..reporting.served_report import BASELINE_NAMES
+from .content import DemoContent
 
 LIKELIEST, CHOSEN = "OneRec, plain", "OneRec, as set"
 

@@ -26,7 +26,6 @@ from ..session_generation import Recommender
 from ..tokenization_onerec import OneRecTokenizer
 
 BASELINES = {"popularity": Popularity, "item_knn": ItemKNN, "ease": EASE}
-BASELINE_NAMES = {"popularity": "Popularity", "item_knn": "Item-KNN", "ease": "EASE"}
 EASE_ITEMS = 10_000  # of a larger catalogue it takes more than half a minute, and 400 MB
 MODEL, REWARD_MODEL, ITEMS, USERS = "model", "reward_model", "items.parquet", "users.parquet"
 SPACE_USERS = 24

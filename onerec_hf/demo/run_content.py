@@ -2,16 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..data import DataArguments
-from ..pretraining import index_sessions
 from ..stages.baselines_stage import BASELINE_STAGE
-from ..stages.data_stage import EVALUATION_CASES, USER_HISTORIES, PreparedData
-from ..stages.pretrain_stage import MODEL
+from ..stages.data_stage import EVALUATION_CASES, PreparedData
 from ..stages.reward_stage import REWARD_MODEL
-from ..stages.stage_runner import SETTINGS, completed_stage, read_json, stage_dir
+from ..stages.stage_runner import MODEL, SETTINGS, last_model_stage, read_json, stage_dir
 from .content import DemoContent, fit_baselines, load_models
 
 
@@ -25,8 +22,8 @@ def content_of_run(run: str | Path) -> DemoContent:
     run = Path(run).expanduser()
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is no folder: give demo the output_dir of a run, such as runs/quickstart.")
-    source = "align" if completed_stage(run, "align") is not None else "pretrain"
-    recommender, scorer = load_models(stage_dir(run, source, "demo") / MODEL, run / "reward" / REWARD_MODEL)
+    model = stage_dir(run, last_model_stage(run), "demo") / MODEL
+    recommender, scorer = load_models(model, run / "reward" / REWARD_MODEL)
     folder = stage_dir(run, "data", "demo")
     prepared = PreparedData(folder, DataArguments(**read_json(folder / SETTINGS)["arguments"]))
     feed, num_items = prepared.feed, recommender.tokenizer.num_items
@@ -34,7 +31,6 @@ def content_of_run(run: str | Path) -> DemoContent:
     items = pd.DataFrame({"name": [feed.item_name(item) for item in range(len(feed.items))], "image": image})
     settings = run / BASELINE_STAGE / SETTINGS
     options = read_json(settings)["arguments"]["baselines"] if settings.exists() else {}
-    fitted = index_sessions(prepared.read(USER_HISTORIES), recommender.tokenizer)["history"][:]
-    baselines = fit_baselines([np.asarray(history) for history in fitted], num_items, options)
+    baselines = fit_baselines(prepared.fitted_feed.positive_histories(), num_items, options)
     users = prepared.read(EVALUATION_CASES).remove_columns("next_item_id")
     return DemoContent(recommender, scorer, items, users, baselines, feed.world)

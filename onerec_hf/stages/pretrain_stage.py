@@ -23,7 +23,7 @@ from ..training_checkpoints import train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .previous_run import PreviousRun
 from .recipe_arguments import PretrainArguments, RecipeArguments, require_held_out
-from .stage_runner import CHECKPOINTS, MODEL, Stage, run_stage, stage_dir
+from .stage_runner import CHECKPOINTS, MODEL, Stage, last_model_stage, run_stage, stage_dir
 from .tokenize_stage import load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
@@ -149,7 +149,7 @@ def run_pretrain(
         save_trained_model(trainer, folder / MODEL)
         return results
 
-    outside = [] if previous is None else previous.input(previous.last_model_stage)
+    outside = [] if previous is None else previous.input(last_model_stage(previous.folder))
     return run_stage(Stage(stage, args.output_dir, options, ["data", "tokenize"], outside), work)
 
 

@@ -5,7 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .stage_runner import MODEL, SETTINGS, STAGE_FILE, OutsideInput, completed_stage, read_json
+from .stage_runner import (
+    MODEL,
+    SETTINGS,
+    STAGE_FILE,
+    OutsideInput,
+    completed_stage,
+    last_model_stage,
+    read_json,
+)
 
 
 class PreviousRun:
@@ -51,14 +59,9 @@ class PreviousRun:
             )
         return split["evaluation_start"]
 
-    @property
-    def last_model_stage(self) -> str:
-        """The stage whose model the run ends in."""
-        return "pretrain" if completed_stage(self.folder, "align") is None else "align"
-
     def generator(self) -> Path:
         """The last model."""
-        return self.stage(self.last_model_stage) / MODEL
+        return self.stage(last_model_stage(self.folder)) / MODEL
 
     def require_same(self, stage: str, arguments: Any, names: Iterable[str]) -> None:
         """Raises ValueError for options of a stage, by `names`, that are others than this run's, whose model or

@@ -56,6 +56,11 @@ def completed_stage(output_dir: Path, name: str) -> dict[str, Any] | None:
     return content
 
 
+def last_model_stage(output_dir: Path) -> str:
+    """The stage whose model a complete run ends in."""
+    return "pretrain" if completed_stage(output_dir, "align") is None else "align"
+
+
 @dataclass(frozen=True)
 class OutsideInput:
     """What a stage reads and no stage of the run has written.

@@ -34,10 +34,9 @@ from onerec_hf.pretraining import CPU_EXPERTS, index_sessions
 from onerec_hf.reward import OneRecRewardConfig, OneRecRewardModel, SessionScorer, create_reward_model
 from onerec_hf.session_generation import SEARCHES
 from onerec_hf.stages.data_stage import USER_HISTORIES, prepared_data
-from onerec_hf.stages.pretrain_stage import MODEL
 from onerec_hf.stages.recipe_arguments import parse_recipe_arguments
 from onerec_hf.stages.reward_stage import REWARD_MODEL
-from onerec_hf.stages.stage_runner import stage_dir
+from onerec_hf.stages.stage_runner import MODEL, stage_dir
 from onerec_hf.stages.tokenize_stage import load_item_content
 
 PARTS = ("step", "sampling")
