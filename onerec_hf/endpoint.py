@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import pipeline
 
+from .staged_files import staged_file
+
 HANDLER = '''"""What an inference endpoint runs: histories of item ids in, recommendations out."""
 
 from onerec_hf.endpoint import EndpointHandler
@@ -19,7 +21,8 @@ ENDPOINT_FILES = {"handler.py": HANDLER, "requirements.txt": REQUIREMENTS}
 def write_endpoint_files(directory: str | Path) -> Path:
     """Writes `handler.py`, and `requirements.txt` with what it needs, to an existing directory, which is returned."""
     for name, content in ENDPOINT_FILES.items():
-        Path(directory, name).write_text(content, encoding="utf-8")
+        with staged_file(Path(directory, name)) as partial:
+            partial.write_text(content, encoding="utf-8")
     return Path(directory)
 
 

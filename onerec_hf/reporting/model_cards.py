@@ -5,6 +5,7 @@ carries as `onerec_hf/model_card_templates/`. `metrics` is everywhere the dict o
 """
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def preferences_card(
     """
     files = [{"split": "train", "path": "pairs.parquet"}]
     configs = [{"config_name": "default", "data_files": files}]
-    data = DatasetCardData(tags=[*TAGS, "preference"], configs=configs)
+    data = DatasetCardData(license="unknown", tags=[*TAGS, "preference"], configs=configs)
     text = (
         _environment()
         .get_template("preferences.md")
@@ -282,14 +283,22 @@ def _config_table(config: PreTrainedConfig) -> str:
 
 
 def _ranking_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    name, hub_dataset = metrics["dataset"]["name"], metrics["dataset"].get("hub_dataset")
-    task = {"task_type": TASK, "task_name": "Next item over the full catalogue"}
-    task |= {"dataset_type": hub_dataset or name, "dataset_name": name}
+    """OneRec's own figures, for the card's `model-index`."""
+    dataset = metrics["dataset"]
+    task = {"task_type": TASK, "task_name": "Next item over the full catalogue", "dataset_name": dataset["name"]}
+    # The Hub takes what could be a repository's name.
+    task["dataset_type"] = dataset.get("hub_dataset") or re.sub(r"[^\w.-]+", "-", dataset["name"], flags=re.ASCII)
+    task["dataset_split"] = dataset.get("evaluation_split")
     return [
-        EvalResult(**task, metric_type=figure, metric_value=float(value))
+        EvalResult(**task, metric_type=figure, metric_name=metric_name(figure), metric_value=float(value))
         for figure, value in metrics["onerec"].items()
         if "@" in figure and not figure.endswith("_interval")
     ]
+
+
+def metric_name(figure: str) -> str:
+    """`ndcg@10` is NDCG@10 to a reader, `recall@10` Recall@10."""
+    return figure.upper() if figure.startswith("ndcg") else figure.capitalize()
 
 
 def _require(metrics: Mapping[str, Any], *names: str) -> None:
@@ -317,6 +326,7 @@ def _render(
         license=LICENSE,
         pipeline_tag=pipeline_tag,
         tags=[*TAGS, tag],
+        inference=False,  # no widget: the Hub has none for this task
         datasets=dataset.get("hub_dataset"),
         eval_results=eval_results,
         model_name=f"OneRec on {dataset['name']}" if eval_results else None,

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from .. import __version__
+from ..endpoint import write_endpoint_files
 from ..evaluation import PolicyOnLog, PolicyResults, last_kept
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reporting import (
@@ -277,8 +278,9 @@ def environment() -> dict[str, Any]:
 
 
 def write_cards(args: RecipeArguments, metrics: dict[str, Any]) -> None:
-    """Model cards of the run, beside the checkpoints."""
+    """Model cards of the run beside the checkpoints, and beside the generator what an inference endpoint runs."""
     model, tokenizer = final_model(args), args.output_dir / "tokenize"
+    write_endpoint_files(model)
     save_model_card(onerec_card(model, metrics), model)
     save_model_card(tokenizer_card(tokenizer, metrics), tokenizer)
     if args.align_rounds:
