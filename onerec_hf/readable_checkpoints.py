@@ -26,6 +26,8 @@ def readable_checkpoint(source: Any, subfolder: str | None = None) -> Iterator[N
         readable = type(error) is ValueError and str(source) in str(error)
         # These say what is missing: a file, a package, memory.
         if readable or isinstance(error, (OSError, ImportError, torch.OutOfMemoryError)):
+            if isinstance(error, OSError) and source is not None and not Path(source).exists():
+                error.add_note(f"If {source} is on the Hub, `hf download {source}` gets all that is used offline.")
             raise
         problem = f"{type(error).__name__}: {error}"
         if isinstance(error, UnpicklingError):

@@ -858,9 +858,11 @@ class OneRecTokenizer(TokenizersBackend):
     def _from_pretrained(cls, resolved_vocab_files, pretrained_model_name_or_path, *args, **kwargs):
         for key, name in cls.vocab_files_names.items():
             if resolved_vocab_files.get(key) is None and key != "quantizer_file":
+                remedy = "Save it with OneRecTokenizer.save_pretrained"
+                if not Path(pretrained_model_name_or_path).is_dir():  # offline a part of it may be in the cache
+                    remedy += f", or with a network get all of it by `hf download {pretrained_model_name_or_path}`"
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds no {name}: it is not a complete OneRecTokenizer. Save "
-                    "it with OneRecTokenizer.save_pretrained"
+                    f"{pretrained_model_name_or_path} holds no {name}: it is not a complete OneRecTokenizer. {remedy}"
                 )
         for path in filter(None, resolved_vocab_files.values()):
             if Path(path).suffix == ".json":

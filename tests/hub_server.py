@@ -47,6 +47,7 @@ class Repository:
     def __init__(self):
         self.lock = threading.Lock()
         self.commits: list[tuple[str, dict[str, bytes]]] = []
+        self.private = False
         self.commit({})
 
     def commit(self, files: dict[str, bytes]) -> str:
@@ -188,6 +189,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repositories:
             raise Refusal(409, "You already created this model repo", **url)
         self.hub.repositories[repo_id] = Repository()
+        self.hub.repositories[repo_id].private = request.get("visibility") == "private"
         return url
 
     def validate_metadata(self, readme: str):

@@ -206,23 +206,27 @@ def test_lora_rounds_end_in_whole_models(prepared):
 def test_pairs_alone_are_those_of_the_first_round(prepared, undisturbed, monkeypatch):
     pushed = {}
 
-    def push_to_hub(self, repo_id):
+    def push_to_hub(self, repo_id, private):
+        assert private
         pushed[repo_id] = self.to_list()
         return type("", (), {"repo_url": repo_id})
 
-    cards = []
+    cards, made = [], []
     monkeypatch.setattr("datasets.Dataset.push_to_hub", push_to_hub)
     monkeypatch.setattr(
         "huggingface_hub.DatasetCard.push_to_hub", lambda card, repo_id, **kind: cards.append(card.text)
     )
-    monkeypatch.setattr(f"{run_sample_preferences.__module__}.create_repo", lambda *args, **kind: None)
+    monkeypatch.setattr(
+        f"{run_sample_preferences.__module__}.create_repo", lambda name, private, **kind: made.append(private)
+    )
     monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
     run = shutil.copytree(prepared, prepared.with_name("pairs"))
     folder = run_sample_preferences(parse_recipe_arguments(recipe(run)))
     pairs = pq.read_table(folder / "pairs.parquet")
     assert pairs.equals(pq.read_table(undisturbed / "round_1" / "pairs.parquet")) and not pushed
-    run_sample_preferences(parse_recipe_arguments(recipe(run, hub_preferences_id="me/pairs")))
-    assert pushed == {"me/pairs": pairs.to_pylist()}
+    hub = {"hub_preferences_id": "me/pairs", "hub_private_repo": True}
+    run_sample_preferences(parse_recipe_arguments(recipe(run, **hub)))
+    assert pushed == {"me/pairs": pairs.to_pylist()} and made == [True]
     assert len(cards) == 1 and 'load_dataset("me/pairs"' in cards[0] and "| num_candidates | 6 |" in cards[0]
     # Beside its card the folder is a data set, also with what the stage says of itself.
     loaded = load_dataset(str(folder), split="train", cache_dir=str(prepared.with_name("cache")))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
 import onerec_hf
 from onerec_hf.endpoint import write_endpoint_files
@@ -175,7 +175,8 @@ try:
 except HfHubHTTPError as error:
     print(error.response.status_code, "refused")
 for _ in range(2):  # the second time finds both repositories and changes nothing
-    print(push_run_to_hub("tester/model", run / "model", metrics, "tester/reward", run / "reward_model"))
+    models = "tester/model", run / "model", metrics, "tester/reward", run / "reward_model"
+    print(push_run_to_hub(*models, private=True))
 AutoModelForSeq2SeqLM.from_pretrained(run / "model").push_to_hub("tester/plain")
 AutoTokenizer.from_pretrained(run / "model").push_to_hub("tester/plain")
 AutoModel.from_pretrained(run / "reward_model").push_to_hub("plain-reward")
@@ -229,6 +230,8 @@ def test_a_run_is_pushed_and_loads_by_repository_id_in_another_process(run_direc
         assert f"{hub.endpoint}/tester/model/commit/" in pushed.stdout
         assert "401 refused" in pushed.stdout and "tester/refused" not in hub.repositories
 
+        private = {name for name, repository in hub.repositories.items() if repository.private}
+        assert private == {"tester/model", "tester/reward"}
         files = hub.files("tester/model")
         assert {"README.md", "config.json", "generation_config.json", "model.safetensors"} <= set(files)
         assert {"tokenizer.json", "item_index.parquet", "codebooks.safetensors"} <= set(files)
@@ -308,5 +311,15 @@ def test_revision_and_offline_reach_every_file(tmp_path, monkeypatch):
         [result] = onerec_hf.Recommender(model, tokenizer)([tokenizer.item_ids[:3].tolist()], top_k=3)
         found = scorer.tokenizer.item_ids[0], result["items"], weights(model, scorer.model)
         assert found == expected[revision]
+        of_cache = {"local_files_only": True, "model_kwargs": {"cache_dir": tmp_path}}
+        recommender = pipeline("generative-recommendation", "tester/model", revision=revision, **of_cache)
+        assert recommender.tokenizer.item_ids[0] == expected[revision][0]
+        assert weights(recommender.model) == expected[revision][2][:1]
     with pytest.raises(OSError, match="in the cached files"):
         AutoTokenizer.from_pretrained("tester/model", revision="never", **given)
+    with pytest.raises(OSError) as missing:
+        SessionScorer.from_pretrained("tester/other", **given)
+    assert "`hf download tester/other`" in missing.value.__notes__[-1]
+    next(tmp_path.glob(f"models--tester--model/snapshots/{'1' * 40}/item_index.parquet")).unlink()
+    with pytest.raises(ValueError, match="holds no item_index.parquet.*`hf download tester/model`"):
+        AutoTokenizer.from_pretrained("tester/model", revision="old", **given)

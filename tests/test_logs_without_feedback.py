@@ -58,7 +58,10 @@ def test_without_feedback_there_is_nothing_to_align_to(arguments, tmp_path, capl
     run_pipeline(arguments())
     assert "there is nothing to align to" in caplog.text
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "reward").exists()
-    assert "recall@10" in json.dumps(json.loads((tmp_path / "run" / "metrics.json").read_text()))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    results = pd.read_csv(tmp_path / "run" / "results.csv").set_index(["method", "metric"])["value"]
+    assert results["onerec", "recall@10"] == metrics["onerec"]["recall@10"]
+    assert results["ease", "ndcg@10"] == metrics["baselines"]["ease"]["ndcg@10"]
     with pytest.raises(
         ValueError, match="reward_model: objective 'swt' .* 'watch_time', and what is known is nothing"
     ):

@@ -8,7 +8,7 @@ import pytest
 from metrics_keys import undescribed
 
 import onerec_hf.evaluation
-from onerec_hf.reporting import Measured, Table, print_table, run_summary, write_report
+from onerec_hf.reporting import Measured, Table, print_table, results_table, run_summary, write_report
 
 
 def ranking(value):
@@ -294,3 +294,38 @@ class TestRunSummary:
     def test_without_alignment(self):
         text = run_summary({"onerec": {"recall@10": 0.05}, "baselines": {"ease": {"recall@10": 0.04}}})
         assert [line.split() for line in text.split("\n")[2:]] == [["OneRec", "0.0500", "–"], ["EASE", "0.0400", "–"]]
+
+
+def test_results_are_a_row_by_figure():
+    truth = {"reward_mean": 1.5, "reward_mean_interval": [1.25, 1.75]}
+    served = {
+        "method": "ease",
+        "retriever": "ease",
+        "candidates": None,
+        "ranker": None,
+        "guided": False,
+        "round": None,
+    }
+    of_log = {"items": 4, "feedback": {"like": {"mean": 0.5, "interval": [0.25, 0.75]}}}
+    judges = {"truth": {"reward": 2.5, "interval": [2.0, 3.0]}}
+    metrics = {
+        "onerec": {"recall@10": 0.25},
+        "alignment": [
+            {"round": 0, "kept": True, "recall@10": 0.25, "recall@10_interval": [0.125, 0.375], "judges": {}},
+            {"round": 1, "kept": False, "judges": {"truth": truth}, "change": {"recall@10": {"relative": -0.5}}},
+        ],
+        "baselines": {"ease": {"recall@10": 0.5, "num_parameters": 9}},
+        "served": [served | {"recall": 0.1, "milliseconds": None, "judges": judges, "replay": of_log}],
+    }
+    table = results_table(metrics)
+    rows = table.astype(object).where(table.notna(), None).to_numpy().tolist()
+    assert rows == [
+        ["ranked", "onerec", 0, True, "recall@10", 0.25, 0.125, 0.375],
+        ["ranked", "onerec", 1, False, "truth/reward_mean", 1.5, 1.25, 1.75],
+        ["ranked", "ease", None, None, "recall@10", 0.5, None, None],
+        ["ranked", "ease", None, None, "num_parameters", 9, None, None],
+        ["served", "EASE, first items", None, None, "recall", 0.1, None, None],
+        ["served", "EASE, first items", None, None, "replay/items", 4, None, None],
+        ["served", "EASE, first items", None, None, "replay/feedback/like/mean", 0.5, 0.25, 0.75],
+        ["served", "EASE, first items", None, None, "truth/reward", 2.5, 2.0, 3.0],
+    ]

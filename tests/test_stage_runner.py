@@ -189,7 +189,7 @@ def test_what_is_recommended_with_does_not_redo_an_evaluation(arguments):
 def test_every_option_belongs_to_a_stage_or_changes_no_output(arguments):
     staged = {entry.name for group in GROUPS for entry in fields(group)}
     others = {entry.name for entry in fields(arguments())} - staged
-    hub = {"hub_model_id", "hub_reward_model_id", "hub_preferences_id"}
+    hub = {"hub_model_id", "hub_reward_model_id", "hub_preferences_id", "hub_private_repo"}
     assert others == {"output_dir", "base", "threads", "report_to", "verbose", "update_starts", *hub}
 
 

@@ -25,6 +25,7 @@ from ..reporting import (
     onerec_card,
     print_table,
     push_run_to_hub,
+    results_table,
     reward_model_card,
     run_summary,
     save_model_card,
@@ -53,12 +54,13 @@ from .tokenize_stage import semantic_id_pictures
 STAGES = ("data", "tokenize", "pretrain", "reward", "align")
 SEED_STAGE = "evaluate_seed"
 NUM_EXAMPLES, EXAMPLES = 6, "examples.json"
+RESULTS = ("metrics.json", "results.csv", "report.html")  # copied into the run's folder
 ROUND_ALONE = ("round", "kept", "judges", "change", "on_log")  # of an entry of "alignment", not of "onerec"
 ROUND, ROUND_ON_LOG = "round_{}.safetensors", "round_{}_on_log.safetensors"
 
 
 def run_evaluate(args: RecipeArguments) -> Path:
-    """Writes `metrics.json` and `report.html` into the run's folder; returns the stage's folder."""
+    """Writes `metrics.json`, `results.csv` and `report.html` into the run's folder; returns the stage's folder."""
     require_login(args.hub_model_id, args.hub_reward_model_id)
     aligned = args.align_rounds > 0
     reads = [name for name in STAGES if aligned or name not in ("reward", "align")]
@@ -74,13 +76,15 @@ def run_evaluate(args: RecipeArguments) -> Path:
             results = run_results(folder, run)
             write_json(folder / "metrics.json", results["metrics"])
             write_json(folder / EXAMPLES, results["examples"])
+            results_table(results["metrics"]).to_csv(folder / "results.csv", index=False)
             write_report(folder / "report.html", **results)
 
     reads += [BASELINE_STAGE, SEED_STAGE]
     folder = run_stage(Stage("evaluate", args.output_dir, args.group(EvaluateArguments), reads), work)
     if PartialState().is_main_process:
         with full_disk_named(args.output_dir):
-            for name in ("metrics.json", "report.html"):
+            present = [name for name in RESULTS if (folder / name).exists()]  # runs before have no results.csv
+            for name in present:
                 with staged_file(args.output_dir / name) as partial:
                     shutil.copy2(folder / name, partial)
         metrics = read_json(folder / "metrics.json")
@@ -91,7 +95,8 @@ def run_evaluate(args: RecipeArguments) -> Path:
         model_id, reward_id = args.hub_model_id, args.hub_reward_model_id
         if model_id is not None:
             reward_dir = args.output_dir / "reward" / REWARD_MODEL if reward_id else None
-            urls = push_run_to_hub(model_id, final_model(args), metrics, reward_id, reward_dir)
+            private = {"private": args.hub_private_repo}
+            urls = push_run_to_hub(model_id, final_model(args), metrics, reward_id, reward_dir, **private)
             print("\n".join(f"Pushed: {url}" for url in urls))
     return folder
 

@@ -92,7 +92,8 @@ def run_sample_preferences(args: RecipeArguments, stage: str = "preferences") ->
     if args.hub_preferences_id is not None and state.is_main_process:
         # The card first: what it says of the files gives way to what is pushed.
         pairs = Dataset(pq.read_table(folder / PAIRS))
-        create_repo(args.hub_preferences_id, repo_type="dataset", exist_ok=True)
-        card(len(pairs)).push_to_hub(args.hub_preferences_id, repo_type="dataset")
-        logger.info(f"Pushed: {pairs.push_to_hub(args.hub_preferences_id).repo_url}")
+        repository, private = args.hub_preferences_id, args.hub_private_repo
+        create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        card(len(pairs)).push_to_hub(repository, repo_type="dataset")
+        logger.info(f"Pushed: {pairs.push_to_hub(repository, private=private).repo_url}")
     return folder

@@ -167,6 +167,10 @@ class RunArguments:
     hub_model_id: str | None = option(None, "Repository that evaluate pushes model, tokenizer and card to.")
     hub_reward_model_id: str | None = option(None, "Repository for the reward model, beside hub_model_id.")
     hub_preferences_id: str | None = option(None, "Data set repository that sample_preferences pushes its pairs to.")
+    hub_private_repo: bool | None = option(
+        None,
+        "Whether repositories made for these are private. Default: public, unless the organization has it otherwise.",
+    )
     threads: int | None = option(None, "CPU threads of each process. Default: its share of the available cores.")
     report_to: str | None = option(
         None,
