@@ -58,6 +58,7 @@ def test_without_feedback_there_is_nothing_to_align_to(arguments, tmp_path, capl
     run_pipeline(arguments())
     assert "there is nothing to align to" in caplog.text
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "reward").exists()
+    assert {"README.md", "handler.py"} <= {path.name for path in (tmp_path / "run" / "pretrain" / "model").iterdir()}
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     results = pd.read_csv(tmp_path / "run" / "results.csv").set_index(["method", "metric"])["value"]
     assert results["onerec", "recall@10"] == metrics["onerec"]["recall@10"]

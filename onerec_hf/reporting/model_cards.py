@@ -290,13 +290,13 @@ def _ranking_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     task["dataset_type"] = dataset.get("hub_dataset") or re.sub(r"[^\w.-]+", "-", dataset["name"], flags=re.ASCII)
     task["dataset_split"] = dataset.get("evaluation_split")
     return [
-        EvalResult(**task, metric_type=figure, metric_name=metric_name(figure), metric_value=float(value))
+        EvalResult(**task, metric_type=figure, metric_name=_metric_name(figure), metric_value=float(value))
         for figure, value in metrics["onerec"].items()
         if "@" in figure and not figure.endswith("_interval")
     ]
 
 
-def metric_name(figure: str) -> str:
+def _metric_name(figure: str) -> str:
     """`ndcg@10` is NDCG@10 to a reader, `recall@10` Recall@10."""
     return figure.upper() if figure.startswith("ndcg") else figure.capitalize()
 
