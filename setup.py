@@ -29,6 +29,7 @@ EXTRAS_REQUIRE = {
     "demo": ["gradio>=6.31,<7"],
     "lora": ["peft>=0.18"],
     "search": ["optuna>=5.0"],
+    "tracking": ["trackio>=0.43,<1"],
     "test": [
         *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
         *("ruff>=0.17", "torchao>=0.15"),

@@ -41,7 +41,7 @@ def with_legend(figure: Figure, axis: Axes) -> Figure:
 
 
 def svg_image(figure: Figure, description: str) -> str:
-    """An <img> that holds the figure itself; the same figure gives the same bytes."""
+    """A <div class="wide"> with an <img> that holds the figure itself; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     # The salt and the missing date make the same run write the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "onerec"}):
@@ -50,10 +50,11 @@ def svg_image(figure: Figure, description: str) -> str:
 
 
 def png_image(content: bytes, description: str) -> str:
-    """An <img> that holds a PNG itself."""
+    """A <div class="wide"> with an <img> that holds a PNG itself."""
     return _image(content, "png", description)
 
 
 def _image(content: bytes, kind: str, description: str) -> str:
     data = base64.b64encode(content).decode("ascii")
-    return f'<img alt="{escape(description)}" src="data:image/{kind};base64,{data}">'
+    # A page with a narrow window may scroll it rather than shrink it.
+    return f'<div class="wide"><img alt="{escape(description)}" src="data:image/{kind};base64,{data}"></div>'

@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -111,26 +112,30 @@ import sys, torch
 import torch.distributed as dist
 from onerec_hf.semantic_ids import BalancedKMeans, balanced_kmeans
 torch.set_num_threads(1)
-rank, world, folder, assignment = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+rank, folder = int(sys.argv[1]), sys.argv[2]
 balanced_kmeans.BLOCK_NUMBERS, balanced_kmeans.PART_ROWS, balanced_kmeans.PRICING_POINTS = 1000, 128, 25
-dist.init_process_group("gloo", init_method=f"file://{folder}/{assignment}{world}", rank=rank, world_size=world)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 x = torch.randn(900, 8, generator=torch.Generator().manual_seed(0))
-kmeans = BalancedKMeans(20, assignment, distributed=True, tolerance=0).fit(x)
-torch.save((kmeans.centroids, kmeans.labels, kmeans.inertia), f"{folder}/{assignment}{world}_{rank}.pt")
+for assignment in ("transport", "nearest"):
+    kmeans = BalancedKMeans(20, assignment, distributed=True, tolerance=0).fit(x)
+    torch.save((kmeans.centroids, kmeans.labels, kmeans.inertia), f"{folder}/{assignment}_{rank}.pt")
 """
 
 
-@pytest.mark.parametrize("assignment", ["transport", "nearest"])
-def test_two_processes_give_the_result_of_one(assignment, tmp_path):
-    for world in (1, 2):
-        command = [sys.executable, "-c", PROCESS]
-        started = [
-            subprocess.Popen([*command, str(rank), str(world), str(tmp_path), assignment]) for rank in range(world)
-        ]
-        assert [process.wait(timeout=120) for process in started] == [0] * world
-    one, *two = (torch.load(tmp_path / f"{assignment}{name}.pt") for name in ("1_0", "2_0", "2_1"))
-    for centroids, labels, inertia in two:
-        assert torch.equal(centroids, one[0]) and torch.equal(labels, one[1]) and inertia == one[2]
+def test_two_processes_give_the_result_of_one(tmp_path, monkeypatch):
+    started = [subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)]) for rank in range(2)]
+    for name, size in (("BLOCK_NUMBERS", 1000), ("PART_ROWS", 128), ("PRICING_POINTS", 25)):
+        monkeypatch.setattr(balanced_kmeans, name, size)
+    x = torch.randn(900, 8, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = {name: BalancedKMeans(20, name, tolerance=0).fit(x) for name in ("transport", "nearest")}
+    torch.set_num_threads(threads)
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    for rank, name in itertools.product(range(2), one):
+        centroids, labels, inertia = torch.load(tmp_path / f"{name}_{rank}.pt")
+        assert torch.equal(centroids, one[name].centroids) and torch.equal(labels, one[name].labels)
+        assert inertia == one[name].inertia
 
 
 def test_data_far_from_the_origin():

@@ -1,3 +1,4 @@
+import inspect
 import subprocess
 import sys
 
@@ -75,8 +76,8 @@ class TestLargeCatalogues:
 
 
 def test_free_memory_knows_a_limit_of_the_process():
-    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
-    code += "from onerec_hf.free_memory import free_memory; print(free_memory())"
+    code = "import resource, runpy; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)); "
+    code += f"print(runpy.run_path({inspect.getfile(free_memory)!r})['free_memory']())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < int(found.stdout.split()[-1]) < 8 << 30 and 0 < free_memory()
 

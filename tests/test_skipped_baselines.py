@@ -14,6 +14,7 @@ CONFIG = Path(__file__).parents[1] / "recipes" / "quickstart" / "debug.yaml"
 def test_a_run_goes_on_without_a_baseline_that_does_not_fit(tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr(baselines, "free_memory", lambda: 2**20)  # EASE needs 300 * 300 * 16 bytes
     flags = ["--align_rounds", "1", "--threads", "1", "--evaluation_users", "12", "--num_candidates", "4"]
+    flags += ["--judged_users", "4", "--judged_sessions", "4"]
     caplog.set_level("INFO")
     args = parse_recipe_arguments(["--config", str(CONFIG), "--output_dir", str(tmp_path), *flags])
     run_pipeline(args)

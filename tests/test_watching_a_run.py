@@ -9,6 +9,8 @@ import textwrap
 import pytest
 
 from onerec_hf.stages import parse_recipe_arguments
+from onerec_hf.stages.stage_runner import write_json
+from onerec_hf.stages.time_left import minutes_left
 
 
 def test_trainings_are_runs_of_one_project_grouped_by_stage(tmp_path, monkeypatch):
@@ -55,3 +57,21 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "Traceback" not in said
     assert said.count("[pretrain] interrupted. The same command goes on from here") == 1
     assert os.listdir(tmp_path) == ["pretrain.partial"]
+
+
+def test_the_time_left_is_told_from_what_the_complete_stages_took(tmp_path):
+    words = ["--config", "quickstart/debug", "--output_dir", str(tmp_path)]
+    args = parse_recipe_arguments(words)
+
+    def complete(name, seconds):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "stage.json", {"fingerprint": "", "seconds": seconds})
+
+    complete("tokenize", 7)
+    assert minutes_left(args) is None
+    complete("data", 3)
+    complete("pretrain", 46)
+    # 56 s were .28 of a run.
+    assert minutes_left(args) == pytest.approx(0.72 * 56 / 0.28 / 60)
+    without_alignment = parse_recipe_arguments([*words, "--align_rounds", "0"])
+    assert minutes_left(without_alignment) == pytest.approx(0.24 * 56 / 0.28 / 60)

@@ -85,7 +85,8 @@ tr.hit td { background: #e8f6ec; font-weight: 650; }
 details { margin: 8px 0; } summary { cursor: pointer; font-weight: 600; }
 .verdict { border-left: 4px solid #2f6fde; padding: 4px 0 4px 16px; margin: 20px 0; }
 .verdict p { margin: 0 0 8px; }
-@media (max-width: 720px) { main { padding: 18px 14px 40px; } .user { grid-template-columns: 1fr; } }
+@media (max-width: 720px) { main { padding: 18px 14px 40px; } .user { grid-template-columns: 1fr; }
+  .wide img { max-width: max(100%, 640px); } }
 @media print {
   body { font-size: 11px; } main { max-width: none; padding: 0; } nav { display: none; }
   details::details-content { content-visibility: visible; }

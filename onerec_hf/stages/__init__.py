@@ -18,6 +18,7 @@ from .recipe_arguments import RecipeArguments, parse_recipe_arguments
 from .recommend_stage import run_recommend
 from .reward_stage import known_feedback, require_sources, run_reward
 from .search import run_search
+from .time_left import minutes_left
 from .tokenize_stage import run_tokenize
 
 logger = get_logger(__name__)
@@ -42,7 +43,9 @@ def run_pipeline(args: RecipeArguments) -> None:
     for number, step in enumerate(steps, start=2):
         minutes = (time.monotonic() - started) / 60
         name = step.__name__.removeprefix("run_")
-        logger.info(f"Step {number} of {len(steps) + 1}: {name}, {minutes:.0f} min after the start")
+        left = minutes_left(args)
+        about = "" if left is None else f", about {left:.0f} min left"
+        logger.info(f"Step {number} of {len(steps) + 1}: {name}, {minutes:.0f} min after the start{about}")
         step(args)
 
 
