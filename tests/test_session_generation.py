@@ -504,6 +504,49 @@ def test_batches_do_not_change_the_recommendations():
         np.testing.assert_allclose(alone["scores"], expected["scores"], atol=1e-4)
 
 
+def test_blocked_items_of_one_user_are_that_users_alone():
+    tokenizer, model = catalogue(20), tiny_model(session_items=2)
+    options = {"top_k": 5, "num_beams": 20, "exclude_consumed": False}
+    (first,) = recommend(model, tokenizer, [[103]], **options)
+    blocked = [first["items"][0], *first["session"]]
+    rows = [{"history_item_ids": [103], "blocked_item_ids": blocked}, [103], {"history_item_ids": [103]}]
+    (own, *others) = recommend(model, tokenizer, rows, **options)
+    (expected,) = recommend(model, tokenizer, [[103]], blocked_items=blocked, **options)
+    assert (own["session"], own["items"]) == (expected["session"], expected["items"])
+    assert [(row["session"], row["items"]) for row in others] == [(first["session"], first["items"])] * 2
+    with pytest.raises(ValueError, match=r"blocked_item_ids of histories\[0\] holds item id 7, which"):
+        recommend(model, tokenizer, [{"history_item_ids": [103], "blocked_item_ids": [7]}])
+    with pytest.raises(ValueError, match=r"the blocked_item_ids of histories\[1\] is '104' \(str\)"):
+        recommend(model, tokenizer, [rows[0], {"history_item_ids": [103], "blocked_item_ids": "104"}])
+
+
+def test_one_of_session_and_list_is_as_both_and_scores_say_what_each_place_adds():
+    tokenizer, model = catalogue(20), tiny_model(session_items=3)
+    histories, options = [[100, 101, 102], []], {"top_k": 5, "num_beams": 20}
+    both = recommend(model, tokenizer, histories, **options)
+    assert recommend(model, tokenizer, histories, only="items", **options) == [
+        {name: row[name] for name in ("items", "scores")} for row in both
+    ]
+    found = recommend(model, tokenizer, histories, only="session", session_scores=True, **options)
+    assert [row["session"] for row in found] == [row["session"] for row in both]
+    for history, row in zip(histories, found, strict=True):
+        indices = [[item - 100 for item in items] for items in (history, row["session"])]
+        for places in (1, 2, 3):  # after as many items as the session's beginning has
+            expected = session_log_probs(
+                model,
+                ItemTrie.from_tokenizer(tokenizer),
+                torch.tensor([[indices[1][:places]]]),
+                **tokenizer.encode_histories(indices[:1], catalogue_indices=True),
+                normalization="level",
+            )
+            assert sum(row["session_scores"][:places]) == pytest.approx(expected.item(), abs=1e-4)
+    # A user who may be given a single item has one score.
+    (short,) = recommend(model, tokenizer, [[]], only="session", session_scores=True, allowed_items=[105])
+    assert short["session"] == [105] and len(short["session_scores"]) == 1
+    with pytest.raises(ValueError, match="only must be 'session' or 'items', got 'list'"):
+        recommend(model, tokenizer, [[]], only="list")
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_half_precision_and_both_attentions_make_real_items(attention):
     tokenizer, model = catalogue(20), tiny_model(session_items=2).to(torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..item_trie import ItemConstraint, ItemTrie
-from .likelihood import forced_log_probs
+from .likelihood import item_log_probs
 from .searches import SearchOptions
 from .session_search import Beams, SessionSearch, encoded_histories, user_chunks
 
@@ -164,7 +164,8 @@ def _fused_sessions(
     for start in range(0, len(items), size):
         users = slice(start, start + size)
         constraints = [search.constraint.of_users(users) for search in searches]
-        scores.append(forced_log_probs(model, items[users], histories.of_users(users), constraints, normalization))
+        of_items = item_log_probs(model, items[users], histories.of_users(users), constraints, normalization)
+        scores.append(of_items.sum(-1))
     scores = torch.cat(scores).masked_fill((items[..., 0] < 0) | _repeats(items), -torch.inf)
     scores, best = scores.topk(num_return)
     items = items.take_along_dim(best[..., None], dim=1).masked_fill(scores.isneginf()[..., None], -1)

@@ -21,6 +21,7 @@ def session_log_probs(
     excluded: torch.LongTensor | None = None,
     allowed: torch.BoolTensor | None = None,
     normalization: str = "constrained",
+    by_item: bool = False,
     **encoder_inputs,
 ) -> torch.FloatTensor:
     """Log-probability of each session given its user's history, encoded once.
@@ -35,11 +36,12 @@ def session_log_probs(
         sessions: (batch, C, m) catalogue indices, -1 where there is no item, which adds nothing.
         input_ids, attention_mask, normalization: As in [`generate_sessions`].
         encoder_inputs: Further inputs of the encoder, or `encoder_outputs`; `item_share` as in [`generate_sessions`].
+        by_item: Whether each item's own is asked for, given those before it, in place of their sum.
         excluded, allowed: The same. A session with an item that may not be given has probability 0 under
             `"constrained"` and `"level"`.
 
     Returns:
-        (batch, C) log-probabilities.
+        (batch, C) log-probabilities, or (batch, C, m) of the items.
 
     Raises:
         ValueError: For a normalization that there is not, or sessions that do not fit the model or the catalogue.
@@ -55,22 +57,24 @@ def session_log_probs(
         raise ValueError(f"sessions hold an item that is not in the trie of {trie.num_items} catalogue indices.")
     encoded = encoded_histories(model, input_ids, attention_mask, num_items=num_items, **encoder_inputs)
     constraints = [ItemConstraint(of_id, batch, excluded, allowed) for of_id in trie.of_ids]
-    return torch.cat(
+    of_items = torch.cat(
         [
-            forced_log_probs(model, sessions[users], histories, of_users, normalization)
+            item_log_probs(model, sessions[users], histories, of_users, normalization)
             for users, histories, of_users in user_chunks(encoded, constraints)
         ]
     )
+    return of_items if by_item else of_items.sum(-1)
 
 
-def forced_log_probs(
+def item_log_probs(
     model,
     sessions: torch.LongTensor,
     histories: EncodedHistories,
     constraints: list[ItemConstraint],
     normalization: str,
 ) -> torch.FloatTensor:
-    """(batch, C) log-probabilities of sessions (batch, C, m) of items in the trie, -1 where there is no item.
+    """Log-probabilities (batch, C, m), given those before them, of the items of sessions (batch, C, m), in the trie or
+    -1 where there is none, which has 0.
 
     With several semantic IDs, whose constraints these are, P_codes of an item is the mean of what the sessions written
     in each ID have for it.
@@ -85,14 +89,14 @@ def forced_log_probs(
         of_items = torch.zeros(sessions.shape, device=model.device)
     there = sessions >= 0
     positions, before = _trie_positions(sessions, constraints[0].trie)
-    log_probs = torch.zeros(sessions.shape[:2], device=model.device)
-    for item in range(sessions.shape[-1]):
-        of_item = of_items[..., item]
-        if mixture is not None:
-            last = model.config.num_levels - 1
-            of_item = mixture.log_probs(of_item, positions[..., item], last, before[..., :item])
-        log_probs += of_item.masked_fill(~there[..., item], 0.0)
-    return log_probs
+    if mixture is not None:
+        last = model.config.num_levels - 1
+        mixed = [
+            mixture.log_probs(of_items[..., item], positions[..., item], last, before[..., :item])
+            for item in range(sessions.shape[-1])
+        ]
+        of_items = torch.stack(mixed, dim=-1)
+    return of_items.masked_fill(~there, 0.0)
 
 
 def _trie_positions(sessions: torch.LongTensor, trie: ItemTrie) -> tuple[torch.LongTensor, torch.LongTensor]:

@@ -17,14 +17,18 @@ from ..item_trie import ItemTrie
 from ..renamed_arguments import renamed_arguments
 from ..session_rows import users_of_feed
 from .generation import generate_sessions
+from .likelihood import session_log_probs
 from .searches import SearchOptions
+
+_BLOCKED = "blocked_item_ids"
+_NOTHING = np.zeros(0, dtype=np.int64)
 
 
 def excluded_items(histories: list[np.ndarray], device: torch.device) -> torch.LongTensor:
     """Lists of catalogue indices, one by user, as [`ItemConstraint`] reads them: (users, longest), padded with -1."""
     lengths = np.fromiter((len(history) for history in histories), dtype=np.int64, count=len(histories))
     padded = np.full((len(histories), int(lengths.max(initial=0))), -1, dtype=np.int64)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([np.zeros(0, np.int64), *histories])
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = np.concatenate([_NOTHING, *histories])
     return torch.from_numpy(padded).to(device)
 
 
@@ -45,28 +49,30 @@ def history_rows(histories: Iterable[Iterable | Mapping | None]) -> list[Mapping
     return [row if isinstance(row, Mapping) else {"history_item_ids": row} for row in histories]
 
 
-def item_list(row: Mapping, user: int) -> list:
-    """The item ids of a user's row.
+def item_list(row: Mapping, user: int, column: str = "history_item_ids") -> list:
+    """The item ids of a column of a user's row.
 
     Raises:
         ValueError: they are missing, no list, or hold a missing one; names the user.
     """
-    if "history_item_ids" not in row:
-        raise ValueError(f"histories[{user}] has no history_item_ids, only {', '.join(map(str, row))}")
-    items = row["history_item_ids"]
+    if column not in row:
+        raise ValueError(f"histories[{user}] has no {column}, only {', '.join(map(str, row))}")
+    items, where = row[column], f"histories[{user}]"
+    if column != "history_item_ids":
+        where = f"the {column} of {where}"
     if items is None:
         return []
     if not isinstance(items, (str, bytes)) and hasattr(items, "tolist"):
         items = items.tolist()  # of arrays, tensors and Series
     if isinstance(items, (str, bytes, Mapping, Set)) or not isinstance(items, Iterable):
         raise ValueError(
-            f"histories[{user}] is {str(items)[:40]!r} ({type(items).__name__}), where a list of item ids is needed, "
+            f"{where} is {str(items)[:40]!r} ({type(items).__name__}), where a list of item ids is needed, "
             "oldest first: give one list for each user."
         )
     items = list(items)
     for place, item in enumerate(items):
         if item is None or not isinstance(item, (int, str)) and pd.isna(item) is True:
-            raise ValueError(f"histories[{user}] has no item id at place {place} ({item}): drop it.")
+            raise ValueError(f"{where} has no item id at place {place} ({item}): drop it.")
     return items
 
 
@@ -117,6 +123,8 @@ class Recommender:
         unknown_items: str = "error",
         blocked_items: Iterable | None = None,
         allowed_items: Iterable | None = None,
+        only: str | None = None,
+        session_scores: bool = False,
         batch_size: int = 32,
         show_progress: bool = False,
         **options,
@@ -127,14 +135,17 @@ class Recommender:
             histories: Item ids per user, oldest first, of the catalogue's own type, as lists, arrays, tensors or a
                 column of a table. An empty one or None is of a new user. A model with feedback, times or user
                 features needs rows (`dict`) of `history_item_ids` and of the columns that [`encode_history_rows`]
-                names. A reward model reads `exposed_item_ids`, `exposed_feedback`, `feedback_totals` and
-                `user_profile` (data/schema.py) of them, or else the history.
+                names. A row's `blocked_item_ids` are items that this user is not given. A reward model reads
+                `exposed_item_ids`, `exposed_feedback`, `feedback_totals` and `user_profile` (data/schema.py) of them,
+                or else the history.
             top_k: Length of the ranked list.
             exclude_consumed: Whether items of the history are left out.
             unknown_items: `"error"` raises for an item that is not in the catalogue, in a history, in `blocked_items`
                 or in `allowed_items`; `"skip"` leaves it out.
             blocked_items: Item ids that nobody is given.
             allowed_items: The only item ids that may be given: an inventory or a region.
+            only: `"session"` or `"items"`, where one of the two is enough; each costs a search of its own.
+            session_scores: Whether the session's log-probabilities are asked for.
             batch_size: Users encoded together.
             options: `num_beams`, the saved generation config's by default, and at least `top_k`; `normalization`,
                 `item_share`, `search` and `temperature` as [`generate_sessions`] has them, where with
@@ -147,7 +158,8 @@ class Recommender:
         Returns:
             Per user `session`, the item ids of the best (or first drawn) session, or of the one that the scorer chose;
             `items`, the ranked item ids, highest first; and `scores`, their log-probabilities. Lists are shorter than
-            asked where fewer items may be recommended.
+            asked where fewer items may be recommended. With `session_scores` these too: the log-probability of each of
+            the session's items after those before it, among sessions, however they were searched for.
 
         Raises:
             ValueError: If a history, a user's exposures or an option name an item that the tokenizer does not know, or
@@ -158,14 +170,17 @@ class Recommender:
         _require_count("batch_size", batch_size)
         if unknown_items not in ("error", "skip"):
             raise ValueError(f"unknown_items must be 'error' or 'skip', got {unknown_items!r}.")
+        if only not in (None, "session", "items"):
+            raise ValueError(f"only must be 'session' or 'items', got {only!r}.")
         trie = self._trie()
         allowed = self._allowed(trie, blocked_items, allowed_items, unknown_items)
         ranking, sessions = self._searches(trie, top_k, allowed, **options)
+        wanted = None if only == "session" else ranking, None if only == "items" else sessions
         rows, results = history_rows(histories), []
         with evaluation_mode(self.model):
             for start in tqdm(range(0, len(rows), batch_size), desc="Recommending", disable=not show_progress):
                 batch = self._known_rows(rows[start : start + batch_size], start, unknown_items)
-                results.extend(self._recommend(trie, batch, exclude_consumed, ranking, sessions))
+                results.extend(self._recommend(trie, batch, exclude_consumed, *wanted, session_scores))
         return results
 
     def predict_df(
@@ -306,6 +321,10 @@ class Recommender:
         """The chunk that begins at user `first` as rows with catalogue indices in `history` and `exposed`."""
         rows = [{**row, "history_item_ids": item_list(row, first + user)} for user, row in enumerate(rows)]
         rows = self._indexed(rows, "history", ("history_feedback", "history_timestamps"), first, unknown_items)
+        if any(row.get(_BLOCKED) is not None for row in rows):
+            lists = [item_list({_BLOCKED: None} | row, first + user, _BLOCKED) for user, row in enumerate(rows)]
+            rows = [{**row, _BLOCKED: items} for row, items in zip(rows, lists, strict=True)]
+            rows = self._indexed(rows, "blocked", (), first, unknown_items)
         if self.scorer is None:
             return rows
         feedback = len(self.scorer.model.config.feedback)
@@ -331,8 +350,9 @@ class Recommender:
         missing = np.flatnonzero(indices < 0)
         if len(missing) and unknown_items == "error":
             user = first + int(np.searchsorted(ends, missing[0], side="right"))
+            where = f"histories[{user}]" if name == "history" else f"{name}_item_ids of histories[{user}]"
             raise ValueError(
-                f"histories[{user}] holds item id {items[missing[0]]!r}, which is not in the catalogue of "
+                f"{where} holds item id {items[missing[0]]!r}, which is not in the catalogue of "
                 f"{self.tokenizer.num_items} items; drop it or pass unknown_items='skip'"
             )
         indexed = []
@@ -347,24 +367,35 @@ class Recommender:
         return indexed
 
     def _recommend(
-        self, trie: ItemTrie, rows: list[dict], exclude_consumed: bool, ranking: dict, sessions: dict
+        self,
+        trie: ItemTrie,
+        rows: list[dict],
+        exclude_consumed: bool,
+        ranking: dict | None,
+        sessions: dict | None,
+        session_scores: bool,
     ) -> list[dict]:
-        """Results of users encoded together; `ranking` and `sessions` are the arguments of the two searches."""
+        """Results of users encoded together; `ranking` and `sessions` are the arguments of the two searches, None for
+        what is not wanted."""
         model = self.model
         encoded = encode_history_rows(rows, self.tokenizer, model.config).to(model.device)
+        excluded = [
+            np.concatenate([row["history"][: None if exclude_consumed else 0], row.get("blocked", _NOTHING)])
+            for row in rows
+        ]
         users = {
             "attention_mask": encoded["attention_mask"],
             "encoder_outputs": model.get_encoder()(**encoded),
-            "excluded": excluded_items([row["history"] for row in rows], model.device) if exclude_consumed else None,
+            "excluded": excluded_items(excluded, model.device) if any(map(len, excluded)) else None,
         }
-        ranked = generate_sessions(model, trie, num_items=1, **users, **ranking)
-        guided = sessions.get("search") == "guided_beam"
-        guide = {"guide": self.scorer.guide(rows)} if guided else {}
-        found = generate_sessions(model, trie, **users, **sessions, **guide).items.cpu()
-        chosen = found[:, 0]
-        if self.scorer is not None and not guided:
-            rewards = self.scorer.score(rows, found).reward
-            chosen = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
+        ranked = {} if ranking is None else self._ranked(trie, users, ranking)
+        chosen = {} if sessions is None else self._sessions(trie, rows, users, sessions, session_scores)
+        columns = chosen | ranked
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _ranked(self, trie: ItemTrie, users: dict, ranking: dict) -> dict[str, list]:
+        """By user the ranked `items` and their `scores`."""
+        ranked = generate_sessions(self.model, trie, num_items=1, **users, **ranking)
         if ranked.scores[ranked.items[..., 0] >= 0].isnan().any():
             raise ValueError(
                 "The model's scores are NaN: its weights are damaged, or its training diverged. "
@@ -372,16 +403,34 @@ class Recommender:
             )
         # Draws come in their own order; the list is by score.
         scores, order = ranked.scores.sort(dim=1, descending=True, stable=True)
-        items = ranked.items[..., 0].gather(1, order)
-        ids = self.tokenizer.item_ids
-        return [
-            {
-                "session": ids[session[session >= 0]].tolist(),
-                "items": ids[row[row >= 0]].tolist(),
-                "scores": row_scores[row >= 0].tolist(),
-            }
-            for session, row, row_scores in zip(chosen.numpy(), items.cpu().numpy(), scores.cpu().numpy(), strict=True)
-        ]
+        items, scores = ranked.items[..., 0].gather(1, order).cpu().numpy(), scores.cpu().numpy()
+        return {
+            "items": [self._item_ids(row) for row in items],
+            "scores": [row_scores[row >= 0].tolist() for row, row_scores in zip(items, scores, strict=True)],
+        }
+
+    def _sessions(
+        self, trie: ItemTrie, rows: list[dict], users: dict, sessions: dict, session_scores: bool
+    ) -> dict[str, list]:
+        """By user the `session`, and if they are wanted its `session_scores`."""
+        guided = sessions.get("search") == "guided_beam"
+        guide = {"guide": self.scorer.guide(rows)} if guided else {}
+        found = generate_sessions(self.model, trie, **users, **sessions, **guide).items.cpu()
+        chosen = found[:, 0]
+        if self.scorer is not None and not guided:
+            rewards = self.scorer.score(rows, found).reward
+            chosen = found[torch.arange(len(found)), rewards.nan_to_num(-torch.inf).argmax(dim=1)]
+        columns = {"session": [self._item_ids(session) for session in chosen.numpy()]}
+        if session_scores:
+            of_model = {name: sessions[name] for name in ("allowed", "normalization", "item_share")}
+            scores = session_log_probs(self.model, trie, chosen[:, None], **users, **of_model, by_item=True)[:, 0]
+            pairs = zip(scores.cpu(), chosen, strict=True)
+            columns["session_scores"] = [row[session >= 0].tolist() for row, session in pairs]
+        return columns
+
+    def _item_ids(self, indices: np.ndarray) -> list:
+        """Item ids of the catalogue indices that are there."""
+        return self.tokenizer.item_ids[indices[indices >= 0]].tolist()
 
 
 def recommend(model, tokenizer, histories: list[list], **options) -> list[dict[str, list]]:
