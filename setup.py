@@ -29,10 +29,12 @@ EXTRAS_REQUIRE = {
     "demo": ["gradio>=6.31,<7"],
     "lora": ["peft>=0.18"],
     "search": ["optuna>=5.0"],
+    "serve": ["prometheus_client>=0.21", "starlette>=1.0", "uvicorn>=0.40"],
     "tracking": ["trackio>=0.43,<1"],
     "test": [
-        *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
-        *("ruff>=0.17", "torchao>=0.15"),
+        *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "prometheus_client>=0.21", "pytest>=8.0"),
+        *("pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17", "starlette>=1.0", "torchao>=0.15"),
+        "uvicorn>=0.40",
     ],
 }
 

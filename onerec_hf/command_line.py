@@ -17,7 +17,7 @@ from .packaged_recipes import LAUNCHER_CONFIGS, RECIPES, packaged_recipes
 # The scripts of recipes/ in the order of a run; the first lines of their docstrings are the help.
 RECIPE_COMMANDS = (
     *("init", "pipeline", "update", "fit_tokenizer", "pretrain", "reward", "align", "sample_preferences"),
-    *("recommend", "evaluate", "search", "ablations", "demo"),
+    *("recommend", "evaluate", "search", "ablations", "demo", "serve"),
 )
 INFO = "info"
 PLATFORM = ("torch", "transformers", "trl", "accelerate", "datasets")
@@ -29,6 +29,7 @@ OPTIONAL = {
     "trackio": ("--report_to trackio", "-c constraints.txt 'onerec_hf[tracking]'"),
     "tensorboard": ("--report_to tensorboard", "tensorboard"),
     "wandb": ("--report_to wandb", "wandb"),
+    "uvicorn": ("onerec serve", "-c constraints.txt 'onerec_hf[serve]'"),
     "torchao": ("quantized weights", "-c constraints.txt torchao"),
     "deepspeed": ("accelerate_configs/deepspeed_zero2.yaml", "deepspeed"),
     "parameterized": ("recipes/benchmarks/conformance.py", "parameterized"),

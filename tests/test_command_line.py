@@ -12,7 +12,7 @@ from onerec_hf.stages import parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
-RUN_BY_NAME = {"demo", "init"}  # which take a folder, and no options of a recipe
+RUN_BY_NAME = {"demo", "init", "serve"}  # which take a folder, and no options of a recipe
 WORDS = {"ablations": ["r_dpo"], "search": ["--methods", "item_knn"]}
 RUN = {"ablations": "run_ablation", "fit_tokenizer": "run_tokenize"}
 

@@ -34,7 +34,7 @@ FLOORS = [
     [""],
     ["reporting", "model_cards", "model_export"],
     ["stages"],
-    ["demo"],
+    ["demo", "serving"],
     ["command_line", "__main__"],
 ]
 MAX_LINES, MAX_ARGUMENTS = 80, 10
