@@ -44,7 +44,7 @@ class Batcher:
 
     Args:
         max_batch: histories searched for together.
-        wait_seconds: that a free worker waits for more of them after a request came.
+        wait_seconds: that a worker waits for more of them, after a request came and it was free.
     """
 
     def __init__(self, pool: WorkerPool, metrics: Metrics, limits: Limits, max_batch: int, wait_seconds: float):
@@ -108,7 +108,8 @@ class Batcher:
 
     async def _next_batch(self) -> list[Waiting]:
         """Takes the oldest request from the queue, and those that go with it, as soon as they are as many as may be
-        or the oldest has waited."""
+        or both it and the worker have waited: those who just had their answers may ask again together."""
+        free = time.monotonic()
         async with self._gathering:
             while True:
                 if not self.queue:
@@ -116,7 +117,7 @@ class Batcher:
                     await self._arrived.wait()
                     continue
                 batch, full = self._gathered()
-                left = batch[0].since + self._wait_seconds - time.monotonic()
+                left = max(batch[0].since, free) + self._wait_seconds - time.monotonic()
                 if full or left <= 0:
                     break
                 self._arrived.clear()
