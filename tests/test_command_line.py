@@ -52,6 +52,20 @@ def test_the_demo_takes_a_run(monkeypatch, tmp_path, capsys):
     assert "usage: onerec demo " in capsys.readouterr().out
 
 
+def test_the_server_takes_a_model_and_limits(monkeypatch, capsys):
+    serving = pytest.importorskip("onerec_hf.serving", reason="the server needs its extra: pip install -e '.[serve]'")
+    served = []
+    monkeypatch.setattr(serving, "serve", lambda *given: served.append(given))
+    onerec(monkeypatch, "serve", "name/model", "--revision", "v2", "--port", "0", "--max_batch", "8", "--wait_ms", "2")
+    revisions = {"model": {"revision": "v2"}, "reward_model": {"revision": None}}
+    limits = serving.Limits(histories=8)
+    options = serving.ServerOptions("name/model", None, revisions, wait_seconds=0.002, limits=limits)
+    assert served == [(options, "127.0.0.1", 0)]
+    with pytest.raises(SystemExit, match="2"):
+        onerec(monkeypatch, "serve", "name/model", "--max_beams", "0")
+    assert "--max_beams must be above 0, got 0" in capsys.readouterr().err
+
+
 def test_an_unknown_sub_command_is_refused_with_the_list(monkeypatch, capsys):
     assert onerec(monkeypatch, "sample-preferences", "--help") == 2
     message = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -125,11 +126,11 @@ def counted(address: str) -> dict[str, float]:
 
 
 def test_what_cannot_be_served_is_refused_with_field_and_remedy(model):
-    limits = Limits(body_bytes=2000, histories=3, list_items=20, beams=16)
+    limits = Limits(body_bytes=2000, histories=4, list_items=20, beams=16)
     refused = [
         (b"x" * 2001, 413, "body", "larger than 2000 bytes: send fewer"),
         (b'{"inputs": [[NaN]]}', 422, "body", "is no JSON"),
-        ({"inputs": [[]] * 4}, 422, "inputs", "has 4 histories: send at most 3"),
+        ({"inputs": [[]] * 5}, 422, "inputs", "has 5 histories: send at most 4"),
         ({"inputs": [[100] * 21]}, 422, "inputs[0].history_item_ids", "send the latest 20"),
         ({"inputs": [[100, True]]}, 422, "inputs[0].history_item_ids[1]", "is true or false: item ids"),
         ({"inputs": [[7]]}, 422, "inputs", "item id 7, which is not in the catalogue of 30 items; drop it"),
@@ -142,19 +143,26 @@ def test_what_cannot_be_served_is_refused_with_field_and_remedy(model):
         ({"inputs": [[]], "parameters": {"blocked_items": [7]}}, 422, "inputs", "blocked_item_ids of histories[0]"),
     ]
 
+    text = (Path(__file__).parents[1] / "recipes" / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(import json, time.*?)```", text, re.DOTALL).group(1), scope := {})
+
     def ask(address: str):
         answers = [send(address, data) for data, *_ in refused]
         # What others do wrong at the same time changes nothing.
         with ThreadPoolExecutor(8) as clients:
             bodies = [{"inputs": [[100]]}, {"inputs": [[7]]}] * 4
             together = list(clients.map(lambda body: send(address, body), bodies))
-        return answers, together, send(address, None, "/info")[1], send(address, None, "/health")
+        by_client = scope["recommend"](HISTORIES, address, top_k=3)
+        with pytest.raises(ValueError, match="at most 16 are served"):
+            scope["recommend"](HISTORIES, address, num_beams=17)
+        return answers, together, by_client, send(address, None, "/info")[1], send(address, None, "/health")
 
-    answers, together, info, health = while_served(ServerOptions(model, threads=1, limits=limits), ask)
+    answers, together, by_client, info, health = while_served(ServerOptions(model, threads=1, limits=limits), ask)
     for (data, status, field, message), (found, answer, _) in zip(refused, answers, strict=True):
         assert (found, answer["error"]["field"]) == (status, field), (data, answer)
         assert message in answer["error"]["message"], (data, answer)
     assert [status for status, *_ in together] == [200, 422] * 4
+    same(by_client, recommender()(HISTORIES, top_k=3, session_scores=True))
     (expected,) = recommender()([[100]])
     assert all(found[0]["items"] == expected["items"] for status, found, _ in together if status == 200)
     assert (info["catalogue_size"], info["session_items"], info["limits"]["beams"]) == (30, 2, 16)

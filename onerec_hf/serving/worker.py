@@ -2,12 +2,14 @@
 
 import json
 import signal
+import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..modeling_onerec import OneRecForConditionalGeneration
@@ -91,6 +93,7 @@ def run_worker(connection: Connection, model: str, reward_model: str | None, thr
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own, of processes, would outlive a worker that is killed
     if threads is not None:
         torch.set_num_threads(threads)
     torch.seed()  # a forked process would repeat the draws of the others

@@ -4,7 +4,7 @@
     python recipes/benchmarks/serving.py --model runs/quickstart/align/model --soak_minutes 30
 
 Without `--model` the model is one of the quickstart's size with random weights and catalogue. Each client asks for a
-session and a list, and asks again when it has them. The soak has reloads, also of broken checkpoints, killed workers and
+session and a list, and asks again when it has them. The soak has reloads, of broken checkpoints too, kills and
 bad requests: every answer is compared with the recommender's own, and memory is printed.
 """
 
