@@ -7,7 +7,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -26,6 +25,8 @@ from .worker_pool import LoadError, WorkerPool
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER = {"Retry-After": "1"}  # [s]
+# Who is still sending a body reads no refusal: of one that is too large so many times the limit is read, and dropped.
+DRAINED = 16
 
 
 @dataclass(frozen=True)
@@ -168,16 +169,15 @@ class Server:
 
 
 async def _body(http: Request, most: int) -> bytes | None:
-    """The request's body, None if it is larger than this; what is beyond is not kept."""
-    body = bytearray()
-    with suppress(ValueError):  # no number: what comes is counted
-        if int(http.headers.get("content-length", 0)) > most:
-            return None
+    """The request's body, None if it is larger than this."""
+    body, size = bytearray(), 0
     async for part in http.stream():
-        body += part
-        if len(body) > most:
-            return None
-    return bytes(body)
+        size += len(part)
+        if size <= most:
+            body += part
+        elif size > DRAINED * most:
+            break
+    return bytes(body) if size <= most else None
 
 
 def _field(message: str, request: RecommendRequest) -> str:
