@@ -354,9 +354,10 @@ class OneRecTokenizer(TokenizersBackend):
         # Of items with one ID the first that may be generated is the one it stands for.
         # By their first level and the one after their last: each ID alone, and all of an item's together.
         spans = [self.levels_of(number) for number in range(self.num_semantic_ids)]
+        bounds = dict.fromkeys((span.start, span.stop) for span in (*spans, slice(0, len(self.codebook_sizes))))
         self._semantic_id_lookups = {
-            (span.start, span.stop): SemanticIdLookup(self.codes[:, span], self.codebook_sizes[span], last=removed)
-            for span in (*spans, slice(0, len(self.codebook_sizes)))
+            (start, stop): SemanticIdLookup(self.codes[:, start:stop], self.codebook_sizes[start:stop], last=removed)
+            for start, stop in bounds
         }
         self.semantic_id_fingerprint = self._compute_fingerprint()
 

@@ -107,6 +107,7 @@ BEFORE_POLICY = "The same before the collision policy."
 ERROR = "Squared error of the embeddings' reconstruction, as a share of their variance."
 QUANTIZER_FIELDS = (
     *("codebook_sizes", "collision_policy", "suffix_size", "seed", "assignment", "code_assignment", "max_iterations"),
+    "fitted_items",
     *("latent_dim", "hidden_sizes", "num_steps", "batch_size", "learning_rate", "commitment"),
 )
 METRICS: dict[str, Any] = {

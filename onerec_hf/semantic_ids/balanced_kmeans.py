@@ -11,7 +11,8 @@ whole: distances are computed in blocks of rows, again in each pass.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,9 +29,9 @@ PART_ROWS = 2**16
 SEEDING_POINTS = 32
 # ... and prices are found on at most this many; all points are assigned by them.
 PRICING_POINTS = 32
-# The Sinkhorn kernel of the pricing points is kept while it has at most this many numbers (512 MB); a larger one is
-# computed again in every pass.
-KEPT_NUMBERS = 2**27
+# The Sinkhorn kernel of the pricing points is kept while it has at most this many numbers (2 GB, those of 4,096
+# clusters); a larger one is computed again in every pass.
+KEPT_NUMBERS = 2**29
 # Temperature of the Sinkhorn iterations, as a share of the points' mean squared distance to the own centroid.
 TEMPERATURE = 0.2
 # The first iteration has no warm prices: it starts at these multiples of the temperature.
@@ -53,20 +54,59 @@ LAST_EXCHANGES = 8
 
 
 def as_points(x, name: str = "embeddings", device: torch.device | str | None = None) -> torch.Tensor:
-    """Float32 tensor (N, d) of `x`; ValueError names the first row that holds NaN or infinity."""
-    x = torch.as_tensor(x).to(device=device, dtype=torch.float32)
+    """Float32 tensor (N, d) of `x`; ValueError names the first row that holds NaN or infinity.
+
+    A float32 array stays where it is: one that is mapped from a file is read as it is needed, and never held whole.
+    """
+    with warnings.catch_warnings():
+        # Nothing here writes into the points, so that a file may be mapped for reading alone.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        x = torch.as_tensor(x).to(device=device, dtype=torch.float32)
     if x.ndim != 2 or x.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"{name} must be a non-empty matrix [items, dimensions], got shape {list(x.shape)}")
-    finite = torch.isfinite(x).all(1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"{name} row {row} holds NaN or infinity; repair or drop this item's embedding")
+    for number, rows in enumerate(x.split(PART_ROWS)):
+        finite = torch.isfinite(rows).all(1)
+        if not finite.all():
+            row = number * PART_ROWS + int((~finite).nonzero()[0])
+            raise ValueError(f"{name} row {row} holds NaN or infinity; repair or drop this item's embedding")
     return x
 
 
-def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+class Residuals:
+    """Points (N, d) less the centroids of the codes that they have, computed for the rows that are asked for, in every
+    pass again: beside the points nothing of their size is held.
+
+    Args:
+        x: (N, d), which is never written to.
+        codebooks, codes: one (K_l, d) and one LongTensor (N,) for each level that is done.
+        center: (d,), taken off last.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        codebooks: Sequence[torch.Tensor] = (),
+        codes: Sequence[torch.Tensor] = (),
+        center: torch.Tensor | None = None,
+    ):
+        self.x, self.codebooks, self.codes, self.center = x, codebooks, codes, center
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        points = self.x[rows]
+        for codebook, codes in zip(self.codebooks, self.codes, strict=True):
+            points = points - codebook[codes[rows]]
+        return points if self.center is None else points - self.center
+
+    def less(self, center: torch.Tensor) -> "Residuals":
+        return Residuals(self.x, self.codebooks, self.codes, center)
+
+
+def nearest_centroid(x: torch.Tensor | Residuals, centroids: torch.Tensor) -> torch.Tensor:
     """Index of the nearest centroid of each row: LongTensor (N,)."""
-    labels = torch.empty(len(x), dtype=torch.long, device=x.device)
+    labels = torch.empty(len(x), dtype=torch.long, device=centroids.device)
     scores = _Scores(x, centroids)
     for rows in scores.blocks():
         labels[rows] = scores[rows].argmin(1)
@@ -76,24 +116,32 @@ def nearest_centroid(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 class _Scores:
     """Squared distances of points to centroids, less the point's own |x|^2, plus a price per cluster.
 
-    `scores[rows]` is a matrix (rows, K) that is valid until the next one is asked for.
+    `scores[rows]` is a matrix (rows, K) that is valid until the next one is asked for. Where only `some` (M,) of the
+    points are meant, its rows and blocks are those of them.
     """
 
-    def __init__(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor | None = None):
-        self.x = x
+    def __init__(
+        self,
+        x: torch.Tensor | Residuals,
+        centroids: torch.Tensor,
+        prices: torch.Tensor | None = None,
+        some: torch.Tensor | None = None,
+    ):
+        self.x, self.some = x, some
+        self.num_points = len(x) if some is None else len(some)
         self.offsets = centroids.square().sum(1)
         if prices is not None:
             self.offsets = self.offsets + prices
         self.directions = centroids.T.contiguous()
         self.block_rows = max(1, BLOCK_NUMBERS // len(centroids))
-        self.buffer = x.new_empty(min(self.block_rows, len(x)), len(centroids))
+        self.buffer = centroids.new_empty(min(self.block_rows, self.num_points), len(centroids))
 
     def blocks(self) -> Iterator[slice]:
-        for start in range(0, len(self.x), self.block_rows):
-            yield slice(start, min(start + self.block_rows, len(self.x)))
+        for start in range(0, self.num_points, self.block_rows):
+            yield slice(start, min(start + self.block_rows, self.num_points))
 
     def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        points = self.x[rows]
+        points = self.x[rows if self.some is None else self.some[rows]]
         out = self.buffer[: len(points)] if len(points) <= len(self.buffer) else None
         return torch.addmm(self.offsets, points, self.directions, alpha=-2, out=out)
 
@@ -222,12 +270,36 @@ class BalancedKMeans:
             float((part - centroids[labels]).square().sum(dtype=torch.float64))
             for part, labels in zip(x.split(PART_ROWS), self.labels.split(PART_ROWS), strict=True)
         )
+        self.center = center
         self.centroids = centroids + center
         return self
 
     def predict(self, x) -> torch.Tensor:
         """Nearest centroid of each row, LongTensor (N,); not balanced."""
         return nearest_centroid(as_points(x, device=self.centroids.device), self.centroids)
+
+    def assign(self, x: torch.Tensor | Residuals) -> torch.Tensor:
+        """Clusters of points (N, d) around the fitted centroids, under the constraint: LongTensor (N,).
+
+        For points of which the fitted ones were a sample. N mod K clusters hold ceil(N / K) of them, the others
+        floor(N / K), whatever the points are. They are read in blocks and beside N numbers nothing is held. Prices are
+        found on a sample of them, drawn by seed; there is no exchange along cycles.
+
+        Raises:
+            ValueError: the assignment "nearest", which has no constraint; [`predict`] is for it.
+        """
+        if self.assignment == "nearest":
+            raise ValueError('the assignment "nearest" is not balanced; call predict(x)')
+        # Distances are precise near the origin alone, as in `fit`.
+        points = (x if isinstance(x, Residuals) else Residuals(x)).less(self.center)
+        centroids = self.centroids - self.center
+        if self.assignment == "greedy":
+            return self._assign_greedy(points, centroids)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(len(points), generator=generator)[: PRICING_POINTS * self.num_clusters]
+        sample = points[chosen.to(centroids.device)]
+        prices = self._prices(sample, centroids, torch.zeros_like(centroids[:, 0]), None, SINKHORN_PASSES)
+        return self._round_by_regret(points, centroids, prices)
 
     def _over_ranks(self, pieces: Iterable, work: Callable, *results: torch.Tensor) -> None:
         """Does `work(index, piece)` for every piece; each fills its own part of the zero tensors `results`.
@@ -260,11 +332,12 @@ class BalancedKMeans:
         size, rest = divmod(num_points, self.num_clusters)
         return [size + (cluster < rest) for cluster in range(self.num_clusters)]
 
-    def _assign_greedy(self, x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-        labels = torch.empty(len(x), dtype=torch.long, device=x.device)
-        left = torch.arange(len(x), device=x.device)
+    def _assign_greedy(self, x: torch.Tensor | Residuals, centroids: torch.Tensor) -> torch.Tensor:
+        labels = torch.empty(len(x), dtype=torch.long, device=centroids.device)
+        left = torch.arange(len(x), device=centroids.device)
         for cluster, capacity in enumerate(self._capacities(len(x))):
-            order = (x[left] - centroids[cluster]).square().sum(1).argsort(stable=True)
+            distances = [(x[rows] - centroids[cluster]).square().sum(1) for rows in left.split(PART_ROWS)]
+            order = torch.cat(distances).argsort(stable=True)
             labels[left[order[:capacity]]] = cluster
             left = left[order[capacity:].sort().values]
         return labels
@@ -343,18 +416,20 @@ class BalancedKMeans:
         prices = prices - temperature * scaling.log()
         return prices - prices.mean()
 
-    def _round_by_regret(self, x: torch.Tensor, centroids: torch.Tensor, prices: torch.Tensor) -> torch.Tensor:
+    def _round_by_regret(
+        self, x: torch.Tensor | Residuals, centroids: torch.Tensor, prices: torch.Tensor
+    ) -> torch.Tensor:
         """Every point asks for its cheapest open cluster; a full one keeps those that would lose most elsewhere."""
-        capacity = torch.tensor(self._capacities(len(x)), device=x.device)
+        capacity = torch.tensor(self._capacities(len(x)), device=centroids.device)
         # The clusters in highest demand, those with the highest price, hold the extra points.
         capacity = capacity[prices.argsort(stable=True, descending=True).argsort()]
-        labels = torch.full((len(x),), -1, dtype=torch.long, device=x.device)
-        left = torch.arange(len(x), device=x.device)
-        points = x
+        labels = torch.full((len(x),), -1, dtype=torch.long, device=centroids.device)
+        left = torch.arange(len(x), device=centroids.device)
         while len(left):
-            choice = torch.zeros(len(left), dtype=torch.long, device=x.device)
-            regret = x.new_zeros(len(left))
-            scores = _Scores(points, centroids, torch.where(capacity > 0, prices, math.inf))
+            choice = torch.zeros(len(left), dtype=torch.long, device=centroids.device)
+            regret = centroids.new_zeros(len(left))
+            some = None if len(left) == len(x) else left
+            scores = _Scores(x, centroids, torch.where(capacity > 0, prices, math.inf), some)
 
             def work(_: int, rows: slice, choice=choice, regret=regret, scores=scores) -> None:
                 cheapest = scores[rows].topk(min(2, self.num_clusters), dim=1, largest=False)
@@ -365,12 +440,11 @@ class BalancedKMeans:
             order = regret.argsort(descending=True, stable=True)
             order = order[choice[order].argsort(stable=True)]
             asked = torch.bincount(choice, minlength=self.num_clusters)
-            rank = torch.arange(len(left), device=x.device) - (asked.cumsum(0) - asked)[choice[order]]
+            rank = torch.arange(len(left), device=centroids.device) - (asked.cumsum(0) - asked)[choice[order]]
             taken = rank < capacity[choice[order]]
             labels[left[order[taken]]] = choice[order[taken]]
             capacity = capacity - asked.minimum(capacity)
             left = left[order[~taken]]
-            points = x[left]
         return labels
 
     def _exchange(self, x: torch.Tensor, centroids: torch.Tensor, labels: torch.Tensor) -> bool:

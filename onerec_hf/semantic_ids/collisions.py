@@ -5,7 +5,7 @@ codes then stay as they are.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 COLLISION_POLICIES = ("nearest_free", "suffix", "share", "error")
+ROWS_AT_ONCE = 2**18  # whose residuals are held
 
 
 def prefix_ranks(codes: np.ndarray) -> np.ndarray:
@@ -28,7 +29,16 @@ def prefix_ranks(codes: np.ndarray) -> np.ndarray:
 
 def collision_summary(codes: np.ndarray) -> tuple[float, int]:
     """Share of the items whose ID is not theirs alone, and the largest number of items with one ID."""
-    counts = np.bincount(prefix_ranks(codes)[:, -1])
+    largest = [int(column.max(initial=0)) for column in codes.T]
+    if math.prod(code + 1 for code in largest) < 2**63:
+        ids = np.zeros(len(codes), dtype=np.int64)
+        for code, column in zip(largest, codes.T, strict=True):
+            ids *= code + 1
+            ids += column
+    else:
+        ids = prefix_ranks(codes)[:, -1]
+    ids.sort()
+    counts = np.diff(np.flatnonzero(np.diff(ids, prepend=ids[0] - 1)), append=len(ids))
     return float(counts[counts > 1].sum() / len(codes)), int(counts.max())
 
 
@@ -102,20 +112,27 @@ def move_to_free_ids(
     contested[prefix_rank[collides]] = True
     rows = np.flatnonzero(contested[prefix_rank])
     rows = rows[np.argsort(prefix_rank[rows], kind="stable")]
-    movable = rows >= num_existing
-    residuals = np.zeros((len(rows), latents.shape[1]), dtype=np.float32)
-    residuals[movable] = _residuals(latents, codes[num_existing:], codebooks[:last], rows[movable] - num_existing)
+    bounds = np.flatnonzero(np.diff(prefix_rank[rows], prepend=-1, append=-1))
+    del ranks, id_rank, prefix_rank, collides
     last_codebook = codebooks[last].cpu().numpy()
     codebook_norms = np.square(last_codebook).sum(1)
 
     overflow: list[int] = []
-    bounds = np.flatnonzero(np.diff(prefix_rank[rows], prepend=-1, append=-1))
+    first, residuals = 0, np.zeros((0, latents.shape[1]), dtype=np.float32)
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        group, moves = rows[start:end], movable[start:end]
+        if end > first + len(residuals):
+            # Of as many whole prefixes as there is room for, or of one.
+            until = max(end, bounds[np.searchsorted(bounds, start + ROWS_AT_ONCE, side="right") - 1])
+            first, residuals = start, np.zeros((until - start, latents.shape[1]), dtype=np.float32)
+            here = rows[start:until]
+            own = here[here >= num_existing] - num_existing
+            residuals[here >= num_existing] = _residuals(latents, codes[num_existing:], codebooks[:last], own)
+        group = rows[start:end]
+        moves = group >= num_existing
         free = np.ones(sizes[last], dtype=bool)
         free[codes[group[~moves], last]] = False
         free = np.flatnonzero(free)
-        group, residual = group[moves], residuals[start:end][moves]
+        group, residual = group[moves], residuals[start - first : end - first][moves]
         distances = np.square(residual).sum(1)[:, None] + codebook_norms[free] - 2 * residual @ last_codebook[free].T
         kept, places = _least_total(distances)
         codes[group[kept], last] = free[places]
@@ -150,40 +167,56 @@ def _move_to_open_prefixes(
     last = len(codebooks) - 1
     placed = np.ones(len(codes), dtype=bool)
     placed[overflow] = False
-    placed = codes[placed]
-    placed = placed[np.lexsort(placed.T[::-1])]
-    # Items under every prefix of every length, so that a full branch is passed over without being searched.
-    load: dict[tuple[int, ...], int] = defaultdict(int)
-    first: dict[tuple[int, ...], int] = {}
-    for depth in range(last + 1):
-        changes = (placed[1:, :depth] != placed[:-1, :depth]).any(1)
-        starts = np.flatnonzero(np.r_[True, changes]) if len(placed) else np.zeros(0, dtype=np.int64)
-        prefixes = list(map(tuple, placed[starts, :depth].tolist()))
-        load.update(zip(prefixes, np.diff(starts, append=len(placed)).tolist(), strict=True))
-        if depth == last:
-            first = dict(zip(prefixes, starts.tolist(), strict=True))
+    load = _PrefixLoads(codes[placed])
     taken: dict[tuple[int, ...], set[int]] = {}
     for row in overflow:
         prefix, residual = next(_open_prefixes(latents[row - num_existing].cpu(), (), codebooks, load))
         if prefix not in taken:
-            start = first.get(prefix, 0)
-            taken[prefix] = set(placed[start : start + load.get(prefix, 0), last].tolist())
+            taken[prefix] = set(load.last_codes(prefix).tolist())
         distances = (codebooks[last] - residual).square().sum(1)
         if taken[prefix]:
             distances[list(taken[prefix])] = float("inf")
         code = int(distances.argmin())
         taken[prefix].add(code)
         codes[row] = (*prefix, code)
-        for depth in range(last + 1):
-            load[prefix[:depth]] += 1
+        load.add(prefix)
+
+
+class _PrefixLoads:
+    """Items under every prefix of every length, so that a full branch is passed over without being searched: found by
+    binary search among the sorted codes (N, L), and counted for what is added later."""
+
+    def __init__(self, codes: np.ndarray):
+        order = np.lexsort(codes.T[::-1])
+        self.columns = [column[order] for column in codes.T]
+        self.added: Counter[tuple[int, ...]] = Counter()
+
+    def _range(self, prefix: tuple[int, ...]) -> tuple[int, int]:
+        start, end = 0, len(self.columns[0])
+        for column, code in zip(self.columns, prefix, strict=False):
+            inside = column[start:end]
+            start, end = start + np.searchsorted(inside, code), start + np.searchsorted(inside, code, side="right")
+        return int(start), int(end)
+
+    def __getitem__(self, prefix: tuple[int, ...]) -> int:
+        start, end = self._range(prefix)
+        return end - start + self.added[prefix]
+
+    def last_codes(self, prefix: tuple[int, ...]) -> np.ndarray:
+        """Last codes of the sorted items under a prefix of all codes but the last."""
+        return self.columns[-1][slice(*self._range(prefix))]
+
+    def add(self, prefix: tuple[int, ...]) -> None:
+        """One more item under a prefix of all codes but the last."""
+        self.added.update(prefix[:depth] for depth in range(len(prefix) + 1))
 
 
 def _open_prefixes(
-    residual: torch.Tensor, prefix: tuple[int, ...], codebooks: Sequence[torch.Tensor], load: dict
+    residual: torch.Tensor, prefix: tuple[int, ...], codebooks: Sequence[torch.Tensor], load: _PrefixLoads
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """Prefixes with a free last code, each with the residual that is left, nearest code first at every level."""
     depth = len(prefix)
-    if load.get(prefix, 0) >= math.prod(len(codebook) for codebook in codebooks[depth:]):
+    if load[prefix] >= math.prod(len(codebook) for codebook in codebooks[depth:]):
         return
     if depth == len(codebooks) - 1:
         yield prefix, residual

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from onerec_hf.semantic_ids.balanced_kmeans import as_points, nearest_centroid
+from onerec_hf.semantic_ids.balanced_kmeans import Residuals, as_points, nearest_centroid
 from onerec_hf.semantic_ids.collisions import (
     COLLISION_POLICIES,
     collision_summary,
@@ -32,6 +32,7 @@ from onerec_hf.typed_arguments import typed_arguments
 QUANTIZER_FILE = "quantizer.json"
 CODEBOOKS_FILE = "codebooks.safetensors"
 NUMBERS_AT_ONCE = 2**25  # distances held in memory while neighbours are looked for
+ITEMS_AT_ONCE = 2**18  # in passes over the embeddings that make copies
 
 
 @dataclass
@@ -102,6 +103,13 @@ class Quantizer:
         """Fits on embeddings (N, d): sets `codebooks` and `embedding_dim`, returns codes LongTensor (N, L)."""
         raise NotImplementedError
 
+    # Whether the codes that `_fit_codebooks` returns are the nearest ones.
+    codes_are_nearest = True
+
+    def _fit_report(self, num_items: int) -> dict[str, Any]:
+        """What the report says of fitting to so many items beside the settings."""
+        return {}
+
     def _latents(self, x: torch.Tensor) -> torch.Tensor:
         """What the codebooks quantize, (N, latent d), of embeddings (N, d)."""
         return x
@@ -133,16 +141,18 @@ class Quantizer:
                 f"codebook_sizes {list(self.codebook_sizes)}: {largest} codes for a catalogue of {len(x)} items; "
                 f"choose at most {len(x)} codes per level"
             )
-        if (x == x[0]).all():
+        if all((rows == x[0]).all() for rows in x.split(ITEMS_AT_ONCE)):
             raise ValueError(
                 f"all {len(x)} embeddings are equal: there is nothing to quantize. Check the source of the embeddings"
             )
         if self.collision_policy in ("nearest_free", "error"):
             require_enough_ids(self.codebook_sizes, len(x))
         self.embedding_dim = x.shape[1]
-        initial = self._fit_codebooks(x).cpu().numpy()
+        initial = self._fit_codebooks(x).cpu()
         self.codebooks = [codebook.cpu() for codebook in self.codebooks]
-        self.fitted_error = float(self.quantization_error(x).mean())
+        nearest = initial if self.codes_are_nearest else self._nearest_codes(self._latents(x)).cpu()
+        self.fitted_error = float(self._errors(x, nearest).mean())
+        initial = initial.numpy()
         self.id_sizes = self.codebook_sizes
         if self.collision_policy == "suffix":
             needed = int(rank_among_equals(initial).max()) + 1
@@ -157,6 +167,7 @@ class Quantizer:
         report = {
             "quantizer_type": self.quantizer_type,
             **self._settings(),
+            **self._fit_report(len(x)),
             **quantization_report(x, final, self),
             "collision_rate_before_policy": before[0],
             "max_items_per_id_before_policy": before[1],
@@ -210,7 +221,7 @@ class Quantizer:
         For new items, far above `fitted_error` it says that the codebooks do not know them.
         """
         x = self._checked(embeddings)
-        return (x.cpu() - self.decode(self._nearest_codes(self._latents(x)).cpu())).square().sum(1)
+        return self._errors(x, self._nearest_codes(self._latents(x)).cpu())
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `quantizer.json` and `codebooks.safetensors`; each appears whole or not at all.
@@ -288,12 +299,15 @@ class Quantizer:
         if not self.codebooks:
             raise ValueError(f"this {type(self).__name__} has no codebooks yet; call fit(embeddings) first")
 
-    def _nearest_codes(self, residual: torch.Tensor) -> torch.Tensor:
-        codes = []
-        for codebook in self.codebooks:
-            codebook = codebook.to(residual.device)
-            codes.append(nearest_centroid(residual, codebook))
-            residual = residual - codebook[codes[-1]]
+    def _errors(self, x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Squared distance of each embedding (N, d) to what its codes (N, levels) stand for, (N,), on the CPU."""
+        parts = zip(x.split(ITEMS_AT_ONCE), codes.split(ITEMS_AT_ONCE), strict=True)
+        return torch.cat([(rows.cpu() - self.decode(own)).square().sum(1) for rows, own in parts])
+
+    def _nearest_codes(self, latents: torch.Tensor) -> torch.Tensor:
+        codebooks, codes = [codebook.to(latents.device) for codebook in self.codebooks], []
+        for level, codebook in enumerate(codebooks):
+            codes.append(nearest_centroid(Residuals(latents, codebooks[:level], codes), codebook))
         return torch.stack(codes, dim=1)
 
     def _resolve(self, x: torch.Tensor, codes: np.ndarray, existing: np.ndarray) -> np.ndarray:
@@ -344,7 +358,9 @@ def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> 
     (`reporting.metrics_schema`) says of them. Quantized levels alone have a reconstruction_error."""
     x = as_points(embeddings).cpu()
     codes = np.asarray(codes)
-    variance = float((x - x.mean(0)).square().sum(dtype=torch.float64))
+    parts = [slice(start, start + ITEMS_AT_ONCE) for start in range(0, len(x), ITEMS_AT_ONCE)]
+    mean = x.mean(0)
+    variance = float(sum((x[part] - mean).square().sum(dtype=torch.float64) for part in parts))
     levels = []
     for level, size in enumerate(quantizer.id_sizes):
         counts = np.bincount(codes[:, level], minlength=size)
@@ -361,8 +377,9 @@ def quantization_report(embeddings, codes: np.ndarray, quantizer: Quantizer) -> 
             "balance": len(codes) / size / int(counts.max()),
         }
         if level < len(quantizer.codebooks):
-            error = x - quantizer.decode(codes[:, : level + 1])
-            summary["reconstruction_error"] = float(error.square().sum(dtype=torch.float64)) / variance
+            errors = (x[part] - quantizer.decode(codes[part, : level + 1]) for part in parts)
+            error = float(sum(error.square().sum(dtype=torch.float64) for error in errors))
+            summary["reconstruction_error"] = error / variance
         levels.append(summary)
     collision_rate, max_items_per_id = collision_summary(codes)
     return {
@@ -387,14 +404,26 @@ def neighbours_kept(
     num_neighbours = min(num_neighbours, num_items - 1)
     if num_neighbours == 0:
         return 0.0
-    centred = embeddings - embeddings.mean(0)
-    norms = centred.square().sum(1)
+    mean = embeddings.mean(0)
     drawn = torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))[:max_items]
     codes = torch.from_numpy(np.asarray(first_codes))
-    kept = 0
-    for rows in drawn.split(max(1, NUMBERS_AT_ONCE // num_items)):
-        distances = norms - 2 * centred[rows] @ centred.T
-        distances[torch.arange(len(rows)), rows] = torch.inf
-        nearest = distances.topk(num_neighbours, dim=1, largest=False).indices
-        kept += int((codes[nearest] == codes[rows][:, None]).sum())
+    chunks = drawn.split(max(1, NUMBERS_AT_ONCE // min(num_items, ITEMS_AT_ONCE)))
+    queries = [embeddings[rows] - mean for rows in chunks]
+    nearest = [(torch.empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long)) for rows in chunks]
+    for start in range(0, num_items, ITEMS_AT_ONCE):
+        centred = embeddings[start : start + ITEMS_AT_ONCE] - mean
+        norms = centred.square().sum(1)
+        for number, (rows, query) in enumerate(zip(chunks, queries, strict=True)):
+            distances = torch.addmm(norms, query, centred.T, alpha=-2)
+            here = ((rows >= start) & (rows < start + len(centred))).nonzero()[:, 0]
+            distances[here, rows[here] - start] = torch.inf
+            found = distances.topk(min(num_neighbours, len(centred)), dim=1, largest=False)
+            # Together with the nearest ones of the blocks before.
+            values = torch.cat([nearest[number][0], found.values], dim=1)
+            items = torch.cat([nearest[number][1], found.indices + start], dim=1)
+            best = values.topk(min(num_neighbours, values.shape[1]), dim=1, largest=False)
+            nearest[number] = best.values, items.gather(1, best.indices)
+    kept = sum(
+        int((codes[items] == codes[rows][:, None]).sum()) for rows, (_, items) in zip(chunks, nearest, strict=True)
+    )
     return kept / (len(drawn) * num_neighbours)

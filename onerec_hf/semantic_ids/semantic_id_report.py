@@ -9,12 +9,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 
 from onerec_hf.figure_style import INK, MUTED, OTHERS, SECOND, png_image, set_title, styled_axes
+from onerec_hf.semantic_ids.balanced_kmeans import as_points
 
 CODE_USE_FILE = "code_use.png"
 ITEM_MAP_FILE = "item_map.png"
@@ -123,7 +123,7 @@ def write_semantic_id_report(
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         CODE_USE_FILE: code_use_figure(code_use(codes, codebook_sizes)),
-        ITEM_MAP_FILE: item_map_figure(torch.as_tensor(embeddings).cpu(), codes[:, 0]),
+        ITEM_MAP_FILE: item_map_figure(as_points(embeddings).cpu(), codes[:, 0]),
     }
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=110)
