@@ -21,9 +21,12 @@ from sklearn.utils.extmath import randomized_svd
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from .co_consumption import item_associations
 from .data import Feed
 from .data.schema import canonical_lists
+from .large_truncated_svd import large_truncated_svd
 
+SVD_ROWS = 2**18  # see _truncated_svd
 NORMALISATIONS = ("whiten", "l2")
 
 
@@ -188,24 +191,32 @@ def pairs_in_window(
     Raises:
         ValueError: an index outside [0, N), with the history; no pair anywhere.
     """
+    users, items, window = _windowed_histories(histories, num_items, window)
+    for distance in range(1, window + 1):
+        pairs = (users[distance:] == users[:-distance]) & (items[distance:] != items[:-distance])
+        yield items[:-distance][pairs], items[distance:][pairs]
+
+
+def _windowed_histories(
+    histories: Sequence[np.ndarray], num_items: int, window: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Histories one after the other, as numbers of the users and catalogue indices, int (T,), and the window in which
+    there can be pairs. Raises the errors of [`pairs_in_window`]."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
-    items = np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64)
-    users = np.repeat(np.arange(len(histories)), lengths)
+    items = np.concatenate([np.zeros(0, dtype=np.int64), *histories]).astype(np.int64, copy=False)
+    users = np.repeat(np.arange(len(histories), dtype=np.int32), lengths)
     wrong = np.flatnonzero((items < 0) | (items >= num_items))
     if len(wrong):
         raise ValueError(
             f"histories[{users[wrong[0]]}] holds {items[wrong[0]]}, which is not a catalogue index in [0, {num_items})"
         )
-    found = False
-    for distance in range(1, min(window, int(lengths.max(initial=1)) - 1) + 1):
-        pairs = (users[distance:] == users[:-distance]) & (items[distance:] != items[:-distance])
-        found = found or bool(pairs.any())
-        yield items[:-distance][pairs], items[distance:][pairs]
-    if not found:
+    # Where a history has two items, two that differ follow one another.
+    if window < 1 or not ((users[1:] == users[:-1]) & (items[1:] != items[:-1])).any():
         raise ValueError(
             f"no two different items lie within {window} places in any of the {len(histories)} histories; users with "
             "at least two positive behaviours are needed"
         )
+    return users, items, min(window, int(lengths.max()) - 1)
 
 
 def behaviour_embeddings(
@@ -217,28 +228,19 @@ def behaviour_embeddings(
     context_smoothing: float = 0.75,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Item embeddings from co-occurrence: shifted positive PMI and truncated SVD.
+    """Item embeddings from co-occurrence: shifted positive PMI ([`item_associations`]) and truncated SVD.
 
-    Two items co-occur when they stand at most `window` places apart in a user's positive history. With counts n_ij the
-    matrix is max(0, log(n_ij n / (n_i n_j^a)) - log(negatives)), a = `context_smoothing` (the smoothed counts are
-    rescaled to sum to n); items are the rows of U sqrt(S).
+    Two items co-occur when they stand at most `window` places apart in a user's positive history; items are the rows
+    of U sqrt(S). Of an item the 2**27 / N largest associations are kept, which is all of them in any catalogue of up
+    to 11,585 items, and 134 in one of a million.
 
     Arguments and errors as of [`pairs_in_window`].
 
     Returns:
         Embeddings float32 (N, min(dim, N)), present bool (N,); False where an item has no positive association.
     """
-    counts = sp.csr_matrix((num_items, num_items), dtype=np.float64)
-    for left, right in pairs_in_window(histories, num_items, window):
-        counts = counts + sp.csr_matrix((np.ones(len(left)), (left, right)), shape=counts.shape)
-    counts = (counts + counts.T).tocoo()
-    total = counts.data.sum()
-    item_counts = np.bincount(counts.row, counts.data, minlength=num_items)
-    context_counts = item_counts**context_smoothing
-    context_counts *= total / context_counts.sum()
-    pmi = np.log(counts.data * total / (item_counts[counts.row] * context_counts[counts.col])) - math.log(negatives)
-    positive = pmi > 0
-    matrix = sp.csr_matrix((pmi[positive], (counts.row[positive], counts.col[positive])), shape=counts.shape)
+    users, items, window = _windowed_histories(histories, num_items, window)
+    matrix = item_associations(users, items, num_items, window, negatives, context_smoothing)
     embeddings = _truncated_svd(matrix, min(dim, num_items), power=0.5, seed=seed)
     present = np.diff(matrix.indptr) > 0
     embeddings[~present] = 0
@@ -379,7 +381,12 @@ def _require_finite(embeddings: np.ndarray, present: np.ndarray, name: str) -> N
 
 
 def _truncated_svd(matrix: sp.csr_matrix, dim: int, power: float, seed: int) -> np.ndarray:
-    """U S^power of the `dim` largest singular values, float32 (N, dim)."""
+    """U S^power of the `dim` largest singular values, float32 (N, dim).
+
+    Of a matrix of more than 2**18 rows or columns it is found in single precision and in place, as the dense matrices
+    of the usual way would be several times the result."""
+    if max(matrix.shape) > SVD_ROWS:
+        return large_truncated_svd(matrix, dim, power, seed)
     left, singular_values, _ = randomized_svd(matrix, dim, n_iter=4, random_state=seed)
     return (left * singular_values**power).astype(np.float32)
 

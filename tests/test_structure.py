@@ -15,6 +15,7 @@ FLOORS = [
         "evaluation_mode",
         "figure_style",
         "free_memory",
+        "large_truncated_svd",
         "packaged_recipes",
         "readable_checkpoints",
         "renamed_arguments",

@@ -29,6 +29,8 @@ PART_ROWS = 2**16
 SEEDING_POINTS = 32
 # ... and prices are found on at most this many; all points are assigned by them.
 PRICING_POINTS = 32
+# Of an assignment that no iteration follows, as many as this where their kernel can be kept.
+LAST_PRICING_POINTS = 128
 # The Sinkhorn kernel of the pricing points is kept while it has at most this many numbers (2 GB, those of 4,096
 # clusters); a larger one is computed again in every pass.
 KEPT_NUMBERS = 2**29
@@ -296,7 +298,8 @@ class BalancedKMeans:
         if self.assignment == "greedy":
             return self._assign_greedy(points, centroids)
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(len(points), generator=generator)[: PRICING_POINTS * self.num_clusters]
+        per_cluster = min(LAST_PRICING_POINTS, max(PRICING_POINTS, KEPT_NUMBERS // self.num_clusters**2))
+        chosen = torch.randperm(len(points), generator=generator)[: per_cluster * self.num_clusters]
         sample = points[chosen.to(centroids.device)]
         prices = self._prices(sample, centroids, torch.zeros_like(centroids[:, 0]), None, SINKHORN_PASSES)
         return self._round_by_regret(points, centroids, prices)
