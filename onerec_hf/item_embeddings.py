@@ -10,7 +10,7 @@ Nothing here may see the test period: histories passed to [`behaviour_embeddings
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from .data import Feed
 from .data.schema import canonical_lists
 from .large_truncated_svd import large_truncated_svd
 
+ITEMS_AT_ONCE = 2**18  # that are fused in double precision
 SVD_ROWS = 2**18  # see _truncated_svd
 NORMALISATIONS = ("whiten", "l2")
 
@@ -332,10 +333,11 @@ def fuse_embeddings(sources: Sequence[tuple[np.ndarray, np.ndarray, float]], nor
     if not sources:
         raise ValueError("fuse_embeddings needs at least one source")
     num_items = len(sources[0][0])
-    parts, known = [], []
+    blocks = [slice(start, start + ITEMS_AT_ONCE) for start in range(0, num_items, ITEMS_AT_ONCE)]
+    parts = []
     for number, (embeddings, present, weight) in enumerate(sources):
         name = f"source {number}"
-        embeddings, present = np.asarray(embeddings, dtype=np.float64), np.asarray(present, dtype=bool)
+        embeddings, present = np.asarray(embeddings), np.asarray(present, dtype=bool)
         if embeddings.ndim != 2 or len(embeddings) != num_items or present.shape != (num_items,):
             raise ValueError(
                 f"{name}: embeddings of shape {embeddings.shape} and present of shape {present.shape}, expected "
@@ -343,40 +345,78 @@ def fuse_embeddings(sources: Sequence[tuple[np.ndarray, np.ndarray, float]], nor
             )
         if not present.any() or weight <= 0:
             raise ValueError(f"{name} has weight {weight} and knows {present.sum()} items; leave it out")
-        _require_finite(embeddings, present, name)
-        part = np.where(present[:, None], embeddings, 0.0)
-        if normalisation == "whiten":
-            part = _whiten(part, present, name)
-        else:
-            part = part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12)
-        parts.append(weight * part)
-        known.append(present)
+        parts.append(_Part(embeddings, present, weight, name, normalisation, blocks))
 
-    fused = []
-    for number, (part, present) in enumerate(zip(parts, known, strict=True)):
-        if not present.all():
-            inputs = [np.ones((num_items, 1))]
-            for other in range(len(parts)):
-                if other != number:
-                    inputs += [known[other][:, None].astype(np.float64), parts[other]]
-            part = np.where(present[:, None], part, _ridge_prediction(np.concatenate(inputs, axis=1), part, present))
-        fused.append(part)
-    fused = np.concatenate(fused, axis=1).astype(np.float32)
-    unknown = ~np.any(known, axis=0)
-    if unknown.any():
+    bounds = np.cumsum([0, *(part.width for part in parts)])
+    fused = np.empty((num_items, bounds[-1]), dtype=np.float32)
+    for number, part in enumerate(parts):
+        columns = slice(bounds[number], bounds[number + 1])
+        others = [other for other in parts if other is not part]
+        predict = None if part.present.all() else _ridge_prediction(part, others, blocks)
+        for rows in blocks:
+            own = part[rows]
+            if predict is not None:
+                own = np.where(part.present[rows, None], own, predict(rows))
+            fused[rows, columns] = own
+    known = np.any([part.present for part in parts], axis=0)
+    if not known.all():
         # The mean itself may be zero, which has no direction to compare items by.
-        known_rows = np.flatnonzero(~unknown)
-        distances = np.square(fused[known_rows] - fused[known_rows].mean(0)).sum(1)
-        fused[unknown] = fused[known_rows[distances.argmin()]]
+        mean = sum(fused[rows][known[rows]].sum(0) for rows in blocks) / known.sum()
+        distances = [np.square(fused[rows][known[rows]] - mean).sum(1) for rows in blocks]
+        fused[~known] = fused[np.flatnonzero(known)[np.concatenate(distances).argmin()]]
     return fused
 
 
+class _Part:
+    """A source as it is fused, normalised and weighted: `part[rows]` is float64, zero where the source knows nothing,
+    and computed again at each access.
+
+    Args:
+        blocks: the rows that are looked at together.
+    """
+
+    def __init__(self, embeddings, present, weight: float, name: str, normalisation: str, blocks: list[slice]):
+        self.embeddings, self.present, self.weight = embeddings, present, weight
+        _require_finite(embeddings, present, name)
+        self.whitening: tuple[np.ndarray, np.ndarray] | None = None
+        self.width = embeddings.shape[1]
+        if normalisation == "whiten":
+            self.whitening = self._whitening(name, blocks)
+            self.width = self.whitening[1].shape[1]
+
+    def _known(self, rows: slice) -> np.ndarray:
+        return np.where(self.present[rows, None], np.asarray(self.embeddings[rows], dtype=np.float64), 0.0)
+
+    def _whitening(self, name: str, blocks: list[slice]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (d,) of the known rows, and the directions (d, width) in which they vary, scaled."""
+        count = self.present.sum()
+        mean = sum(self._known(rows)[self.present[rows]].sum(0) for rows in blocks) / count
+        gram = 0.0
+        for rows in blocks:
+            centred, present = self._known(rows) - mean, self.present[rows]
+            gram = gram + centred[present].T @ centred[present]
+        variances, directions = np.linalg.eigh(gram / count)
+        kept = variances > 1e-6 * variances[-1]
+        if variances[-1] <= 0:
+            raise ValueError(f"{name}: all embeddings are equal, which tells no items apart; leave this source out")
+        return mean, directions[:, kept] / np.sqrt(variances[kept] * kept.sum())
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        part = self._known(rows)
+        if self.whitening is None:
+            return self.weight * (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12))
+        mean, directions = self.whitening
+        return self.weight * np.where(self.present[rows, None], (part - mean) @ directions, 0.0)
+
+
 def _require_finite(embeddings: np.ndarray, present: np.ndarray, name: str) -> None:
-    broken = np.flatnonzero(present & ~np.isfinite(embeddings).all(1))
+    starts = range(0, len(embeddings), ITEMS_AT_ONCE)
+    finite = [np.isfinite(embeddings[start : start + ITEMS_AT_ONCE]).all(1) for start in starts]
+    broken = np.flatnonzero(present & ~np.concatenate(finite))
     if len(broken):
         raise ValueError(
-            f"{name}: row {broken[0]} holds NaN or infinity ({len(broken)} rows in all); repair the embedding or mark "
-            "the item as not present"
+            f"{name}: row {broken[0]} holds NaN or infinity ({len(broken)} rows in all); repair the "
+            "embedding or mark the item as not present"
         )
 
 
@@ -423,22 +463,25 @@ def _numeric_block(values: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix(np.where(known, (values - np.nanmean(values)) / np.nanstd(values), 0.0)[:, None])
 
 
-def _whiten(part: np.ndarray, present: np.ndarray, name: str) -> np.ndarray:
-    centred = part - part[present].mean(0)
-    variances, directions = np.linalg.eigh(centred[present].T @ centred[present] / present.sum())
-    kept = variances > 1e-6 * variances[-1]
-    if variances[-1] <= 0:
-        raise ValueError(f"{name}: all embeddings are equal, which tells no items apart; leave this source out")
-    return np.where(present[:, None], centred @ (directions[:, kept] / np.sqrt(variances[kept] * kept.sum())), 0.0)
+def _ridge_prediction(part: _Part, others: Sequence[_Part], blocks: list[slice]) -> Callable[[slice], np.ndarray]:
+    """Linear prediction of a part's rows from the other parts and from which of these are known."""
 
+    def inputs(rows: slice) -> np.ndarray:
+        columns = [np.ones((len(part.present[rows]), 1))]
+        for other in others:
+            columns += [other.present[rows, None].astype(np.float64), other[rows]]
+        return np.concatenate(columns, axis=1)
 
-def _ridge_prediction(inputs: np.ndarray, targets: np.ndarray, fitted: np.ndarray) -> np.ndarray:
-    """Linear prediction of targets (N, d) from inputs (N, p), whose column 0 is 1, fitted on the rows `fitted`."""
-    x, y = inputs[fitted], targets[fitted]
-    mean = y.mean(0)
-    gram = x.T @ x
+    mean = sum(part[rows][part.present[rows]].sum(0) for rows in blocks) / part.present.sum()
+    gram, products = 0.0, 0.0
+    for rows in blocks:
+        fitted = part.present[rows]
+        x = inputs(rows)[fitted]
+        gram = gram + x.T @ x
+        products = products + x.T @ (part[rows][fitted] - mean)
     penalty = 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram))
-    return inputs @ np.linalg.solve(gram + penalty, x.T @ (y - mean)) + mean
+    weights = np.linalg.solve(gram + penalty, products)
+    return lambda rows: inputs(rows) @ weights + mean
 
 
 def in_earlier_space(earlier: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -175,6 +175,19 @@ class TestFusion:
         distances = np.square(fused[1:] - fused[1:].mean(0)).sum(1)
         assert np.array_equal(fused[0], fused[1 + distances.argmin()]) and fused.any(1).all()
 
+    @pytest.mark.parametrize("normalisation", ["whiten", "l2"])
+    def test_in_blocks_of_items(self, normalisation, monkeypatch):
+        first, second = self.sources()
+        known = np.random.default_rng(1).random((2, 200)) > 0.2
+        sources = [(first, known[0], 1.0), (second, known[1], 0.5)]
+        whole = fuse_embeddings(sources, normalisation)
+        assert not known.any(0).all()
+        monkeypatch.setattr("onerec_hf.item_embeddings.ITEMS_AT_ONCE", 37)
+        np.testing.assert_allclose(fuse_embeddings(sources, normalisation), whole, atol=1e-6)
+        first[70, 2] = np.inf
+        with pytest.raises(ValueError, match="source 0: row 70 holds"):
+            fuse_embeddings([(first, known[0] | True, 1.0)], normalisation)
+
     def test_bad_input(self):
         first, second = self.sources()
         first[7, 2] = np.nan

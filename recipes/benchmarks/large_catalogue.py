@@ -1,13 +1,15 @@
 """Semantic IDs and tokenizer of a large catalogue: seconds by step and peak memory, from a file of embeddings.
 
     python recipes/benchmarks/large_catalogue.py --num_items 10000000 --output_dir runs/large_catalogue
-    python recipes/benchmarks/large_catalogue.py --debug --output_dir runs/large_catalogue
+    python recipes/benchmarks/large_catalogue.py --num_items 1000000 --interactions 50000000
+    python recipes/benchmarks/large_catalogue.py --debug
 
 Three processes follow one another: one writes the embeddings (`clustered` of `semantic_ids.py`: half as many Gaussian
 clusters as codes of a level, in 64 dimensions) to a .npy file, one maps the file, quantizes it and saves the
 tokenizer, one loads and uses the tokenizer. Peak memory is `ru_maxrss` of the process up to the end of the step; pages
 of the mapped file that the system keeps in memory count as the process's own. A file of embeddings that is there
-already is used.
+already is used. With --interactions one more process makes the items' embeddings of co-occurrence, 64 dimensions, of
+as many interactions: histories of 50 items, each about one of a thousand topics, popular items more often than others.
 """
 
 import argparse
@@ -26,12 +28,14 @@ import numpy as np
 import torch
 
 from onerec_hf import ItemTrie, OneRecTokenizer
+from onerec_hf.item_embeddings import behaviour_embeddings
 from onerec_hf.semantic_ids import balanced_kmeans, codebook_sizes_for, make_quantizer, quantizer, residual_quantizer
 from onerec_hf.semantic_ids.semantic_id_report import write_semantic_id_report
 
 DIMENSIONS = 64
 ROWS_AT_ONCE = 2**18
-DEBUG_ITEMS = 20_000
+DEBUG_ITEMS, DEBUG_INTERACTIONS = 20_000, 200_000
+TOPICS, HISTORY = 1_000, 50
 LOOKED_UP, HISTORIES, HISTORY_ITEMS, NEW_ITEMS = 1_000_000, 10_000, 64, 1_000
 
 
@@ -73,6 +77,22 @@ def write_embeddings(path: Path, num_items: int, num_clusters: int) -> Steps:
             rows += centers[random.integers(num_clusters, size=len(rows))]
         out.flush()
         unfinished.replace(path)
+    return steps
+
+
+def embed_behaviour(num_items: int, interactions: int) -> Steps:
+    steps, random = Steps(), np.random.default_rng(3)
+    with steps.step(f"draw {interactions:,} interactions"):
+        users = interactions // HISTORY
+        topics = random.integers(TOPICS, size=users)
+        histories = []
+        for start in range(0, users, ROWS_AT_ONCE):
+            own = topics[start : start + ROWS_AT_ONCE, None]
+            ranks = (num_items // TOPICS * random.random((len(own), HISTORY)) ** 2).astype(np.int64)
+            histories.extend(ranks * TOPICS + own)
+    with steps.step("co-occurrence embeddings"):
+        embeddings, present = behaviour_embeddings(histories, num_items)
+    assert embeddings.shape == (num_items, min(64, num_items)) and present.mean() > 0.5
     return steps
 
 
@@ -147,6 +167,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     work = [(make_tokenizer, path, saved, args.ids, options), (use_tokenizer, saved)]
     if not path.exists():
         work.insert(0, (write_embeddings, path, args.num_items, codebook_sizes_for(args.num_items)[0] // 2))
+    if args.interactions:
+        work.append((embed_behaviour, args.num_items, args.interactions))
     steps = []
     for function, *given in work:
         # A process of its own for each, whose peak memory is of this work alone.
@@ -158,7 +180,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_items", type=int, default=10_000_000)
-    parser.add_argument("--debug", action="store_true", help=f"{DEBUG_ITEMS:,} items: a minute")
+    parser.add_argument("--interactions", type=int, default=0, help="of the co-occurrence; 0 leaves it out")
+    parser.add_argument(
+        "--debug", action="store_true", help=f"{DEBUG_ITEMS:,} items, {DEBUG_INTERACTIONS:,} interactions: a minute"
+    )
     parser.add_argument("--code_assignment", choices=residual_quantizer.CODE_ASSIGNMENTS, default="nearest")
     parser.add_argument("--collision_policy", default="nearest_free")
     parser.add_argument("--ids", choices=("integer", "string"), default="integer")
@@ -166,11 +191,12 @@ def main() -> None:
     parser.add_argument("--json", help="file for the same figures")
     args = parser.parse_args()
     if args.debug:
-        args.num_items = DEBUG_ITEMS
+        args.num_items, args.interactions = DEBUG_ITEMS, DEBUG_INTERACTIONS
     steps = measure(args)
     if args.json:
         unfinished = Path(args.json + ".tmp")
-        unfinished.write_text(json.dumps({"threads": torch.get_num_threads(), "steps": steps}, indent=2))
+        content = {"threads": torch.get_num_threads(), "num_items": args.num_items, "steps": steps}
+        unfinished.write_text(json.dumps(content, indent=2), encoding="utf-8")
         unfinished.replace(args.json)
 
 
