@@ -67,7 +67,7 @@ def embed_items(
     """
     sources, behaviour = [], None
     if content_weight and feed.embedding_column:
-        given = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32)
+        given = np.stack(feed.items[feed.embedding_column].to_numpy()).astype(np.float32, copy=False)
         sources.append((given, np.ones(len(given), dtype=bool), content_weight))
     if text_encoder and feed.text_column is None:
         raise ValueError(f"text_encoder is given, but the items of {feed.name} have no text column.")

@@ -307,7 +307,9 @@ class OneRecTokenizer(TokenizersBackend):
         Args:
             items: N item ids, in the order of the catalogue. Without embeddings a [`Feed`], or a log that
                 [`feed_from_log`] reads by its default names, of whose items [`embed_items`] makes them.
-            embeddings: (N, d).
+            embeddings: (N, d). Those of a large catalogue may be mapped from a file, by `numpy.load(path,
+                mmap_mode="r")` of a .npy file or `safetensors.torch.load_file`: in float32 they are read in blocks and
+                never held whole.
             quantizer: An unfitted `onerec_hf.semantic_ids.Quantizer`; by default balanced residual K-means of three
                 levels, with as many codes as the catalogue needs.
 

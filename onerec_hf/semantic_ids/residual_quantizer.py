@@ -34,8 +34,8 @@ class ResidualQuantizer(Quantizer):
             with balanced codes every code of a level still has as many items as any other, or one more. By default all
             of a catalogue of up to 2**18 items, of a larger one 64 for each code of the level, and at least 2**18.
 
-    Codes are given in blocks of items: embeddings that are mapped from a file, such as `numpy.load(path,
-    mmap_mode="r")`, are never held whole.
+    Codes are given in blocks of items, with residuals computed again for each: float32 embeddings that are mapped from
+    a file, such as `numpy.load(path, mmap_mode="r")`, are never held whole.
 
     The other arguments are those of [`Quantizer`].
     """
