@@ -24,6 +24,7 @@ from .session_generation import (
     stream_sessions,
 )
 from .session_rows import index_sessions, training_sessions
+from .sharded_rows import ShardedRows
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
 
@@ -69,6 +70,7 @@ __all__ = [
     "SASRec",
     "SessionBeams",
     "SessionScorer",
+    "ShardedRows",
     "SimulatedFeed",
     "__version__",
     "create_reward_model",

@@ -1,11 +1,12 @@
 """Session-wise next-token prediction (eq 3 and 4) on transformers' `Seq2SeqTrainer`."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -21,6 +22,7 @@ from .session_rows import (
     training_sessions,
     user_feature_values,
 )
+from .sharded_rows import ShardedRows, ShardSampler
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
 from .training_checkpoints import (
@@ -35,16 +37,17 @@ CPU_EXPERTS = "eager"  # the fastest of transformers' experts implementations to
 
 
 def shared_for_training(
-    sessions: Dataset, config: OneRecConfig, args: Seq2SeqTrainingArguments
-) -> tuple[Dataset, Seq2SeqTrainingArguments]:
+    sessions: Dataset | ShardedRows, config: OneRecConfig, args: Seq2SeqTrainingArguments
+) -> tuple[Dataset | ShardedRows, Seq2SeqTrainingArguments]:
     """Sessions and arguments as they are, or for a causal encoder rows of [`share_histories`] and, as the batch size
-    counts targets, a smaller one of rows."""
+    counts targets, a smaller one of rows; of sharded rows those of each shard."""
     if config.encoder_attention != "causal":
         return sessions, args
     targets_per_row = min(TARGETS_PER_ROW, args.per_device_train_batch_size)
     args = copy.copy(args)
     args.per_device_train_batch_size //= targets_per_row
-    return share_histories(sessions, config.history_items, targets_per_row), args
+    share = partial(share_histories, history_items=config.history_items, targets_per_row=targets_per_row)
+    return sessions.then(share) if isinstance(sessions, ShardedRows) else share(sessions), args
 
 
 class SessionCollator:
@@ -180,7 +183,11 @@ class OneRecPretrainer(Seq2SeqTrainer):
     Args:
         train_dataset, eval_dataset: Rows of [`index_sessions`] or [`share_histories`]; or a [`Feed`], or a log that
             [`feed_from_log`] reads by its default names, of which the rows are [`training_sessions`], shared where the
-            encoder is causal.
+            encoder is causal. The first may also be sessions by item id that do not fit in memory, in the columns of
+            [`pretraining_sessions`], with a user's in one shard: a `datasets.IterableDataset` from
+            `load_dataset(..., streaming=True)`, shared likewise, whose rows are counted by reading them once; or
+            [`ShardedRows`], whose `from_parquet` counts without reading. Their epochs are as those of a table, with
+            shards in random order and the rows of a few shards shuffled together.
         processing_class: The tokenizer.
         sessions_continue_histories: See [`SessionCollator`]; those of a feed or a log do.
     """
@@ -207,7 +214,10 @@ class OneRecPretrainer(Seq2SeqTrainer):
 
         rows = {"train_dataset": rows_of(train_dataset, sessions), "eval_dataset": rows_of(eval_dataset, sessions)}
         continues = sessions_continue_histories
-        if rows["train_dataset"] is not train_dataset:
+        if isinstance(train_dataset, IterableDataset):
+            streamed = ShardedRows(train_dataset, partial(index_sessions, tokenizer=processing_class))
+            rows["train_dataset"], args = shared_for_training(streamed, model.config, args)
+        elif rows["train_dataset"] is not train_dataset:
             rows["train_dataset"], args = shared_for_training(rows["train_dataset"], model.config, args)
             continues = True
         collator = SessionCollator(processing_class, model, continues)
@@ -216,6 +226,12 @@ class OneRecPretrainer(Seq2SeqTrainer):
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, ShardedRows):
+            together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            by_length = self.args.train_sampling_strategy == "group_by_length"
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return ShardSampler(rows, together, by_length, seed)
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             # A data set's column reads its table for every single length that the sampler looks at.

@@ -97,7 +97,7 @@ transformers.tokenization_utils_base.TOKENIZER_CONFIG_FILE: OneRecTokenizer, the
 tokenizers.Tokenizer.get_vocab_size(with_added_tokens): OneRecTokenizer
 tokenizers.models.WordLevel(vocab, unk_token): OneRecTokenizer
 tokenizers.pre_tokenizers.Split(pattern, behavior, invert): OneRecTokenizer
-transformers.Trainer._get_train_sampler(train_dataset): OneRecPretrainer, lengths as a list
+transformers.Trainer._get_train_sampler(train_dataset): OneRecPretrainer, lengths as a list, and shards
 transformers.Trainer._set_signature_columns_if_needed(): the trainers, what the collators read
 transformers.Trainer._get_num_items_in_batch(batch_samples, device): SessionCollator, <bos> is not counted
 transformers.Trainer.train(resume_from_checkpoint, trial, ignore_keys_for_eval, ...): OneRecRewardTrainer, base rates \
@@ -105,7 +105,8 @@ before and the calibration after it
 transformers.Trainer.log(logs, start_time): OneRecPretrainer, the experts' load
 transformers.TrainerCallback.{on_optimizer_step, on_save}(args, state, control, **kwargs): the trainers' callbacks
 transformers.trainer_pt_utils.LengthGroupedSampler(batch_size, dataset, lengths, ...): OneRecPretrainer
-transformers.trainer_pt_utils.get_length_grouped_indices(lengths, batch_size, ...): recipes/benchmarks/training.py
+transformers.trainer_pt_utils.get_length_grouped_indices(lengths, batch_size, ...): ShardSampler, \
+recipes/benchmarks/training.py
 transformers.dynamic_module_utils.get_relative_imports(module_file): model_export, modules are flat siblings
 trl.DPOConfig.__post_init__(): OneRecDPOConfig
 trl.DPOConfig.{gradient_checkpointing, bf16}: OneRecDPOConfig, their defaults

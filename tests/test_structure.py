@@ -26,7 +26,7 @@ FLOORS = [
     ["data"],
     ["item_embeddings", "item_alignment", "embedding_adaptation", "item_index", "semantic_ids"],
     ["configuration_onerec", "tokenization_onerec", "item_trie"],
-    ["history_features", "session_rows", "shared_histories"],
+    ["history_features", "session_rows", "sharded_rows", "shared_histories"],
     ["modeling_onerec", "item_head", "item_memory", "training_checkpoints", "pretraining"],
     ["session_generation", "session_likelihood", "pipeline_generative_recommendation", "endpoint"],
     ["reward"],

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from onerec_hf.embedding_adaptation import EmbeddingAdaptation
@@ -80,7 +79,7 @@ def test_several_semantic_ids_see_other_parts_of_the_embeddings(arguments):
     assert stage["report"]["num_semantic_ids"] == 2 and stage["report"]["sources"] == "projections"
     assert tokenizer.quantizer.projections[0].shape[1] == tokenizer.quantizer.embedding_dim // 2
     assert semantic_id_pictures(folder)["item_map"].startswith(b"\x89PNG")
-    config = generator_config(several, several, tokenizer, Dataset.from_dict({"history": [[0]]}), None)
+    config = generator_config(several, several, tokenizer, {}, None)
     assert (config.num_semantic_ids, config.num_levels, config.vocab_size) == (2, 3, len(tokenizer))
 
 

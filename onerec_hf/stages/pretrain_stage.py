@@ -1,10 +1,13 @@
 """Stage `pretrain`: session-wise next-token prediction to the seed model M_0 (section 3.2, eq 4)."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
 import torch
 from datasets import Dataset
 from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
@@ -18,6 +21,7 @@ from ..modeling_onerec import OneRecForConditionalGeneration
 from ..pretraining import OneRecPretrainer, shared_for_training
 from ..session_generation import fit_item_gate
 from ..session_rows import index_sessions, user_feature_values
+from ..sharded_rows import ShardedRows
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import train_from_latest
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
@@ -28,6 +32,8 @@ from .tokenize_stage import load_item_content
 
 TIME_GAP_BUCKETS = 20  # octaves of minutes: the last one holds gaps of a year and more
 USERS_PER_HELD_OUT = 20  # for an item gate, at least: one in so many is held out
+SESSIONS_PER_HELD_OUT = 10  # otherwise
+HELD_OUT_SHARDS = 8  # at most: reading more would only take longer
 
 LEAST_STEPS = 16  # of an epoch, as far as the smallest batch goes
 SMALLEST_BATCH, LARGEST_BATCH = 16, 256
@@ -73,7 +79,7 @@ def parted_sessions(sessions: Dataset, options: PretrainArguments) -> dict[str, 
     """
     random = np.random.default_rng(options.seed)
     if not options.model.get("item_gate", False):
-        holdout = min(options.holdout_sessions, len(sessions) // 10)
+        holdout = min(options.holdout_sessions, len(sessions) // SESSIONS_PER_HELD_OUT)
         shuffled = random.permutation(len(sessions))
         return {"train": sessions.select(np.sort(shuffled[holdout:])), "test": sessions.select(shuffled[:holdout])}
     users = np.asarray(sessions.with_format("arrow")[:]["user_id"].to_pandas())
@@ -88,6 +94,60 @@ def recent_sessions(sessions: Dataset, days: float) -> Dataset:
     times = np.asarray(sessions["timestamp"][:], dtype=np.float64)
     latest = np.fmax.reduce(times, initial=-np.inf)
     return sessions.select(np.flatnonzero(times >= latest - days * 86400))
+
+
+def parted_shards(
+    folder: Path, tokenizer: OneRecTokenizer, options: PretrainArguments
+) -> tuple[dict[str, Dataset | ShardedRows], pyarrow.dataset.Expression | None]:
+    """As [`parted_sessions`] of sessions in shards, and which rows of their files are trained on.
+
+    Whole users are held out, of a few shards that lie evenly among all and alone are read for it.
+    """
+    index = partial(index_sessions, tokenizer=tokenizer)
+    rows = ShardedRows.from_parquet(folder, index)
+    shards = np.unique(np.linspace(0, len(rows.num_rows) - 1, HELD_OUT_SHARDS).round().astype(int))
+    random = np.random.default_rng(options.seed)
+    latest_alone = options.model.get("item_gate", False)
+    held_out, users = [], []
+    for number in shards.tolist():
+        table = rows.shard(number)
+        ids = table["user_id"].to_pandas().to_numpy() if table.num_rows else np.zeros(0)
+        starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.zeros(0, dtype=int)
+        ends = np.r_[starts[1:], len(ids)].astype(int)[: len(starts)]
+        most = len(starts) // USERS_PER_HELD_OUT if latest_alone else len(ids) // SESSIONS_PER_HELD_OUT
+        begins = ends - 1 if latest_alone else starts
+        drawn = random.permutation(len(starts))
+        drawn = drawn[np.cumsum((ends - begins)[drawn]) <= min(options.holdout_sessions // len(shards), most)]
+        places = [np.arange(begins[user], ends[user]) for user in drawn]
+        held_out.append(table.take(pa.array(np.concatenate([np.zeros(0, dtype=int), *places]))))
+        users.append(table["user_id"].take(pa.array(starts[drawn])).combine_chunks())
+    test = Dataset(pa.concat_tables(held_out))
+    if not len(test):
+        return {"train": rows, "test": test}, None
+    kept = ~pyarrow.dataset.field("user_id").isin(pa.chunked_array(users).combine_chunks())
+    return {"train": ShardedRows.from_parquet(folder, index, kept), "test": test}, kept
+
+
+def recent_shards(
+    folder: Path, tokenizer: OneRecTokenizer, kept: pyarrow.dataset.Expression | None, days: float
+) -> ShardedRows:
+    """As [`recent_sessions`] of the kept rows of shards, of which their times alone are read before."""
+    times = ShardedRows.from_parquet(folder, lambda rows: rows, kept, ["timestamp"])
+    shards = [number for number, count in enumerate(times.num_rows) if count]
+    latest = [np.fmax.reduce(times.shard(number)["timestamp"].to_numpy(), initial=-np.inf) for number in shards]
+    recent = pyarrow.dataset.field("timestamp") >= max(latest, default=-np.inf) - days * 86400
+    index = partial(index_sessions, tokenizer=tokenizer)
+    return ShardedRows.from_parquet(folder, index, recent if kept is None else kept & recent)
+
+
+def sharded_user_feature_values(folder: Path, kept: pyarrow.dataset.Expression | None) -> dict[str, list[str]]:
+    """As [`user_feature_values`] of the kept rows of shards, of which that column alone is read."""
+    if "user_features" not in pyarrow.dataset.dataset(folder, format="parquet").schema.names:
+        return {}
+    columns = ShardedRows.from_parquet(folder, lambda rows: rows, kept, ["user_features"])
+    shards = [number for number, count in enumerate(columns.num_rows) if count]
+    values = [user_feature_values(Dataset(columns.shard(number))) for number in shards]
+    return {name: sorted(set().union(*(found[name] for found in values))) for name in values[0]}
 
 
 def save_trained_model(trainer: Trainer, folder: Path) -> None:
@@ -113,15 +173,26 @@ def run_pretrain(
         set_seed(options.seed)
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", stage))
         prepared = prepared_data(args, stage)
-        cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
-        sessions = index_sessions(cut, tokenizer)
-        parts = parted_sessions(sessions, options)
+        shards = (prepared.folder / PRETRAINING_SESSIONS).with_suffix("")
+        sharded = sessions_of is None and shards.is_dir()
+        if sharded:
+            parts, kept = parted_shards(shards, tokenizer, options)
+            user_features = sharded_user_feature_values(shards, kept)
+        else:
+            cut = sessions_of(prepared) if sessions_of else prepared.read(PRETRAINING_SESSIONS)
+            parts = parted_sessions(index_sessions(cut, tokenizer), options)
+            user_features = user_feature_values(parts["train"])
         with_item_head = options.model.get("item_head", "none") != "none"
         content = load_item_content(args.output_dir) if with_item_head else None
-        config = generator_config(options, data, tokenizer, parts["train"], content)
+        config = generator_config(options, data, tokenizer, user_features, content)
         recent = {}
         if options.recent_days is not None and previous is None:
-            recent = {name: recent_sessions(sessions, options.recent_days) for name, sessions in parts.items()}
+            recent = {
+                name: recent_shards(shards, tokenizer, kept, options.recent_days)
+                if isinstance(sessions, ShardedRows)
+                else recent_sessions(sessions, options.recent_days)
+                for name, sessions in parts.items()
+            }
             if not len(recent["train"]):
                 raise ValueError(f"recent_days is {options.recent_days}, but no session has a time: leave it out.")
         if previous is None:
@@ -195,11 +266,11 @@ def generator_config(
     options: PretrainArguments,
     data: DataArguments,
     tokenizer: OneRecTokenizer,
-    sessions: Dataset,
+    user_features: dict[str, list[str]],
     content: torch.Tensor | None,
 ) -> OneRecConfig:
-    """Configuration of the generator that is trained on these sessions, with an item head of items with this
-    content."""
+    """Configuration of the generator that is trained on sessions with these values of users' columns, with an item
+    head of items with this content."""
     item_head = {}
     if content is not None:
         item_head = {"num_items": len(content), "item_content_size": content.shape[1]}
@@ -212,7 +283,7 @@ def generator_config(
             "history_positions": "item",
             "history_feedback": data.history_feedback or [],
             "time_gap_buckets": TIME_GAP_BUCKETS if data.history_timestamps else 0,
-            "user_features": user_feature_values(sessions),
+            "user_features": user_features,
             "codebook_sizes": list(tokenizer.codebook_sizes),
             "num_semantic_ids": tokenizer.num_semantic_ids,
             "catalogue_fingerprint": tokenizer.catalogue_fingerprint(),
@@ -225,7 +296,7 @@ def generator_config(
 def train_generator(
     model: OneRecForConditionalGeneration,
     tokenizer: OneRecTokenizer,
-    parts: dict[str, Dataset],
+    parts: dict[str, Dataset | ShardedRows],
     options: PretrainArguments,
     folder: Path,
     sessions_continue_histories: bool,
