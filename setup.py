@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     "accelerate>=1.15",
     "datasets>=5.0,<6",
+    "fsspec>=2025.3",
     "huggingface_hub>=2.0,<3",
     "jinja2>=3.1",
     "matplotlib>=3.8",
@@ -27,12 +28,13 @@ INSTALL_REQUIRES = [
 ]
 EXTRAS_REQUIRE = {
     "demo": ["gradio>=6.31,<7"],
+    "large": ["duckdb>=1.3"],
     "lora": ["peft>=0.18"],
     "search": ["optuna>=5.0"],
     "serve": ["prometheus_client>=0.21", "starlette>=1.0", "uvicorn>=0.40"],
     "tracking": ["trackio>=0.43,<1"],
     "test": [
-        *("hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "prometheus_client>=0.21", "pytest>=8.0"),
+        *("duckdb>=1.3", "hypothesis>=6.100", "optuna>=5.0", "peft>=0.18", "prometheus_client>=0.21", "pytest>=8.0"),
         *("pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17", "starlette>=1.0", "torchao>=0.15"),
         "uvicorn>=0.40",
     ],

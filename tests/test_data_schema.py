@@ -99,7 +99,7 @@ def test_rows_without_a_time():
             "position": [nan, 1, 0, 2, 1, 0],
         }
     )
-    ordered = order_interactions(canonical_interactions(frame, "log.csv"), "log.csv")
+    ordered = order_interactions(canonical_interactions(frame, "log.csv"))
     # User 1: the rows without a time come first, by position. User 2 has a position everywhere, which then rules.
     assert ordered["item_id"].tolist() == [3, 2, 1, 6, 5, 4]
     assert ordered["position"].tolist() == [0, 1, 2, 0, 1, 2]

@@ -107,6 +107,13 @@ class DataArguments:
         "it all the same. Default: with time as a service would, with leave_one_out not, as the literature has it.",
     )
 
+    num_partitions: int | None = option(
+        None,
+        "For logs that memory does not hold: prepare them in so many partitions of whole users, about 2 million rows "
+        "each, with DuckDB (pip install 'onerec_hf[large]'). Of dataset table the log is never in memory; other data "
+        "sets are read as ever. Default: the whole log in memory.",
+    )
+    partition_workers: int = option(1, "Processes that share the partitions, each with one of them in memory.")
     update_since: str | None = option(
         None,
         "ISO date-time: train on the sessions and exposures since then, and on replay_share of the earlier ones. "
@@ -120,9 +127,15 @@ class DataArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {', '.join(allowed)}.")
         smallest = {"simulated_users": 2, "simulated_items": 2, "history_items": 1, "session_items": 1}
         smallest |= {"min_history_items": 0, "min_session_items": 1, "session_stride": 1, "data_seed": 0}
+        smallest |= {"num_partitions": 1, "partition_workers": 1}
         for name, least in smallest.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least {least}.")
+        if self.num_partitions is not None and self.update_since is not None:
+            raise ValueError(
+                f"num_partitions={self.num_partitions} goes without update_since and previous_run: what an update "
+                "replays is drawn from the whole log. Leave num_partitions out."
+            )
         if not self.session_gap_hours > 0:
             raise ValueError(f"session_gap_hours={self.session_gap_hours} is not allowed; it must be more than 0.")
         if not 0 <= self.replay_share < 1:

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import fsspec
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -52,6 +53,8 @@ def joined(tables: Tables) -> tuple[pd.DataFrame, str]:
 
 def data_folder(data_dir: str | Path) -> Path:
     """`data_dir` as a path. Raises DataError if there is no such folder."""
+    if "://" in str(data_dir):
+        raise DataError(f"{data_dir}: is read of dataset table with num_partitions alone. Set it, or copy the files.")
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder. Give data_dir the folder that holds the data files.")
@@ -186,7 +189,7 @@ def _read_csv(
     if header is not None:
         require_columns(header, columns, path.name)
         delimiter = delimiter or ","
-    delimiter = delimiter or _delimiter(path, columns)
+    delimiter = delimiter or _delimiter(path, columns)[1]
     numbers = [name for name in columns if kinds.get(name, NUMBER) == NUMBER]
     with suppress(pa.ArrowInvalid):
         # The usual case, in which the parser itself makes the numbers, on all cores.
@@ -196,23 +199,40 @@ def _read_csv(
     return typed_columns(_csv_table(path, columns, delimiter, {}, header, use_threads=False), kinds)
 
 
-def _delimiter(path: Path, columns: list[str]) -> str:
-    """What parts the columns of a CSV file, all of which its header has once."""
+def text_layout(
+    path: str, columns: list[str], header: list[str] | None, delimiter: str | None
+) -> tuple[list[str], str]:
+    """The names of all columns of a CSV file, local or remote, and what parts them, as [`read_columns`] takes it.
+
+    Raises:
+        DataError: a column is missing, or is there twice.
+    """
+    if header is not None:
+        require_columns(header, columns, path)
+        return header, delimiter or ","
+    with fsspec.open(path, compression="infer") as file:
+        return _delimiter_of(file.readline(), Path(path), columns, delimiter)
+
+
+def _delimiter(path: Path, columns: list[str]) -> tuple[list[str], str]:
+    """The header of a CSV file, which has all `columns` once, and what parts it."""
     with opened(path) as file:
-        start = file.read(2)
-    if start in (b"\xff\xfe", b"\xfe\xff"):
+        return _delimiter_of(file.readline(), path, columns)
+
+
+def _delimiter_of(first: bytes, path: Path, columns: list[str], delimiter: str | None = None) -> tuple[list[str], str]:
+    if first[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}: is written in UTF-16, only utf-8 is read. Save it as CSV in utf-8.")
-    with opened(path) as file:
-        line = io.TextIOWrapper(file, encoding="utf-8-sig").readline()
+    line = first.decode("utf-8-sig")
     # A header of one column whose name holds other separators is parted by these.
-    headers = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in DELIMITERS}
-    delimiter = next((one for one, names in headers.items() if set(columns) <= set(names)), ",")
+    headers = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in (delimiter or DELIMITERS)}
+    delimiter = next((one for one, names in headers.items() if set(columns) <= set(names)), next(iter(headers)))
     names = headers[delimiter]
     require_columns(names, columns, path.name, "The first line is read as the header: write one if the file has none.")
     for name in columns:
         if names.count(name) > 1:
             raise DataError(f"{path.name}: column '{name}' stands there {names.count(name)} times. Rename the others.")
-    return delimiter
+    return names, delimiter
 
 
 def _csv_table(

@@ -91,7 +91,7 @@ def user_exposures(interactions: pd.DataFrame, feed: Feed, history_items: int) -
         Dataset of user_id and the reward features (see schema.py), a row for each user.
     """
     exposures = _Exposures(interactions, feed)
-    ends = np.r_[exposures.first[1:], len(interactions)]
+    ends = np.r_[exposures.first[1:], len(interactions)][: len(exposures.first)]
     return arrow_dataset(exposures.columns(np.maximum(exposures.first, ends - history_items), ends))
 
 
@@ -122,7 +122,7 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
     """
     exposures = _Exposures(interactions, feed)
     known = ~np.isnan(exposures.times)
-    judged = known if known.any() else ~known
+    judged = known if (known.any() if feed.whole is None else feed.whole.is_timed) else ~known
     if since is not None:
         judged = judged & (exposures.times >= since)
     rows = np.flatnonzero(judged)
@@ -134,9 +134,10 @@ def exposure_runs(interactions: pd.DataFrame, feed: Feed, args: DataArguments, s
         chosen = trained_on(exposures.times[last], args, feed.timezone)
         first, last = first[chosen], last[chosen]
     starts, ends = np.maximum(first - args.history_items, exposures.first[exposures.users[first]]), last + 1
-    if "session_id" in interactions and interactions["session_id"].notna().any():
-        args = replace(args, session_cut="session_id")
-    groups, _ = session_groups(interactions, args, feed.timezone)
+    if "session_id" in interactions:
+        named = interactions["session_id"].notna().any() if feed.whole is None else feed.whole.has_session_ids
+        args = replace(args, session_cut="session_id") if named else args
+    groups, _ = session_groups(interactions, feed, args)
     columns = exposures.columns(starts, ends)
     columns["exposed_timestamps"] = list_array(pa.array(exposures.times), starts, ends - starts)
     lists = list_array(pa.array(np.arange(len(judged))), starts, ends - starts)

@@ -23,6 +23,7 @@ from .schema import (
     interaction_features,
     item_features,
     order_interactions,
+    require_users,
     same_kind,
     user_features,
 )
@@ -76,6 +77,28 @@ class SessionSimulator(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class WholeLog:
+    """What is known of a whole log, for a feed that holds a part of its users.
+
+    Args:
+        first_time, last_time: of all rows [s], None where no row has a time.
+        quantiles: of the times [s], where the periods "validation" and "test" begin by default.
+        has_session_ids: whether any row has one.
+        latest_before: the last time [s] before each of the periods that a split names, where histories need it.
+    """
+
+    first_time: float | None
+    last_time: float | None
+    quantiles: dict[str, float]
+    has_session_ids: bool
+    latest_before: dict[str, float | None] = field(default_factory=dict)
+
+    @property
+    def is_timed(self) -> bool:
+        return self.last_time is not None
+
+
 @dataclass
 class Feed:
     """Interactions and items in the canonical schema (see schema.py).
@@ -91,6 +114,7 @@ class Feed:
         timezone: IANA name of the time zone whose midnight separates the days of a user.
         world: knows the truth, for simulated data: a SimulatedFeed, or any other SessionSimulator.
         users: categories of the users, where the data has them; `user_id` is the first column.
+        whole: what is known of the log where `interactions` are those of some users alone, who may be none.
     """
 
     name: str
@@ -106,6 +130,7 @@ class Feed:
     timezone: str = "UTC"
     world: SessionSimulator | None = None
     users: pd.DataFrame | None = None
+    whole: WholeLog | None = None
 
     def __post_init__(self):
         positive_mask(self.interactions[:0], self.positive_feedback)
@@ -156,7 +181,8 @@ class Feed:
         for part, source in zip(parts, sources, strict=True):
             check_known_items(part, catalogue, source, items[1])
         joined = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
-        ordered = order_interactions(joined, ", ".join(sources))
+        require_users(joined["user_id"].nunique(), ", ".join(sources))
+        ordered = order_interactions(joined)
         return cls(name, ordered, catalogue, list(positive_feedback), users=users, **columns)
 
     def item_roles(self) -> dict:

@@ -61,13 +61,15 @@ from glob import glob
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
-from ..staged_files import staged_directory
+from ..staged_files import staged_directory, staged_file
 from ..yaml_files import read_yaml
 from .data_arguments import DataArguments
 from .data_files import (
@@ -82,7 +84,7 @@ from .data_files import (
     read_columns,
     typed_columns,
 )
-from .feed import Feed
+from .feed import Feed, WholeLog
 from .public_sets import (
     read_amazon_reviews,
     read_eb_nerd,
@@ -105,6 +107,7 @@ from .schema import (
     canonical_categories,
     canonical_ids,
     id_type,
+    interaction_features,
     refuse,
     require_columns,
     same_kind,
@@ -157,12 +160,13 @@ def load_feed(args: DataArguments) -> Feed:
     return feed
 
 
-def source_files(args: DataArguments) -> list[Path]:
-    """The files that [`load_feed`] reads: the column mapping and what lies below data_dir."""
+def source_files(args: DataArguments) -> list[Path | str]:
+    """The files that [`load_feed`] reads: the column mapping and what lies below data_dir, as text where it has a
+    protocol."""
     if args.dataset == "table":
-        mapping = _read_mapping(args.column_mapping, "file")
+        mapping = read_mapping(args.column_mapping, "file")
         sections = [mapping[name] for name in ("interactions", "items", "users") if name in mapping]
-        data = [path for section in sections for path in _mapped_files(section, args.data_dir, args.column_mapping)]
+        data = [path for section in sections for path in source_paths(section, args.data_dir, args.column_mapping)]
     else:
         patterns = SOURCE_PATTERNS.get(args.dataset, ())
         data = [path for pattern in patterns for path in sorted(data_folder(args.data_dir).glob(pattern))]
@@ -270,10 +274,10 @@ def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
         DataError: a mapping that cannot be read, files or columns that are missing, values that cannot be used.
     """
     folder = data_folder(data_dir)
-    mapping = _read_mapping(column_mapping, "file")
+    mapping = read_mapping(column_mapping, "file")
 
     def read(section: dict, kinds: dict[str, str]) -> Tables:
-        paths = _mapped_files(section, data_dir, column_mapping)
+        paths = mapped_files(section, data_dir, column_mapping)
         layout = {key: section.get(key) for key in LAYOUT_KEYS}
         tables = [(read_columns(path, list(kinds), kinds, **layout), _name_below(path, folder)) for path in paths]
         # Spark writes parts without rows.
@@ -282,7 +286,32 @@ def read_table(data_dir: str | Path, column_mapping: str | Path) -> Feed:
     return _map_feed(mapping, read, default_name=folder.name)
 
 
-def _mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Path) -> list[Path]:
+def source_paths(section: dict, data_dir: str, column_mapping: str) -> list[str]:
+    """The files of a section of the column mapping, below a local `data_dir` or one with a protocol that fsspec
+    knows, such as `s3://`.
+
+    Raises:
+        DataError: no file matches.
+    """
+    if "://" not in data_dir:
+        return [str(path) for path in mapped_files(section, data_dir, column_mapping)]
+    system, found = file_system(data_dir), []
+    for pattern in section["file"] if isinstance(section["file"], list) else [section["file"]]:
+        named = f"{data_dir.rstrip('/')}/{pattern}"
+        matches = system.find(named) if system.isdir(named) else sorted(system.glob(named))
+        tables = [path for path in matches if not any(part[:1] in "_." for part in Path(path).parts[1:])]
+        if not tables:
+            raise DataError(f"{column_mapping}: no file matches '{pattern}' below {data_dir}. Correct 'file'.")
+        found += [system.unstrip_protocol(path) for path in tables]
+    return list(dict.fromkeys(found))
+
+
+def file_system(path: str) -> fsspec.AbstractFileSystem:
+    """Of a path with or without a protocol."""
+    return fsspec.core.url_to_fs(path)[0]
+
+
+def mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Path) -> list[Path]:
     """Files of a mapping's section, in the order of its patterns, each once; of a folder all tables below it.
 
     Raises:
@@ -318,7 +347,7 @@ def read_hub_dataset(hub_dataset: str, column_mapping: str | Path) -> Feed:
     Raises:
         DataError: a mapping that cannot be read, columns that are missing, values that cannot be used.
     """
-    mapping = _read_mapping(column_mapping, None)
+    mapping = read_mapping(column_mapping, None)
 
     def read(section: dict, kinds: dict[str, str]) -> Tables:
         split, config = section.get("split", "train"), section.get("config")
@@ -444,7 +473,7 @@ MAPPING_SECTIONS = {
 }
 
 
-def _read_mapping(path: str | Path, file_key: str | None) -> dict:
+def read_mapping(path: str | Path, file_key: str | None) -> dict:
     """The mapping, with its shape checked."""
     path = Path(path)
     if not path.is_file():
@@ -555,54 +584,82 @@ def _states_type(name: str, column: dict) -> bool:
     return set(column) == {"column", "type"} and str(column["type"]) in types
 
 
-def _map_feed(mapping: dict, read: Callable[[dict, dict[str, str]], Tables], default_name: str) -> Feed:
+Read = Callable[[dict, dict[str, str]], Tables]  # of a section and the kinds of its columns
+
+
+def _map_feed(mapping: dict, read: Read, default_name: str) -> Feed:
     """A feed of the mapped columns; `read(section, kinds)` gives the frames of a section and their names."""
-    section = mapping["interactions"]
-    feedback = {
-        name: column if isinstance(column, dict) else {"column": column}
-        for name, column in section.get("feedback", {}).items()
-    }
-    kinds = {part["column"]: CATEGORY if "equals" in part else NUMBER for part in feedback.values()}
-    kinds |= _kinds_of_columns(section)
+    parts = interaction_frames(mapping["interactions"], read)
+    items = item_table(mapping, read)
+    if items is None or mapping["items"].get("unlisted") == "add":
+        ids = [canonical_ids(frame["item_id"], "item_id", source) for frame, source in parts]
+        items = with_unlisted(items, ids, parts[0][1])
+    return Feed.from_frames(
+        str(mapping.get("name", default_name)),
+        parts,
+        items,
+        [str(condition) for condition in mapping.get("positive_feedback", [])],
+        users=user_table(mapping, read),
+        timezone=str(mapping.get("timezone", "UTC")),
+        **item_roles(mapping),
+    )
+
+
+def feedback_parts(section: dict) -> dict[str, dict]:
+    """Of the section of the interactions, by the name of a feedback: its `column`, and `scale` or `equals`."""
+    feedback = section.get("feedback", {})
+    return {name: part if isinstance(part, dict) else {"column": part} for name, part in feedback.items()}
+
+
+def interaction_kinds(section: dict) -> dict[str, str]:
+    """What each column that the section of the interactions names holds."""
+    feedback = feedback_parts(section).values()
+    return {part["column"]: CATEGORY if "equals" in part else NUMBER for part in feedback} | _kinds_of_columns(section)
+
+
+def interaction_frames(section: dict, read: Read) -> Tables:
+    """The interactions under the schema's names, as `Feed.from_frames` takes them."""
     parts, rows = [], 0
-    for raw, source in read(section, kinds):
+    for raw, source in read(section, interaction_kinds(section)):
         frame = {name: _mapped(raw, section, name, source) for name in section["columns"]}
         if "timestamp" in frame:
             frame["timestamp"] = unix_seconds(frame["timestamp"], section.get("timestamp_unit"), source)
         if "order" in section:
             frame["position"] = np.arange(rows, rows + len(raw), dtype="float64")
             rows += len(raw)
-        frame |= {name: _feedback(raw[part["column"]], part, source) for name, part in feedback.items()}
+        feedback = feedback_parts(section).items()
+        frame |= {name: _feedback(raw[part["column"]], part, source) for name, part in feedback}
         parts.append((pd.DataFrame(frame), source))
-    roles = {"categorical_columns": [], "multi_categorical_columns": [], "numeric_columns": []}
-    if "items" in mapping:
-        section = mapping["items"]
-        roles = {key: section.get(key.removesuffix("_columns"), []) for key in roles}
-        kinds = dict.fromkeys(roles["multi_categorical_columns"], TEXT)
-        kinds |= dict.fromkeys(roles["numeric_columns"], NUMBER)
-        kinds |= dict.fromkeys(roles["categorical_columns"], CATEGORY)
-        roles |= {f"{key}_column": section.get(key) for key in ("text", "embedding", "image")}
-        kinds |= {section[key]: TEXT for key in ("text", "embedding", "image") if section.get(key)}
-        items = _joined_table("item_id", section, read(section, kinds | _kinds_of_columns(section)))
-        if section.get("unlisted") == "add":
-            items = _with_unlisted(items, parts)
-    else:
-        ids = same_kind([canonical_ids(frame["item_id"], "item_id", source) for frame, source in parts])
-        items = pd.concat(ids).drop_duplicates().to_frame("item_id"), parts[0][1]
-    users = None
-    if "users" in mapping:
-        section = mapping["users"]
-        kinds = dict.fromkeys(section.get("categorical", []), CATEGORY) | _kinds_of_columns(section)
-        users = _joined_table("user_id", section, read(section, kinds))
-    return Feed.from_frames(
-        str(mapping.get("name", default_name)),
-        parts,
-        items,
-        [str(condition) for condition in mapping.get("positive_feedback", [])],
-        users=users,
-        timezone=str(mapping.get("timezone", "UTC")),
-        **roles,
-    )
+    return parts
+
+
+def item_roles(mapping: dict) -> dict:
+    """The roles of the item columns, as keyword arguments of `Feed.from_frames`."""
+    section = mapping.get("items", {})
+    lists = ("categorical", "multi_categorical", "numeric")
+    roles = {f"{key}_columns": section.get(key, []) for key in lists}
+    return roles | {f"{key}_column": section.get(key) for key in ("text", "embedding", "image")}
+
+
+def item_table(mapping: dict, read: Read) -> tuple[pd.DataFrame, str] | None:
+    """The table of items and its name, if there is one."""
+    if "items" not in mapping:
+        return None
+    section, roles = mapping["items"], item_roles(mapping)
+    kinds = dict.fromkeys(roles["multi_categorical_columns"], TEXT)
+    kinds |= dict.fromkeys(roles["numeric_columns"], NUMBER)
+    kinds |= dict.fromkeys(roles["categorical_columns"], CATEGORY)
+    kinds |= {section[key]: TEXT for key in ("text", "embedding", "image") if section.get(key)}
+    return _joined_table("item_id", section, read(section, kinds | _kinds_of_columns(section)))
+
+
+def user_table(mapping: dict, read: Read) -> tuple[pd.DataFrame, str] | None:
+    """The table of users and its name, if there is one."""
+    if "users" not in mapping:
+        return None
+    section = mapping["users"]
+    kinds = dict.fromkeys(section.get("categorical", []), CATEGORY) | _kinds_of_columns(section)
+    return _joined_table("user_id", section, read(section, kinds))
 
 
 def _feedback(values: pd.Series, part: dict, source: str) -> pd.Series:
@@ -615,10 +672,19 @@ def _feedback(values: pd.Series, part: dict, source: str) -> pd.Series:
     return values * scale if pd.api.types.is_numeric_dtype(values.dtype) and scale != 1 else values
 
 
-def _with_unlisted(items: tuple[pd.DataFrame, str], parts: Tables) -> tuple[pd.DataFrame, str]:
-    """A table of items with those that only the interactions name, which have no features."""
+def with_unlisted(
+    items: tuple[pd.DataFrame, str] | None, ids: list[pd.Series], source: str
+) -> tuple[pd.DataFrame, str]:
+    """A table of items with those that only the interactions name, which have no features.
+
+    Args:
+        items: the table and its name; None where there are only those that the interactions name.
+        ids: canonical ids of the interactions' items, several times too.
+        source: the interactions' name.
+    """
+    if items is None:
+        return pd.concat(same_kind(ids)).drop_duplicates().to_frame("item_id"), source
     table, source = items
-    ids = [canonical_ids(frame["item_id"], "item_id", name) for frame, name in parts]
     listed, *named = same_kind([canonical_ids(table["item_id"], "item_id", source), *ids])
     named = pd.concat(named).drop_duplicates()
     unlisted = named[~named.isin(listed)]
@@ -668,28 +734,58 @@ def save_feed(feed: Feed, directory: str | Path) -> None:
     saved with its feed: any other world is left out, with a warning, and is to be set again on the loaded feed.
     """
     with staged_directory(directory) as folder:
-        tables = {
-            "interactions": (feed.interactions, feed.interaction_features()),
-            "items": (feed.items, feed.item_features()),
-        }
-        if feed.users is not None:
-            tables["users"] = (feed.users, feed.user_features())
-        for name, (frame, features) in tables.items():
-            table = pa.Table.from_pandas(frame, schema=features.arrow_schema, preserve_index=False)
-            pq.write_table(table.replace_schema_metadata(None), folder / f"{name}.parquet", compression="zstd")
-        names = [field.name for field in dataclasses.fields(feed)]
-        fields = {name: getattr(feed, name) for name in names if name not in (*tables, "users", "world")}
-        (folder / "feed.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        if isinstance(feed.world, SimulatedFeed):
-            feed.world.save(folder / "world")
-        elif feed.world is not None:
-            kind = type(feed.world).__name__
-            text = f"{feed.name}: its world, a {kind}, is not saved; set `world` of the loaded feed again."
-            warnings.warn(text, stacklevel=2)
+        write_interactions(feed.interactions, folder / "interactions.parquet")
+        save_feed_tables(feed, folder)
 
 
-def load_saved_feed(directory: str | Path) -> Feed:
+def write_interactions(interactions: pd.DataFrame, path: Path) -> None:
+    """Writes canonical interactions."""
+    _write_table(interactions, interaction_features(interactions), path)
+
+
+def _write_table(frame: pd.DataFrame, features: datasets.Features, path: Path) -> None:
+    table = pa.Table.from_pandas(frame, schema=features.arrow_schema, preserve_index=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged_file(path) as partial:
+        pq.write_table(table.replace_schema_metadata(None), partial, compression="zstd")
+
+
+def save_feed_tables(feed: Feed, folder: Path) -> None:
+    """Writes what [`save_feed`] does beside the interactions; feed.json is the last."""
+    _write_table(feed.items, feed.item_features(), folder / "items.parquet")
+    if feed.users is not None:
+        _write_table(feed.users, feed.user_features(), folder / "users.parquet")
+    if isinstance(feed.world, SimulatedFeed):
+        feed.world.save(folder / "world")
+    elif feed.world is not None:
+        kind = type(feed.world).__name__
+        text = f"{feed.name}: its world, a {kind}, is not saved; set `world` of the loaded feed again."
+        warnings.warn(text, stacklevel=3)
+    elsewhere = ("interactions", "items", "users", "world", "whole")
+    names = [field.name for field in dataclasses.fields(feed) if field.name not in elsewhere]
+    fields = {name: getattr(feed, name) for name in names}
+    if feed.whole is not None:
+        fields["whole"] = dataclasses.asdict(feed.whole)
+    with staged_file(folder / "feed.json") as partial:
+        partial.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def part_name(table: str, index: int) -> str:
+    """The file of a partition of a table, below the table's folder."""
+    return f"{table}/part-{index:05d}.parquet"
+
+
+def saved_partitions(directory: str | Path) -> int:
+    """How many partitions a saved feed has; 0 where it is whole."""
+    return len(list((Path(directory) / "interactions").glob("part-*.parquet")))
+
+
+def load_saved_feed(directory: str | Path, partition: int | None = None) -> Feed:
     """Reads what `save_feed` wrote.
+
+    Args:
+        directory: of the saved feed.
+        partition: of one that is saved in partitions; by default all of it.
 
     Raises:
         DataError: `directory` holds no saved feed, or a damaged one.
@@ -698,7 +794,7 @@ def load_saved_feed(directory: str | Path) -> Feed:
     if not (folder / "feed.json").is_file():
         raise DataError(f"{folder}: holds no saved feed (feed.json is missing). Run the stage that writes it first.")
     try:
-        return _saved_feed(folder)
+        return _saved_feed(folder, partition)
     except (*UNREADABLE, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise DataError(
@@ -707,10 +803,19 @@ def load_saved_feed(directory: str | Path) -> Feed:
         ) from error
 
 
-def _saved_feed(folder: Path) -> Feed:
+def _saved_feed(folder: Path, partition: int | None) -> Feed:
     fields = json.loads((folder / "feed.json").read_text(encoding="utf-8"))
+    whole = fields.pop("whole", None)
     world = SimulatedFeed.load(folder / "world") if (folder / "world").is_dir() else None
-    interactions, items = (pd.read_parquet(folder / f"{name}.parquet") for name in ("interactions", "items"))
+    if partition is not None:
+        interactions = pd.read_parquet(folder / part_name("interactions", partition))
+        fields["whole"] = WholeLog(**whole)
+    elif whole is not None:
+        parts = [folder / part_name("interactions", index) for index in range(saved_partitions(folder))]
+        interactions = by_user(pa.concat_tables(pq.read_table(part) for part in parts)).to_pandas()
+    else:
+        interactions = pd.read_parquet(folder / "interactions.parquet")
+    items = pd.read_parquet(folder / "items.parquet")
     for column in fields["multi_categorical_columns"]:
         items[column] = pd.Series([list(values) for values in items[column]], dtype=object)
     if "session_id" in interactions and interactions["session_id"].isna().any():
@@ -718,3 +823,8 @@ def _saved_feed(folder: Path) -> Feed:
         interactions["session_id"] = interactions["session_id"].astype("string" if text else "Int64")
     users = pd.read_parquet(folder / "users.parquet") if (folder / "users.parquet").is_file() else None
     return Feed(interactions=interactions, items=items, world=world, users=users, **fields)
+
+
+def by_user(table: pa.Table) -> pa.Table:
+    """The rows of joined partitions as those of a whole log stand: users in the order of their ids."""
+    return table.take(pc.sort_indices(table["user_id"])).combine_chunks()

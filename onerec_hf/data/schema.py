@@ -87,7 +87,15 @@ KEY_COLUMNS = ("user_id", "item_id", "timestamp", "position", "session_id", PROP
 
 
 class DataError(ValueError):
-    """Input data that cannot be used: the message names the file, column, first offending row and remedy."""
+    """Input data that cannot be used: the message names the file, column, first offending row and remedy.
+
+    Attributes:
+        row: that row's number, where there is one.
+    """
+
+    def __init__(self, message: str, row: int | None = None):
+        super().__init__(message)
+        self.row = row
 
 
 def feedback_columns(interactions: pd.DataFrame) -> list[str]:
@@ -149,7 +157,8 @@ def refuse(source: str, column: str, bad: np.ndarray, values: pd.Series, problem
     value = value.item() if isinstance(value, np.generic) else value
     raise DataError(
         f"{source}: column '{column}' {problem}, first at row {row} (rows counted from 0, without a header): "
-        f"{value!r} ({int(bad.sum())} of {len(bad)} rows). {remedy}"
+        f"{value!r} ({int(bad.sum())} of {len(bad)} rows). {remedy}",
+        row,
     )
 
 
@@ -304,22 +313,23 @@ def check_known_items(interactions: pd.DataFrame, items: pd.DataFrame, source: s
     refuse(source, "item_id", unknown, interactions["item_id"], problem, remedy)
 
 
-def order_interactions(interactions: pd.DataFrame, source: str) -> pd.DataFrame:
+def require_users(num_users: int, source: str) -> None:
+    """Raises DataError where a log has one user only."""
+    if num_users < 2:
+        raise DataError(
+            f"{source}: column 'user_id' holds one user only. Recommending from the behaviour of "
+            "others needs at least two users."
+        )
+
+
+def order_interactions(interactions: pd.DataFrame) -> pd.DataFrame:
     """Sorts canonical interactions by user and time and numbers the positions from 0 within each user.
 
     A user's rows are ordered by time (ties by position, then by the file's order). Where some of a user's rows have no
     time they are ordered by position if every one of them has one; otherwise the rows without a time come first, by
     position, and the others follow by time.
-
-    Raises:
-        DataError: one user only.
     """
-    users, unique_users = pd.factorize(interactions["user_id"], sort=True)
-    if len(unique_users) < 2:
-        raise DataError(
-            f"{source}: column 'user_id' holds one user only (first at row 0: {interactions['user_id'].iloc[0]}). "
-            "Recommending from the behaviour of others needs at least two users."
-        )
+    users, _ = pd.factorize(interactions["user_id"], sort=True)
     time, position = interactions["timestamp"].to_numpy(), interactions["position"].to_numpy()
     timeless, position_given = np.bincount(users, np.isnan(time)) > 0, not np.isnan(position).all()
     by_position = (timeless & (np.bincount(users, np.isnan(position)) == 0))[users]

@@ -48,6 +48,9 @@ class FeedSplit:
 def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
     """Parts the feed into what may be fitted and what is evaluated.
 
+    Of a feed that is a part of a log, the parts may be empty, and the description is of this part (see
+    [`joined_descriptions`]).
+
     By time: everything before the evaluated period is fitted; behaviours without a time count as before those that
     follow them. Leave-one-out: each user's last (test) or last but one (validation) positive behaviour is evaluated,
     all rows before it are fitted, and users with fewer than 3 positive behaviours are only fitted. Where
@@ -63,27 +66,52 @@ def split_feed(feed: Feed, args: DataArguments) -> FeedSplit:
     description = {"method": args.split_method, **periods, **description}
     for name, part in (("fit", fit), ("evaluation", evaluation)):
         description |= {f"{name}_interactions": len(part), f"{name}_users": int(part["user_id"].nunique())}
-    for part, name in ((fit, "to fit"), (evaluation, "in the evaluated period")):
-        if not len(part):
-            raise DataError(
-                f"{feed.name}: no interactions {name} ({description}). Move validation_start and test_start into the "
-                "time that the data covers."
-            )
+    if feed.whole is None:
+        _require_parts(feed.name, description)
     parts = (fit, history, evaluation)
     return FeedSplit(*(part.reset_index(drop=True) for part in parts), description)
 
 
+def _require_parts(name: str, description: dict) -> None:
+    for part, where in (("fit", "to fit"), ("evaluation", "in the evaluated period")):
+        if not description[f"{part}_interactions"]:
+            raise DataError(
+                f"{name}: no interactions {where} ({description}). Move validation_start and test_start into the "
+                "time that the data covers."
+            )
+
+
+def joined_descriptions(name: str, descriptions: Sequence[dict]) -> dict:
+    """The description of a log's split, from those of its parts.
+
+    Raises:
+        DataError: an empty part.
+    """
+    joined = dict(descriptions[0])
+    for count in [key for key in joined if key.endswith(("_interactions", "_users"))]:
+        joined[count] = sum(description[count] for description in descriptions)
+    if "latest_fitted" in joined:
+        latest = [description["latest_fitted"] for description in descriptions]
+        joined["latest_fitted"] = max(filter(None, latest), key=datetime.datetime.fromisoformat, default=None)
+    _require_parts(name, joined)
+    return joined
+
+
 def _split_by_time(feed: Feed, args: DataArguments):
     known = feed.interactions["timestamp"].dropna()
-    if known.empty:
+    if not feed.whole.is_timed if feed.whole else known.empty:
         raise DataError(
             f"{feed.name}: column 'timestamp' is empty, so there is no split by time. Map the column that holds the "
             "time, or use split_method: leave_one_out."
         )
     starts = {}
     for name, text in (("validation", args.validation_start), ("test", args.test_start)):
-        quantile = DEFAULT_QUANTILES[name]
-        starts[name] = float(known.quantile(quantile)) if text is None else _timestamp(text, feed.timezone)
+        if text is not None:
+            starts[name] = _timestamp(text, feed.timezone)
+        elif feed.whole is not None:
+            starts[name] = feed.whole.quantiles[name]
+        else:
+            starts[name] = float(known.quantile(DEFAULT_QUANTILES[name]))
     # When each row has surely happened: never falls within a user, -inf before the first known time.
     time = feed.interactions["timestamp"].fillna(-np.inf).groupby(user_codes(feed.interactions)).cummax().to_numpy()
     start, end = starts[args.evaluation_split], np.inf
@@ -97,12 +125,13 @@ def _split_by_time(feed: Feed, args: DataArguments):
     fit, history = (feed.interactions[time < before] for before in (starts[args.fitted_until], start))
     evaluation = feed.interactions[(time >= start) & (time < end)]
     latest = fit["timestamp"].max()
+    first, last = (known.min(), known.max()) if feed.whole is None else (feed.whole.first_time, feed.whole.last_time)
     description = {
         "evaluation_start": _iso(start, feed),
         "evaluation_end": _iso(end, feed) if np.isfinite(end) else None,
         "latest_fitted": None if pd.isna(latest) else _iso(latest, feed),
-        "data_start": _iso(known.min(), feed),
-        "data_end": _iso(known.max(), feed),
+        "data_start": _iso(first, feed),
+        "data_end": _iso(last, feed),
     }
     return fit, history, evaluation, description
 
@@ -185,8 +214,11 @@ class _Histories:
         return columns
 
 
-def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dataset:
+def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments, until: float | None = None) -> Dataset:
     """All positive behaviours of each user that has any, as of the end of `fit`.
+
+    Args:
+        until: Unix time [s] of that end, by default the last time in `fit`, which may be a part of a log.
 
     Returns:
         Dataset of user_id, history_item_ids (not truncated) and the features of histories (see schema.py).
@@ -195,7 +227,8 @@ def user_histories(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Datase
     columns = {"user_id": id_array(histories.users)}
     columns |= histories.columns(histories.starts, histories.lengths, histories.users)
     if args.history_timestamps:
-        columns["timestamp"] = pa.array(np.full(len(histories.users), fit["timestamp"].max()))
+        until = fit["timestamp"].max() if until is None else until
+        columns["timestamp"] = pa.array(np.full(len(histories.users), until))
     return arrow_dataset(columns)
 
 
@@ -206,7 +239,8 @@ def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> 
     [`trained_on`].
 
     Raises:
-        DataError: no session is left, or a cut or predicate needs a column that is missing.
+        DataError: no session is left, which of a part of a log may be, or a cut or predicate needs a column that is
+            missing.
     """
     histories = _Histories(fit, feed, args)
     positive = histories.positive
@@ -214,7 +248,7 @@ def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> 
     users = user_codes(fit)
     user_start = np.searchsorted(positive, np.searchsorted(users, np.arange(users[-1] + 1 if len(users) else 0)))
 
-    groups, timed = session_groups(fit, args, feed.timezone)
+    groups, timed = session_groups(fit, feed, args)
     if len(rows):
         # Windows of consecutive behaviours begin where the history is long enough, not before.
         enough = np.searchsorted(positive, rows) - user_start[users[rows]] >= args.min_history_items
@@ -227,7 +261,7 @@ def pretraining_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> 
     long_enough = int(kept.sum())
     kept &= _quality(fit, members, args)
     kept[kept] = trained_on(fit["timestamp"].to_numpy()[members[kept, lengths[kept] - 1]], args, feed.timezone)
-    if not kept.any():
+    if not kept.any() and feed.whole is None:
         raise DataError(
             f"{feed.name}: no sessions: of {len(fit)} interactions, {len(rows)} were cut into "
             f"{len(members)} candidates, {long_enough} of them with min_session_items={args.min_session_items} and "
@@ -273,7 +307,7 @@ def exposure_sessions(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> Dat
     return pretraining_sessions(fit, feed, replace(args, session_source="exposed"))
 
 
-def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tuple[np.ndarray, np.ndarray]:
+def session_groups(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> tuple[np.ndarray, np.ndarray]:
     """For each row: the session that the cut puts it in, numbered by first row, and whether the cut applies to it.
 
     Rows to which it does not apply (no time, no session_id, or the cut is `consecutive`) form one group per user.
@@ -291,7 +325,7 @@ def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tup
             )
         timed = fit["session_id"].notna().to_numpy()
         keys = pd.factorize(fit["session_id"])[0]
-    elif not timed.any():
+    elif not (timed.any() if feed.whole is None else feed.whole.is_timed):
         raise DataError(
             f"session_cut: {args.session_cut} needs times, and column 'timestamp' is empty. Cut by consecutive."
         )
@@ -300,7 +334,7 @@ def session_groups(fit: pd.DataFrame, args: DataArguments, timezone: str) -> tup
         opens[1:] = (np.diff(time) > args.session_gap_hours * 3600) | (timed[1:] != timed[:-1])
         keys = np.cumsum(opens)
     else:
-        local = pd.to_datetime(np.nan_to_num(time), unit="s", utc=True).tz_convert(timezone).tz_localize(None)
+        local = pd.to_datetime(np.nan_to_num(time), unit="s", utc=True).tz_convert(feed.timezone).tz_localize(None)
         keys = local.values.astype("datetime64[D]").astype(np.int64)
     groups, _ = pd.factorize(pd.MultiIndex.from_arrays([users, timed, np.where(timed, keys, 0)]))
     return groups, timed
@@ -343,7 +377,7 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
         (see schema.py); users with a positive behaviour in the period and at least `args.min_history_items` before it.
 
     Raises:
-        DataError: there is no such user.
+        DataError: there is no such user, as of a part of a log there may be.
     """
     histories = _Histories(split.history, feed, args)
     later = split.evaluation[positive_mask(split.evaluation, feed.positive_feedback)].drop_duplicates("user_id")
@@ -351,7 +385,7 @@ def evaluation_cases(split: FeedSplit, feed: Feed, args: DataArguments) -> Datas
     found = pd.Index(histories.users).get_indexer(later["user_id"])
     starts, lengths = np.r_[histories.starts, 0][found], np.r_[histories.lengths, 0][found]
     enough = lengths >= args.min_history_items
-    if not enough.any():
+    if not enough.any() and feed.whole is None:
         raise DataError(
             f"{feed.name}: nobody to evaluate: {len(later)} users have a positive behaviour in the evaluated period, "
             f"none of them {args.min_history_items} (min_history_items) before it. Lower min_history_items, or move "

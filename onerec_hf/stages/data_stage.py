@@ -4,10 +4,14 @@ Runs as the first step of `tokenize`. Everything that later stages fit comes fro
 fitted period; the evaluated users' histories reach to the evaluated one.
 """
 
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +20,7 @@ from datasets import Dataset
 
 from ..data import (
     DataArguments,
+    DataError,
     Feed,
     FeedSplit,
     evaluation_cases,
@@ -31,42 +36,69 @@ from ..data import (
     user_histories,
     with_user_exposures,
 )
+from ..data.partitioned_log import SourceLog, partition_feed
+from ..data.readers import by_user, part_name, save_feed_tables, saved_partitions
+from ..data.sessions import joined_descriptions
+from ..staged_files import staged_file
 from .previous_run import PreviousRun
 from .recipe_arguments import RecipeArguments
-from .stage_runner import OutsideInput, Stage, run_stage, stage_dir
+from .stage_runner import OutsideInput, Stage, read_json, run_stage, stage_dir, write_json
 
 FEED = "feed"
 PRETRAINING_SESSIONS = "pretraining_sessions.parquet"
 USER_HISTORIES = "user_histories.parquet"
 EVALUATION_CASES = "evaluation_cases.parquet"
+COUNTS = "counts"  # of each partition, written when its tables are
 
 
 @dataclass
 class PreparedData:
-    """What the `data` stage wrote, read on demand."""
+    """What the `data` stage wrote, read on demand.
+
+    Args:
+        folder: of the stage.
+        args: of the data.
+        partition: the one whose users these are; by default all users.
+    """
 
     folder: Path
     args: DataArguments
+    partition: int | None = None
 
     @cached_property
     def feed(self) -> Feed:
-        return load_saved_feed(self.folder / FEED)
+        return load_saved_feed(self.folder / FEED, self.partition)
+
+    def partitions(self) -> Iterator["PreparedData"]:
+        """The same of some users after others: of each partition, or of all of them where the log is in memory."""
+        count = saved_partitions(self.folder / FEED)
+        for index in range(count) if count else [None]:
+            yield replace(self, partition=index)
 
     def read(self, name: str) -> Dataset:
         """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what
         the reward model reads of each user as of the end of their histories, where they were exposed to anything."""
-        table = pq.read_table(self.folder / name)
+        table = self._table(name)
         if name == USER_HISTORIES:
             table = with_user_exposures(table, self._fitted_exposures)
         elif name == EVALUATION_CASES:
             table = with_user_exposures(table, self._exposures_before_evaluation)
         return Dataset(table)
 
+    def _table(self, name: str) -> pa.Table:
+        count, stem = saved_partitions(self.folder / FEED), Path(name).stem
+        if not count:
+            return pq.read_table(self.folder / name)
+        if self.partition is not None:
+            return pq.read_table(self.folder / part_name(stem, self.partition))
+        return by_user(pa.concat_tables(pq.read_table(self.folder / part_name(stem, index)) for index in range(count)))
+
     def histories_before_evaluation(self) -> Dataset:
         """The users' histories, as `read(USER_HISTORIES)`, with what is not fitted before the evaluated period."""
         if self.args.fitted_until == self.args.evaluation_split:
             return self.read(USER_HISTORIES)
-        table = user_histories(self.split.history, self.feed, self.args).with_format("arrow")[:]
+        until = self.feed.whole and self.feed.whole.latest_before.get(self.args.evaluation_split)
+        table = user_histories(self.split.history, self.feed, self.args, until).with_format("arrow")[:]
         return Dataset(with_user_exposures(table, self._exposures_before_evaluation))
 
     @cached_property
@@ -107,6 +139,8 @@ def run_data(args: RecipeArguments) -> Path:
     options, previous = args.group(DataArguments), PreviousRun.of(args)
 
     def work(folder: Path) -> dict | None:
+        if options.num_partitions is not None:
+            return prepare_in_partitions(options, folder)
         if not PartialState().is_main_process:
             return None
         feed = load_feed(options)
@@ -121,27 +155,126 @@ def run_data(args: RecipeArguments) -> Path:
         }
         for name, table in tables.items():
             table.to_parquet(folder / name)
-        return {
-            "dataset": {
-                "name": feed.name,
-                "hub_dataset": options.hub_dataset,
-                "num_users": int(feed.interactions["user_id"].nunique()),
-                "num_items": len(feed.items),
-                "num_interactions": len(feed.interactions),
-                "num_fitted_positives": int(positive_mask(split.fit, feed.positive_feedback).sum()),
-                "num_pretraining_sessions": len(tables[PRETRAINING_SESSIONS]),
-                "num_evaluation_users": len(tables[EVALUATION_CASES]),
-                "positive_feedback": feed.positive_feedback,
-                "split": split.description,
-            }
-        }
+        return _summary(feed, options, _counts(feed, split, tables), split.description)
 
     outside = [OutsideInput(path) for path in source_files(options)]
     if options.hub_dataset is not None:
         outside.append(OutsideInput(options.hub_dataset, "dataset"))
     if previous is not None:
         outside += previous.input("data")
-    return run_stage(Stage("data", args.output_dir, options, outside=outside), work)
+    # How many processes did the work changes nothing of what they write.
+    described = replace(options, partition_workers=1)
+    return run_stage(Stage("data", args.output_dir, described, outside=outside), work)
+
+
+def _counts(feed: Feed, split: FeedSplit, tables: dict[str, Dataset]) -> dict[str, int]:
+    return {
+        "num_users": int(feed.interactions["user_id"].nunique()),
+        "num_interactions": len(feed.interactions),
+        "num_fitted_positives": int(positive_mask(split.fit, feed.positive_feedback).sum()),
+        "num_pretraining_sessions": len(tables[PRETRAINING_SESSIONS]),
+        "num_evaluation_users": len(tables[EVALUATION_CASES]),
+    }
+
+
+def _summary(feed: Feed, options: DataArguments, counts: dict[str, int], split: dict) -> dict:
+    dataset = {"name": feed.name, "hub_dataset": options.hub_dataset, "num_users": counts["num_users"]}
+    dataset |= {"num_items": len(feed.items), **counts, "positive_feedback": feed.positive_feedback, "split": split}
+    return {"dataset": dataset}
+
+
+def prepare_in_partitions(options: DataArguments, folder: Path) -> dict | None:
+    """The stage's work where the log is not in memory as a whole (see partitioned_log.py).
+
+    Every process of a launch takes its share of each step, with `partition_workers` processes of its own. What a
+    killed run has written it does not do again.
+
+    Raises:
+        DataError: as without partitions; no session or no user to evaluate in any partition.
+    """
+    state = PartialState()
+    indices = range(options.num_partitions)
+    if options.dataset == "table":
+        log = SourceLog(options, folder)
+        if state.is_main_process:
+            log.write_tables()
+        for task in range(len(log.tasks))[state.process_index :: state.num_processes]:
+            log.shuffle(task)
+        state.wait_for_everyone()
+        _share(log.write_partition, indices, options.partition_workers)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            log.write_feed()
+            log.remove_work()
+    elif state.is_main_process and not (folder / FEED / "feed.json").exists():
+        partition_feed(load_feed(options), folder / FEED, options.num_partitions)
+    if state.is_main_process and options.history_timestamps:
+        _note_latest(options, folder)
+    state.wait_for_everyone()
+    _share(partial(write_tables, options, folder), indices, options.partition_workers)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    parts = [read_json(folder / COUNTS / f"part-{index:05d}.json") for index in indices]
+    feed = load_saved_feed(folder / FEED, partition=0)
+    split = joined_descriptions(feed.name, [part.pop("split") for part in parts])
+    counts = {name: sum(part[name] for part in parts) for name in parts[0]}
+    for name, options_to_lower in (
+        ("num_pretraining_sessions", "min_session_items, min_history_items or quality_predicates"),
+        ("num_evaluation_users", "min_history_items, or move the period"),
+    ):
+        if not counts[name]:
+            raise DataError(
+                f"{feed.name}: {name} is 0 in {len(parts)} partitions ({counts}). Lower {options_to_lower}."
+            )
+    return _summary(feed, options, counts, split)
+
+
+def _share(work: Callable[[int], None], indices: range, workers: int) -> None:
+    """Calls `work` for this process's share of the indices, in so many processes."""
+    state = PartialState()
+    mine = indices[state.process_index :: state.num_processes]
+    if workers == 1:
+        for index in mine:
+            work(index)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(work, mine))
+
+
+def write_tables(options: DataArguments, folder: Path, index: int) -> None:
+    """Writes the sessions, evaluation cases and histories of a partition's users, unless that is done."""
+    counted = folder / COUNTS / f"part-{index:05d}.json"
+    if counted.exists():
+        return
+    feed = load_saved_feed(folder / FEED, index)
+    split = split_feed(feed, options)
+    until = feed.whole.latest_before.get(options.fitted_until)
+    tables = {
+        PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, options),
+        EVALUATION_CASES: evaluation_cases(split, feed, options),
+        USER_HISTORIES: user_histories(split.fit, feed, options, until),
+    }
+    for name, table in tables.items():
+        path = folder / part_name(Path(name).stem, index)
+        path.parent.mkdir(exist_ok=True)
+        with staged_file(path) as partial_file:
+            table.to_parquet(partial_file)
+    counted.parent.mkdir(exist_ok=True)
+    write_json(counted, {**_counts(feed, split, tables), "split": split.description})
+
+
+def _note_latest(options: DataArguments, folder: Path) -> None:
+    """Notes in the feed the last time before each period that the histories end at."""
+    feed, latest = load_saved_feed(folder / FEED, 0), {}
+    if feed.whole.latest_before:
+        return
+    for index in range(options.num_partitions):
+        split = split_feed(load_saved_feed(folder / FEED, index), options)
+        for period, part in ((options.fitted_until, split.fit), (options.evaluation_split, split.history)):
+            latest[period] = max(latest.get(period, -np.inf), np.nan_to_num(part["timestamp"].max(), nan=-np.inf))
+    latest = {period: float(time) if np.isfinite(time) else None for period, time in latest.items()}
+    save_feed_tables(replace(feed, whole=replace(feed.whole, latest_before=latest)), folder / FEED)
 
 
 def prepared_data(args: RecipeArguments, needed_by: str) -> PreparedData:

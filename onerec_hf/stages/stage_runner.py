@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi, snapshot_download
@@ -66,7 +67,8 @@ class OutsideInput:
     """What a stage reads and no stage of the run has written.
 
     Args:
-        source: a file, a folder (all of it is read), or a repository of the Hub.
+        source: a file, also one with a protocol such as s3://, a folder (all of it is read), or a repository of the
+            Hub.
         repo_type: "model" or "dataset".
     """
 
@@ -76,6 +78,8 @@ class OutsideInput:
     def identity(self) -> Any:
         """What tells one version from another under the same name: size and time of change of each file, or the
         commit of the repository; None where neither can be looked at, without the Hub for example."""
+        if "://" in str(self.source):
+            return fsspec.core.url_to_fs(str(self.source))[0].ukey(str(self.source))
         path = Path(self.source).expanduser()
         if path.exists():
             files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

@@ -1,0 +1,283 @@
+"""A log in partitions gives what it gives in memory, row for row; kills and several processes change nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from onerec_hf.data import DataArguments, DataError
+from onerec_hf.stages import data_stage
+from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, USER_HISTORIES, PreparedData
+
+duckdb = pytest.importorskip("duckdb", reason="partitions need DuckDB")
+TABLES = (PRETRAINING_SESSIONS, USER_HISTORIES, EVALUATION_CASES)
+MAPPING = {
+    "name": "tiny",
+    "timezone": "Europe/Berlin",
+    "interactions": {
+        "file": "log",
+        "columns": {"user_id": "user", "item_id": "video", "timestamp": "time", "session_id": "request"},
+        "feedback": {
+            "watch_time": {"column": "ms", "scale": 0.001},
+            "like": {"column": "event", "equals": ["like", 7]},
+        },
+    },
+    "users": {"file": "users.csv", "columns": {"user_id": "user"}, "categorical": ["country"]},
+    "positive_feedback": ["like", "watch_time>=3"],
+}
+
+
+def log_frame(rows=600, users=23, seed=0):
+    generator = np.random.default_rng(seed)
+    times = 1_700_000_000_000 + np.sort(generator.integers(0, 30 * 86_400_000, rows)) // 10 * 10
+    return pd.DataFrame(
+        {
+            "user": generator.integers(0, users, rows) * 7 + 3,
+            "video": generator.integers(0, 40, rows),
+            "time": times,
+            "request": pd.array(np.where(generator.random(rows) < 0.8, generator.integers(0, 60, rows), -1)).astype(
+                "Int64"
+            ),
+            "ms": generator.integers(0, 6000, rows),
+            "event": generator.choice(["like", "see", "7"], rows, p=[0.3, 0.6, 0.1]),
+        }
+    ).replace({"request": {-1: pd.NA}})
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Writes a log of several files below a folder; gives the arguments that read it."""
+
+    def write(frame=None, ending="parquet", mapping=None, hive=False, **options):
+        frame = log_frame() if frame is None else frame
+        for number, start in enumerate(range(0, len(frame), 250)):
+            part = frame.iloc[start : start + 250]
+            folder = tmp_path / "source" / "log" / (f"day={number}" if hive else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{number}.{ending}"
+            part.to_parquet(path) if ending == "parquet" else part.to_csv(path, index=False)
+        users = frame["user"].drop_duplicates()
+        countries = pd.DataFrame({"user": users, "country": [f"c{index % 3}" for index in range(len(users))]})
+        countries.to_csv(tmp_path / "source" / "users.csv", index=False)
+        (tmp_path / "mapping.yaml").write_text(yaml.safe_dump(mapping or MAPPING))
+        options = {"data_dir": str(tmp_path / "source"), "history_items": 8, "session_items": 3, **options}
+        return DataArguments(dataset="table", column_mapping=str(tmp_path / "mapping.yaml"), **options)
+
+    return write
+
+
+class Run:
+    """The arguments of a run, as `run_data` takes them."""
+
+    previous_run = None
+
+    def __init__(self, options: DataArguments, output_dir: Path):
+        self.options, self.output_dir = options, output_dir
+
+    def group(self, _):
+        return self.options
+
+
+def prepared(options, folder, **changed):
+    options = replace(options, **changed)
+    return PreparedData(data_stage.run_data(Run(options, folder)), options)
+
+
+def assert_same(first: PreparedData, second: PreparedData):
+    for name in TABLES:
+        assert first.read(name).to_list() == second.read(name).to_list(), name
+    pd.testing.assert_frame_equal(first.feed.interactions, second.feed.interactions)
+    pd.testing.assert_frame_equal(first.feed.items, second.feed.items)
+    about = [json.loads((one.folder / "stage.json").read_text())["dataset"] for one in (first, second)]
+    assert about[0] == about[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"session_cut": "consecutive", "session_stride": 1, "history_feedback": ["like"]},
+        {"session_cut": "gap", "history_timestamps": True, "fit_validation": False},
+        {"session_cut": "user_day", "session_source": "exposed", "user_features": ["country"]},
+        {"session_cut": "session_id", "repeated_positives": "first", "quality_predicates": ["watch_time>=4"]},
+        {"split_method": "leave_one_out", "history_timestamps": True},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+@pytest.mark.filterwarnings("ignore:leave-one-out")
+def test_the_partitions_together_are_the_log_in_memory(log, tmp_path, options):
+    args = log(**options)
+    whole, parts = prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=4)
+    assert_same(whole, parts)
+    for name in TABLES:
+        files = sorted((parts.folder / Path(name).stem).iterdir())
+        assert [file.name for file in files] == [f"part-{index:05d}.parquet" for index in range(4)]
+        assert len({str(pq.read_schema(file).remove_metadata()) for file in files}) == 1
+    # One after the other they have the same rows, with what the reward model reads, and no user is in two of them.
+    rows = [row for part in parts.partitions() for row in part.read(USER_HISTORIES).to_list()]
+    assert sorted(rows, key=lambda row: row["user_id"]) == whole.read(USER_HISTORIES).to_list()
+    before = [row for part in parts.partitions() for row in part.histories_before_evaluation().to_list()]
+    assert sorted(before, key=lambda row: row["user_id"]) == whole.histories_before_evaluation().to_list()
+    assert len(list(whole.partitions())) == 1
+
+
+@pytest.mark.parametrize("num_partitions", [1, 60])
+def test_few_and_empty_partitions(log, tmp_path, num_partitions):
+    args = log(session_cut="gap")
+    assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=num_partitions))
+
+
+def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path):
+    frame = log_frame().astype({"user": "str"})
+    frame.loc[len(frame) - 1, "user"] = "007"  # one user whose id is no integer, in the last file
+    args = log(frame, "csv", session_cut="session_id")
+    assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=5))
+
+
+def test_folders_are_columns_and_protocols_are_read(log, tmp_path):
+    mapping = {**MAPPING, "interactions": {**MAPPING["interactions"], "file": "log", "timestamp_unit": "ms"}}
+    mapping["interactions"]["feedback"] = {**mapping["interactions"]["feedback"], "day": "day"}
+    args = log(hive=True, mapping=mapping)
+    near = prepared(args, tmp_path / "a", num_partitions=3)
+    assert near.feed.interactions["day"].value_counts().to_dict() == {0.0: 250, 1.0: 250, 2.0: 100}
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "source"), "/bucket", recursive=True)
+    try:
+        assert_same(near, prepared(args, tmp_path / "b", num_partitions=3, data_dir="memory://bucket"))
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_data_that_is_read_in_memory_is_parted_too(tmp_path):
+    args = DataArguments(simulated_users=40, simulated_items=60, session_cut="session_id", history_items=8)
+    assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=3))
+
+
+def bytes_of(folder: Path) -> dict:
+    parts = [path for path in sorted(folder.rglob("part-*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in parts}
+
+
+def worker(args, folder, index, kill_after):
+    """A process of two; one that is to be killed dies in the midst of its work, between two files."""
+    renamed = iter(range(10**6))
+
+    class State:
+        process_index, num_processes = index, 2
+        is_main_process = index == 0
+
+        def wait_for_everyone(self):
+            barrier.wait(60)
+
+    replaced = os.replace
+
+    def killed(*paths):
+        if next(renamed) == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replaced(*paths)
+
+    barrier, data_stage.PartialState = args.barrier, State
+    os.replace = killed
+    data_stage.prepare_in_partitions(args.options, folder)
+
+
+@pytest.mark.parametrize("kill_after", [1, 4, 11])
+def test_two_processes_of_which_one_is_killed_write_the_same_bytes(log, tmp_path, kill_after):
+    args = replace(log(session_cut="gap", history_timestamps=True), num_partitions=5)
+    one = prepared(args, tmp_path / "one").folder
+    context, folder = multiprocessing.get_context("fork"), tmp_path / "two"
+    folder.mkdir()
+    for kills in ({1: kill_after}, {}):
+        shared = Run(args, folder)
+        shared.barrier = context.Barrier(2)
+        processes = [
+            context.Process(target=worker, args=(shared, folder, index, kills.get(index))) for index in range(2)
+        ]
+        for process in processes:
+            process.start()
+        processes[1].join(60)
+        if kills:
+            assert processes[1].exitcode == -signal.SIGKILL
+            processes[0].kill()  # as a launcher does
+        processes[0].join(60)
+        if not kills:
+            assert [process.exitcode for process in processes] == [0, 0]
+    assert bytes_of(folder) == bytes_of(one)
+
+
+def test_finished_partitions_are_not_done_again(log, tmp_path, monkeypatch):
+    args = log(num_partitions=4, session_cut="gap")
+    written = data_stage.write_tables
+
+    def interrupted(options, folder, index):
+        if index == 2:
+            raise RuntimeError("stopped")
+        written(options, folder, index)
+
+    monkeypatch.setattr(data_stage, "write_tables", interrupted)
+    with pytest.raises(RuntimeError, match="stopped"):
+        prepared(args, tmp_path)
+    files = [path for path in (tmp_path / "data.partial").rglob("part-*.parquet")]
+    before = {path.relative_to(tmp_path / "data.partial"): path.stat().st_mtime_ns for path in files}
+    assert len(before) == 4 + 2 * 3
+    monkeypatch.setattr(data_stage, "write_tables", written)
+    folder = prepared(args, tmp_path).folder
+    assert {path: (folder / path).stat().st_mtime_ns for path in before} == before
+
+
+def test_default_periods_are_the_quantiles_of_all_times(tmp_path, monkeypatch):
+    from onerec_hf.data import partitioned_log
+
+    monkeypatch.setattr(partitioned_log, "SMALL_COUNT", 10)
+    generator = np.random.default_rng(0)
+    for times in (
+        generator.random(1001) * 1e9,
+        np.full(50, 5.0),
+        generator.integers(0, 9, 400) * 1e5,
+        [0.0] * 99 + [9e8],
+    ):
+        values = pd.Series(times, dtype="float64")
+        with partitioned_log.engine(tmp_path) as connection:
+            connection.register("values_table", pd.DataFrame({"t": values}))
+            for q in (0.8, 0.9, 0.0, 1.0, 0.123):
+                found = partitioned_log.quantile(connection, "values_table", len(values), q)
+                assert found == values.quantile(q)
+
+
+@pytest.mark.parametrize(
+    "change, ending, message",
+    [
+        (lambda frame: frame.assign(ms=frame["ms"].where(frame.index != 255, -1)), "parquet", "row 5 of .*1.parquet"),
+        (lambda frame: frame.assign(ms=frame["ms"].where(frame.index != 255, -1)), "csv", "row 5 of .*1.csv"),
+        (lambda frame: frame.assign(time=frame["time"].astype("str") + "x"), "csv", "timestamp_unit"),
+        (lambda frame: frame.assign(video=frame["video"] * 1.0), "parquet", "type DOUBLE.*64-bit"),
+        (lambda frame: frame.assign(event=1.0), "parquet", "'event' of 'equals'"),
+        (lambda frame: frame.drop(columns="ms"), "parquet", "ms"),
+        (lambda frame: frame.assign(user=1), "parquet", "one user only"),
+        (lambda frame: frame, "jsonl", "Convert the file to Parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named(log, tmp_path, change, ending, message):
+    with pytest.raises(DataError, match=message):
+        prepared(log(change(log_frame()), ending, num_partitions=3), tmp_path)
+    with pytest.raises(ValueError, match="update_since"):
+        log(num_partitions=3, update_since="2024-01-01")
+
+
+def test_an_unlisted_item_is_named_with_its_row(log, tmp_path):
+    args = log(mapping={**MAPPING, "items": {"file": "items.csv", "columns": {"item_id": "video"}}}, num_partitions=3)
+    frame = log_frame()
+    listed = frame["video"].drop_duplicates()
+    missing = listed.iloc[-1]
+    listed[listed != missing].to_csv(tmp_path / "source" / "items.csv", index=False)
+    place = frame.index[frame["video"] == missing][0]
+    with pytest.raises(DataError, match=rf"{place // 250}.parquet.*first at row {place % 250} .*{missing}"):
+        prepared(args, tmp_path)
