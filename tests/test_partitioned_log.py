@@ -157,7 +157,7 @@ def test_folders_are_columns_and_protocols_are_read(log, tmp_path):
 
 
 def test_data_that_is_read_in_memory_is_parted_too(tmp_path):
-    args = DataArguments(simulated_users=40, simulated_items=60, session_cut="session_id", history_items=8)
+    args = DataArguments(simulated_users=40, simulated_items=200, session_cut="session_id", history_items=8)
     assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=3))
 
 
@@ -247,9 +247,10 @@ def test_default_periods_are_the_quantiles_of_all_times(tmp_path, monkeypatch):
         values = pd.Series(times, dtype="float64")
         with partitioned_log.engine(tmp_path) as connection:
             connection.register("values_table", pd.DataFrame({"t": values}))
-            for q in (0.8, 0.9, 0.0, 1.0, 0.123):
-                found = partitioned_log.quantile(connection, "values_table", len(values), q)
-                assert found == values.quantile(q)
+            shares, extent = (0.8, 0.9, 0.0, 1.0, 0.123), (values.min(), values.max(), len(values))
+            extent = tuple(one.item() if hasattr(one, "item") else one for one in extent)
+            found = partitioned_log.quantiles(connection, "values_table", extent, {str(q): q for q in shares})
+            assert found == {str(q): values.quantile(q) for q in shares}
 
 
 @pytest.mark.parametrize(

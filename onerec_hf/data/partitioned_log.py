@@ -156,7 +156,7 @@ class SourceLog:
             place = f"((file_index + {self.tasks[task][0]})::BIGINT << {ROW_BITS}) + {row}"
             part = f"(hash({user}::VARCHAR) % {self.args.num_partitions})::INTEGER"
             selected = f"SELECT {columns}, {place} AS {PLACE}, {part} AS {PARTITION} FROM {scan}"
-            options = f"FORMAT parquet, COMPRESSION zstd, PARTITION_BY ({PARTITION}), ROW_GROUP_SIZE 30720"
+            options = f"FORMAT parquet, COMPRESSION lz4_raw, PARTITION_BY ({PARTITION}), ROW_GROUP_SIZE 30720"
             try:
                 connection.execute(f"COPY ({selected}) TO '{out / 'rows'}' ({options})", {"files": files})
                 facts = self._facts(connection, out / "rows")
@@ -476,38 +476,51 @@ def whole_log(connection, interactions: Path) -> WholeLog:
     """
     scan = f"read_parquet('{interactions}/part-*.parquet')"
     known = f"(SELECT timestamp AS t FROM {scan} WHERE NOT isnan(timestamp) AND timestamp IS NOT NULL)"
-    first, last, count = connection.execute(f"SELECT min(t), max(t), count(*) FROM {known}").fetchone()
     columns = [name for name, *_ in connection.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()]
-    has_session_ids = "session_id" in columns and bool(
-        connection.execute(f"SELECT count(session_id) FROM {scan}").fetchone()[0]
-    )
-    quantiles = {name: quantile(connection, known, count, q) for name, q in DEFAULT_QUANTILES.items()} if count else {}
-    return WholeLog(first, last, quantiles, has_session_ids)
+    named = f"SELECT count(session_id) FROM {scan}"
+    has_session_ids = "session_id" in columns and connection.execute(named).fetchone()[0] > 0
+    first, last, _ = extent = connection.execute(f"SELECT min(t), max(t), count(*) FROM {known}").fetchone()
+    return WholeLog(first, last, quantiles(connection, known, extent, DEFAULT_QUANTILES), has_session_ids)
 
 
-def quantile(connection, values: str, count: int, q: float) -> float:
-    """As `pandas.Series.quantile` has it, of `count` finite numbers `t` of a subquery."""
-    place = (count - 1) * q
-    rank = int(place)
-    low, high = (_ranked(connection, values, min(one, count - 1)) for one in (rank, rank + 1))
-    # Exactly as numpy interpolates.
-    share, step = place - rank, high - low
-    return low + step * share if share < 0.5 else high - step * (1 - share)
+def quantiles(connection, values: str, extent: tuple, shares: dict[str, float]) -> dict[str, float]:
+    """As `pandas.Series.quantile` has them, by name.
+
+    Args:
+        connection: of [`engine`].
+        values: a table or subquery of finite numbers `t`, of which a few are in memory at once.
+        extent: their minimum, maximum and count.
+        shares: by name, in [0, 1].
+    """
+    last = extent[2] - 1
+    if last < 0:
+        return {}
+    places = {name: last * share for name, share in shares.items()}
+    ranks = {rank for place in places.values() for rank in (int(place), min(int(place) + 1, last))}
+    found, result = _ranked(connection, values, extent, sorted(ranks)), {}
+    for name, place in places.items():
+        low, high, share = found[int(place)], found[min(int(place) + 1, last)], place - int(place)
+        # Exactly as numpy interpolates.
+        result[name] = low + (high - low) * share if share < 0.5 else high - (high - low) * (1 - share)
+    return result
 
 
-def _ranked(connection, values: str, rank: int) -> float:
-    """The value of a rank, from 0: its neighbourhood is narrowed by counts until it is small."""
-    low, high, count = connection.execute(f"SELECT min(t), max(t), count(*) FROM {values}").fetchone()
-    while low < high and count > SMALL_COUNT:
-        bucket = f"floor((t - {low!r}::DOUBLE) / ({high!r}::DOUBLE - {low!r}::DOUBLE) * 4096)"
-        inside = f"FROM {values} WHERE t BETWEEN {low!r}::DOUBLE AND {high!r}::DOUBLE"
-        counted = f"SELECT min(t), max(t), count(*) {inside} GROUP BY {bucket} ORDER BY 1"
-        buckets = connection.execute(counted).fetchall()
-        ends = np.cumsum([rows for *_, rows in buckets])
-        found = int(np.searchsorted(ends, rank, side="right"))
-        low, high, count = buckets[found]
-        rank -= int(ends[found]) - count
-    inside = f"FROM {values} WHERE t BETWEEN {low!r}::DOUBLE AND {high!r}::DOUBLE"
-    return (
-        low if low == high else connection.execute(f"SELECT t {inside} ORDER BY t LIMIT 1 OFFSET {rank}").fetchone()[0]
-    )
+def _ranked(connection, values: str, extent: tuple, ranks: list[int]) -> dict[int, float]:
+    """The values of these ranks, counted from 0: their neighbourhoods are narrowed by counts until they are small."""
+    low, high, count = extent
+    if low == high:
+        return dict.fromkeys(ranks, low)
+    if count <= SMALL_COUNT:
+        ordered = np.sort(connection.execute(f"SELECT t FROM {values}").fetchnumpy()["t"])
+        return {rank: float(ordered[rank]) for rank in ranks}
+    bucket = f"floor((t - {low!r}::DOUBLE) / ({high!r}::DOUBLE - {low!r}::DOUBLE) * 4096)"
+    found, start = {}, 0
+    query = f"SELECT min(t), max(t), count(*) FROM {values} GROUP BY {bucket} ORDER BY 1"
+    for low, high, count in connection.execute(query).fetchall():
+        inside = [rank - start for rank in ranks if start <= rank < start + count]
+        if inside:
+            own = f"(SELECT t FROM {values} WHERE t BETWEEN {low!r}::DOUBLE AND {high!r}::DOUBLE)"
+            own = _ranked(connection, own, (low, high, count), inside)
+            found |= {rank + start: value for rank, value in own.items()}
+        start += count
+    return found

@@ -336,7 +336,8 @@ def session_groups(fit: pd.DataFrame, feed: Feed, args: DataArguments) -> tuple[
     else:
         local = pd.to_datetime(np.nan_to_num(time), unit="s", utc=True).tz_convert(feed.timezone).tz_localize(None)
         keys = local.values.astype("datetime64[D]").astype(np.int64)
-    groups, _ = pd.factorize(pd.MultiIndex.from_arrays([users, timed, np.where(timed, keys, 0)]))
+    keys = np.where(timed, keys - keys.min(initial=0), 0)
+    groups, _ = pd.factorize((2 * users + timed) * (keys.max(initial=0) + 1) + keys)
     return groups, timed
 
 

@@ -46,7 +46,7 @@ def duckdb_task(task: str, log: str, output: str, threads: int, memory_gib: floa
         return engine.execute(f"COPY (FROM log ORDER BY \"user\", time_ms) TO '{output}' (FORMAT parquet)").fetchall()
     counts = ['count(DISTINCT "user") FROM log', "count(DISTINCT video) FROM log"]
     counts += ['count(*) FROM (SELECT DISTINCT "user", video FROM log)']
-    return [engine.sql(f"SELECT {count}").fetchone()[0] for count in counts]
+    return [engine.execute(f"SELECT {count}").fetchone()[0] for count in counts]
 
 
 def polars_task(task: str, log: str, output: str, threads: int, memory_gib: float) -> object:

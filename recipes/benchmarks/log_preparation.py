@@ -84,10 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     output_dir = args.output_dir or args.log / "prepared"
     row = measure(args.log, output_dir, args.num_partitions, args.workers)
-    print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
-    print(
-        "| " + " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()) + " |"
-    )
+    figures = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()]
+    print("| " + " | ".join(row) + " |\n|" + "---|" * len(row) + "\n| " + " | ".join(figures) + " |")
     if args.json:
         args.json.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
     if args.output_dir is None:
