@@ -129,7 +129,7 @@ def test_the_partitions_together_are_the_log_in_memory(log, tmp_path, options):
     assert len(list(whole.partitions())) == 1
 
 
-@pytest.mark.parametrize("num_partitions", [1, 60])
+@pytest.mark.parametrize("num_partitions", [1, 26])
 def test_few_and_empty_partitions(log, tmp_path, num_partitions):
     args = log(session_cut="gap")
     assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=num_partitions))
@@ -139,6 +139,7 @@ def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path):
     frame = log_frame().astype({"user": "str"})
     frame.loc[len(frame) - 1, "user"] = "007"  # one user whose id is no integer, in the last file
     args = log(frame, "csv", session_cut="session_id")
+    frame[:0].to_csv(tmp_path / "source" / "log" / "[1] no 'rows'.csv", index=False)
     assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=5))
 
 
@@ -189,7 +190,7 @@ def worker(args, folder, index, kill_after):
     data_stage.prepare_in_partitions(args.options, folder)
 
 
-@pytest.mark.parametrize("kill_after", [1, 4, 11])
+@pytest.mark.parametrize("kill_after", [1, 6])
 def test_two_processes_of_which_one_is_killed_write_the_same_bytes(log, tmp_path, kill_after):
     args = replace(log(session_cut="gap", history_timestamps=True), num_partitions=5)
     one = prepared(args, tmp_path / "one").folder

@@ -210,7 +210,7 @@ def text_layout(
     if header is not None:
         require_columns(header, columns, path)
         return header, delimiter or ","
-    with fsspec.open(path, compression="infer") as file:
+    with fsspec.open(path, compression="infer") if "://" in path else opened(Path(path)) as file:
         return _delimiter_of(file.readline(), Path(path), columns, delimiter)
 
 

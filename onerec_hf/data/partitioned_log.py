@@ -12,6 +12,7 @@ A feed in partitions is a saved feed whose interactions are a folder `interactio
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import shutil
 from collections.abc import Iterator
@@ -111,15 +112,10 @@ class SourceLog:
 
     def _require_supported(self) -> None:
         for path in self.files:
-            endings = Path(path).name.lower().split(".")[1:]
             if path.lower().endswith(".parquet") == self.is_text:
                 remedy = "Convert all to Parquet."
                 raise DataError(f"{path}: num_partitions reads either text files or Parquet, not both. {remedy}")
-            if (
-                is_json(Path(path))
-                or self.is_text
-                and endings[-1:] not in (["csv"], ["tsv"], ["txt"], ["gz"], ["zst"])
-            ):
+            if is_json(Path(path)) or path.lower().endswith((".bz2", ".xz", ".zip")):
                 raise DataError(
                     f"{path}: num_partitions reads Parquet and CSV, the latter also as .gz and .zst. Convert the file "
                     "to Parquet, or leave num_partitions out to read it in memory."
@@ -157,9 +153,11 @@ class SourceLog:
             part = f"(hash({user}::VARCHAR) % {self.args.num_partitions})::INTEGER"
             selected = f"SELECT {columns}, {place} AS {PLACE}, {part} AS {PARTITION} FROM {scan}"
             options = f"FORMAT parquet, COMPRESSION lz4_raw, PARTITION_BY ({PARTITION}), ROW_GROUP_SIZE 30720"
+            named = {"files": [glob.escape(path) for path in files]}
             try:
-                connection.execute(f"COPY ({selected}) TO '{out / 'rows'}' ({options})", {"files": files})
-                facts = self._facts(connection, out / "rows")
+                connection.execute(f"COPY ({selected}) TO {literal(out / 'rows')} ({options})", named)
+                # Spark writes parts without rows.
+                facts = self._facts(connection, out / "rows") if any((out / "rows").glob("*/*")) else None
             except duckdb.Error as error:
                 raise DataError(
                     f"{', '.join(files[:3])}: cannot be parted: {error}. Correct the files or the column mapping; all "
@@ -168,27 +166,23 @@ class SourceLog:
             (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
     def _text_scan(self, path: str) -> str:
-        names, delimiter = text_layout(path, list(self.kinds), *(self.section.get(key) for key in LAYOUT_KEYS))
-        plain = "header" in self.section and delimiter == "\t"
-        quote = "" if plain else '"'
-        names = f", names = {names}" if "header" in self.section else ""
-        header = "false" if names else "true"
+        header = self.section.get("header")
+        names, delimiter = text_layout(path, list(self.kinds), header, self.section.get("delimiter"))
+        # Without a header, tabs part what is written as it is: a quote is a sign as any other.
+        quote = "" if header is not None and delimiter == "\t" else '"'
         return (
-            f"read_csv($files, all_varchar = true, auto_detect = false, header = {header}, delim = '{delimiter}', "
-            f"quote = '{quote}', escape = '{quote}', nullstr = {NULL_VALUES}, max_line_size = {2**24}{names}, "
-            f"columns = {self._text_columns(path)})"
+            f"read_csv($files, auto_detect = false, columns = {sql_struct(dict.fromkeys(names, 'VARCHAR'))}, "
+            f"header = {header is None}, delim = {literal(delimiter)}, quote = '{quote}', escape = '{quote}', "
+            f"nullstr = {NULL_VALUES}, max_line_size = {2**24})"
         )
-
-    def _text_columns(self, path: str) -> dict[str, str]:
-        layout = (self.section.get(key) for key in LAYOUT_KEYS)
-        return dict.fromkeys(text_layout(path, list(self.kinds), *layout)[0], "VARCHAR")
 
     def _facts(self, connection, rows: Path) -> dict:
         """What the rows of some files say of the types of their columns and of the unit of their times."""
-        scan = f"read_parquet('{rows}/*/*.parquet', hive_partitioning = false)"
+        scan = f"read_parquet({literal(rows / '*' / '*.parquet')}, hive_partitioning = false)"
         described = connection.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()
         types = {name: kind for name, kind, *_ in described if name != PLACE}
-        facts: dict = {"types": types, "integers": {}, "times": None}
+        engine_version = connection.execute("SELECT version()").fetchone()[0]
+        facts: dict = {"engine": engine_version, "types": types, "integers": {}, "times": None}
         for column in self.id_columns:
             name = quoted(column)
             if types[column] == "VARCHAR" and (self.is_text or _is_hive(column, self.files[0])):
@@ -258,16 +252,22 @@ class SourceLog:
         """What all files say: `text`, the columns of ids that are text; `unit`, of the times.
 
         Raises:
-            DataError: the unit of the times cannot be told.
+            DataError: there are no rows, the unit of the times cannot be told, or another DuckDB, which may part users
+                otherwise, parted some of the files.
         """
         facts = [json.loads(path.read_text(encoding="utf-8")) for path in self._of_tasks(FACTS)]
+        facts = [one for one in facts if one is not None]
+        if not facts:
+            raise DataError(f"{self.files[0]}: no interactions (0 rows). Check the path and what wrote the files.")
+        if len(versions := {one["engine"] for one in facts}) > 1:
+            raise DataError(
+                f"{self.folder / SHUFFLE}: written by DuckDB {' and '.join(sorted(versions))}. Delete this folder."
+            )
         kinds = json.loads((self.folder / SHUFFLE / "tables.json").read_text(encoding="utf-8"))
         text = set()
         for column, name in self.id_columns.items():
             integers = [one["integers"].get(column, one["types"][column] in INTEGER_TYPES) for one in facts]
-            if not all(integers) or self.section["types"].get(name) == "string":
-                text.add(column)
-            elif kinds.get(name) == "string":
+            if not all(integers) or "string" in (self.section["types"].get(name), kinds.get(name)):
                 text.add(column)
         unit = self.section.get("timestamp_unit")
         times = [one["times"] for one in facts if one["times"] is not None]
@@ -401,7 +401,7 @@ class SourceLog:
         if users is not None and id_type(interactions["user_id"]) != id_type(users["user_id"]):
             users["user_id"] = users["user_id"].astype("str")
         with engine(self.folder) as connection:
-            users_found = f"SELECT DISTINCT user_id FROM read_parquet('{directory}/interactions/*.parquet') LIMIT 2"
+            users_found = f"SELECT DISTINCT user_id FROM {partition_scan(directory / 'interactions')} LIMIT 2"
             require_users(len(connection.execute(users_found).fetchall()), source)
             whole = whole_log(connection, directory / "interactions")
         feed = Feed(
@@ -427,7 +427,7 @@ class SourceLog:
         parts = [str(self.folder / part_name(SEEN_ITEMS, index)) for index in range(self.args.num_partitions)]
         with engine(self.folder) as connection, staged_file(target) as partial:
             query = "SELECT item_id, min(place) AS place FROM read_parquet($parts) GROUP BY item_id ORDER BY place"
-            connection.execute(f"COPY ({query}) TO '{partial}' (FORMAT parquet)", {"parts": parts})
+            connection.execute(f"COPY ({query}) TO {literal(partial)} (FORMAT parquet)", {"parts": parts})
         return target
 
 
@@ -439,6 +439,16 @@ def _is_hive(column: str, path: str) -> bool:
 def quoted(name: str) -> str:
     """A column's name in SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: object) -> str:
+    """Text in SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def sql_struct(values: dict[str, str]) -> str:
+    """A struct of text in SQL."""
+    return "{" + ", ".join(f"{quoted(name)}: {literal(value)}" for name, value in values.items()) + "}"
 
 
 @contextmanager
@@ -467,6 +477,11 @@ def engine(folder: Path, path: str = "", ordered: bool = False) -> Iterator:
         yield connection
 
 
+def partition_scan(folder: Path) -> str:
+    """All partitions of a table, in SQL."""
+    return f"read_parquet({literal(folder / 'part-*.parquet')})"
+
+
 def whole_log(connection, interactions: Path) -> WholeLog:
     """What is known of a log in partitions.
 
@@ -474,7 +489,7 @@ def whole_log(connection, interactions: Path) -> WholeLog:
         connection: of [`engine`].
         interactions: folder of its partitions.
     """
-    scan = f"read_parquet('{interactions}/part-*.parquet')"
+    scan = partition_scan(interactions)
     known = f"(SELECT timestamp AS t FROM {scan} WHERE NOT isnan(timestamp) AND timestamp IS NOT NULL)"
     columns = [name for name, *_ in connection.execute(f"DESCRIBE SELECT * FROM {scan}").fetchall()]
     named = f"SELECT count(session_id) FROM {scan}"

@@ -86,7 +86,13 @@ def ray_task(task: str, log: str, output: str, threads: int, memory_gib: float) 
     import ray
 
     memory = int(memory_gib * 2**30)
-    ray.init(num_cpus=threads, object_store_memory=memory // 2, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        _node_ip_address="127.0.0.1",
+        num_cpus=threads,
+        object_store_memory=memory // 2,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     rows = ray.data.read_parquet(log)
     if task == "read":
         return len(rows.groupby("date").sum("play_ms").take_all())
@@ -108,6 +114,7 @@ def pyspark_task(task: str, log: str, output: str, threads: int, memory_gib: flo
 
     settings = {"spark.driver.memory": f"{int(memory_gib * 1024)}m", "spark.ui.enabled": "false"}
     settings |= {"spark.sql.shuffle.partitions": str(PARTITIONS), "spark.log.level": "ERROR"}
+    settings |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
     builder = SparkSession.builder.master(f"local[{threads}]")
     for name, value in settings.items():
         builder = builder.config(name, value)
