@@ -7,6 +7,7 @@ fitted period; the evaluated users' histories reach to the evaluated one.
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -193,15 +194,24 @@ def prepare_in_partitions(options: DataArguments, folder: Path) -> dict | None:
         DataError: as without partitions; no session or no user to evaluate in any partition.
     """
     state = PartialState()
-    indices = range(options.num_partitions)
+    with _workers(options.partition_workers) as map_indices:
+        _write_feed(options, folder, map_indices)
+        state.wait_for_everyone()
+        _share(map_indices, partial(write_tables, options, folder), range(options.num_partitions))
+        state.wait_for_everyone()
+    return _joined_summary(options, folder) if state.is_main_process else None
+
+
+def _write_feed(options: DataArguments, folder: Path, map_indices: Callable) -> None:
+    """Writes the feed in partitions, from files that are parted or from memory."""
+    state = PartialState()
     if options.dataset == "table":
         log = SourceLog(options, folder)
         if state.is_main_process:
             log.write_tables()
-        for task in range(len(log.tasks))[state.process_index :: state.num_processes]:
-            log.shuffle(task)
+        _share(map, log.shuffle, range(len(log.tasks)))
         state.wait_for_everyone()
-        _share(log.write_partition, indices, options.partition_workers)
+        _share(map_indices, log.write_partition, range(options.num_partitions))
         state.wait_for_everyone()
         if state.is_main_process:
             log.write_feed()
@@ -210,36 +220,37 @@ def prepare_in_partitions(options: DataArguments, folder: Path) -> dict | None:
         partition_feed(load_feed(options), folder / FEED, options.num_partitions)
     if state.is_main_process and options.history_timestamps:
         _note_latest(options, folder)
-    state.wait_for_everyone()
-    _share(partial(write_tables, options, folder), indices, options.partition_workers)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    parts = [read_json(folder / COUNTS / f"part-{index:05d}.json") for index in indices]
+
+
+def _joined_summary(options: DataArguments, folder: Path) -> dict:
+    parts = [read_json(folder / COUNTS / f"part-{index:05d}.json") for index in range(options.num_partitions)]
     feed = load_saved_feed(folder / FEED, partition=0)
     split = joined_descriptions(feed.name, [part.pop("split") for part in parts])
     counts = {name: sum(part[name] for part in parts) for name in parts[0]}
-    for name, options_to_lower in (
+    for name, lowered in (
         ("num_pretraining_sessions", "min_session_items, min_history_items or quality_predicates"),
         ("num_evaluation_users", "min_history_items, or move the period"),
     ):
         if not counts[name]:
-            raise DataError(
-                f"{feed.name}: {name} is 0 in {len(parts)} partitions ({counts}). Lower {options_to_lower}."
-            )
+            raise DataError(f"{feed.name}: {name} is 0 in all partitions together ({counts}). Lower {lowered}.")
     return _summary(feed, options, counts, split)
 
 
-def _share(work: Callable[[int], None], indices: range, workers: int) -> None:
-    """Calls `work` for this process's share of the indices, in so many processes."""
-    state = PartialState()
-    mine = indices[state.process_index :: state.num_processes]
-    if workers == 1:
-        for index in mine:
-            work(index)
+@contextmanager
+def _workers(count: int) -> Iterator[Callable]:
+    """A `map` by so many processes."""
+    if count == 1:
+        yield map
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(work, mine))
+        with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield pool.map
+
+
+def _share(map_indices: Callable, work: Callable[[int], None], indices: range) -> None:
+    """Calls `work` for this process's share of the indices."""
+    state = PartialState()
+    for _ in map_indices(work, indices[state.process_index :: state.num_processes]):
+        pass
 
 
 def write_tables(options: DataArguments, folder: Path, index: int) -> None:

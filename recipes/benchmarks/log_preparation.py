@@ -4,7 +4,7 @@
     python recipes/benchmarks/log_preparation.py --log logs/50m --num_partitions 25 --json log_preparation.json
 
 Runs the stage `data` in a process of its own. Memory is what this process and its workers hold together at most
-(`peak GiB`, looked at every 0.1 s, shared pages counted once) and the most of any one of them (`ru_maxrss`).
+(`peak GiB`, looked at every 0.3 s, shared pages counted for each) and the most of any one of them (`ru_maxrss`).
 """
 
 import argparse
@@ -26,12 +26,12 @@ def prepare(options: dict) -> None:
 
 
 def held(process: psutil.Process) -> int:
-    """Bytes that a process and its children hold, in proportion where pages are shared."""
+    """Bytes that a process and its children hold; pages that they share count for each."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
-            total += one.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            total += one.memory_info().rss
+        except psutil.NoSuchProcess:
             continue
     return total
 
@@ -42,7 +42,7 @@ def measure(log: Path, output_dir: Path, num_partitions: int | None, workers: in
     options |= {"session_cut": "gap", "session_source": "exposed", "history_items": 64, "output_dir": str(output_dir)}
     options |= {"num_partitions": num_partitions, "partition_workers": workers}
     child = multiprocessing.get_context("spawn").Process(target=prepare, args=(options,))
-    started, peak, disk = time.perf_counter(), 0, 0
+    started, peak = time.perf_counter(), 0
     child.start()
     process = psutil.Process(child.pid)
     while child.is_alive():
@@ -50,11 +50,11 @@ def measure(log: Path, output_dir: Path, num_partitions: int | None, workers: in
             peak = max(peak, held(process))
         except psutil.NoSuchProcess:
             break
-        child.join(0.1)
+        child.join(0.3)
     child.join()
     if child.exitcode:
         raise SystemExit(child.exitcode)
-    seconds = time.perf_counter() - started
+    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     stage = json.loads((output_dir / "data" / "stage.json").read_text(encoding="utf-8"))
     disk = {
         name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
@@ -67,9 +67,10 @@ def measure(log: Path, output_dir: Path, num_partitions: int | None, workers: in
         "partitions": num_partitions,
         "workers": workers,
         "seconds": seconds,
-        "microseconds_per_row": seconds / rows * 1e6,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "cpu_us_per_row": (used.ru_utime + used.ru_stime) / rows * 1e6,
         "peak_gib": peak / 2**30,
-        "max_process_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+        "max_process_gib": used.ru_maxrss / 2**20,
         **disk,
     }
 
