@@ -167,7 +167,9 @@ def main():
         print(f"| {way} | {rates[way]:.0f} | {rates[way] / rates['memory']:.3f} | {held} |")
     if args.json:
         temporary = args.json.with_name(args.json.name + ".partial")
-        temporary.write_text(json.dumps({"targets_per_cpu_second": rates, "memory": memory}, indent=2) + "\n")
+        temporary.write_text(
+            json.dumps({"targets_per_cpu_second": rates, "memory": memory}, indent=2) + "\n", encoding="utf-8"
+        )
         temporary.replace(args.json)
 
 
