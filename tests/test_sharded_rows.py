@@ -25,7 +25,8 @@ from onerec_hf import (
     share_histories,
 )
 from onerec_hf.sharded_rows import ShardSampler
-from onerec_hf.stages.pretrain_stage import parted_shards, recent_shards, sharded_user_feature_values
+from onerec_hf.stages.data_stage import PreparedData
+from onerec_hf.stages.pretrain_stage import parted_shards, recent_shards, session_parts, sharded_user_feature_values
 from onerec_hf.stages.recipe_arguments import PretrainArguments
 
 ITEMS, BATCH, SHARDS = 30, 4, 6
@@ -206,25 +207,29 @@ def test_two_processes_share_an_epoch_as_those_of_a_table(sessions, tokenizer, f
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_held_out_users_and_recent_sessions_of_shards(sessions, tokenizer, tmp_path, gate):
+    shards = tmp_path / "pretraining_sessions"
+    shards.mkdir()
     for number in range(2):  # 46 users in each
         for_user = [
             row | {"user_id": row["user_id"] + 23 * copy} for copy in (2 * number, 2 * number + 1) for row in sessions
         ]
-        Dataset.from_list(for_user).to_parquet(str(tmp_path / f"part-{number:05}.parquet"))
+        Dataset.from_list(for_user).to_parquet(str(shards / f"part-{number:05}.parquet"))
     options = PretrainArguments(holdout_sessions=20, model={"item_gate": gate, "item_head": "content"} if gate else {})
-    parts, kept = parted_shards(tmp_path, tokenizer, options)
-    again, _ = parted_shards(tmp_path, tokenizer, options)
+    parts, kept = parted_shards(shards, tokenizer, options)
+    again, _ = parted_shards(shards, tokenizer, options)
     assert parts["test"][:] == again["test"][:]
-    whole = Dataset.from_parquet(sorted(map(str, tmp_path.glob("*.parquet"))))
+    whole = Dataset.from_parquet(sorted(map(str, shards.glob("*.parquet"))))
     trained = [parts["train"][number] for number in range(len(parts["train"]))]
+    in_memory = session_parts(PreparedData(tmp_path, None), tokenizer, options)
+    assert in_memory["test"][:] == parts["test"][:] and in_memory["train"].to_list() == trained
     held_out = set(parts["test"]["user_id"][:])
     assert held_out and not held_out & {row["user_id"] for row in trained}
     counts = Counter(whole["user_id"][:])
     expected = len(held_out) if gate else sum(counts[user] for user in held_out)
     assert len(parts["test"]) == expected <= 20
     assert len(trained) == len(whole) - sum(counts[user] for user in held_out)
-    recent = recent_shards(tmp_path, tokenizer, kept, days=500 / 86400)
+    recent = recent_shards(shards, tokenizer, kept, days=500 / 86400)
     latest = max(row["timestamp"] for row in trained)
     assert len(recent) == sum(row["timestamp"] >= latest - 500 for row in trained) > 0
     assert all(recent[number]["timestamp"] >= latest - 500 for number in range(len(recent)))
-    assert sharded_user_feature_values(tmp_path, kept) == {"sex": ["f", "m"]}
+    assert sharded_user_feature_values(shards, kept) == {"sex": ["f", "m"]}

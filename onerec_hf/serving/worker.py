@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers.utils import logging
+from transformers import logging
 
 from ..modeling_onerec import OneRecForConditionalGeneration
 from ..reward import SessionScorer

@@ -29,13 +29,13 @@ from ..shared_histories import share_histories
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import CheckpointCompleteCallback, train_from_latest
-from .data_stage import PRETRAINING_SESSIONS, USER_HISTORIES, prepared_data
+from .data_stage import USER_HISTORIES, prepared_data
 from .preferences_stage import PAIRS, draw_pairs
 from .pretrain_stage import (
     TRAINING_DEFAULTS,
-    parted_sessions,
     recent_sessions,
     save_trained_model,
+    session_parts,
     training_log,
 )
 from .recipe_arguments import AlignArguments, PretrainArguments, RecipeArguments, lora_config
@@ -108,8 +108,8 @@ class Alignment:
 
     @cached_property
     def sessions(self) -> dict[str, Dataset]:
-        sessions = index_sessions(prepared_data(self.args, "align").read(PRETRAINING_SESSIONS), self.tokenizer)
-        return parted_sessions(sessions, self.args.group(PretrainArguments))
+        prepared = prepared_data(self.args, "align")
+        return session_parts(prepared, self.tokenizer, self.args.group(PretrainArguments))
 
     @cached_property
     def checks(self) -> AlignmentChecks:

@@ -128,6 +128,24 @@ def parted_shards(
     return {"train": ShardedRows.from_parquet(folder, index, kept), "test": test}, kept
 
 
+def sessions_in_shards(prepared: PreparedData) -> Path | None:
+    """The folder of the sessions' shards where the log is in partitions, else None."""
+    folder = (prepared.folder / PRETRAINING_SESSIONS).with_suffix("")
+    return folder if folder.is_dir() else None
+
+
+def session_parts(
+    prepared: PreparedData, tokenizer: OneRecTokenizer, options: PretrainArguments
+) -> dict[str, Dataset]:
+    """The sessions that pretraining is given (`train`) and those that it held out (`test`), in memory."""
+    shards = sessions_in_shards(prepared)
+    if shards is None:
+        return parted_sessions(index_sessions(prepared.read(PRETRAINING_SESSIONS), tokenizer), options)
+    parts, kept = parted_shards(shards, tokenizer, options)
+    trained = pyarrow.dataset.dataset(shards, format="parquet").to_table(filter=kept)
+    return {**parts, "train": index_sessions(Dataset(trained), tokenizer)}
+
+
 def recent_shards(
     folder: Path, tokenizer: OneRecTokenizer, kept: pyarrow.dataset.Expression | None, days: float
 ) -> ShardedRows:
@@ -173,9 +191,8 @@ def run_pretrain(
         set_seed(options.seed)
         tokenizer = OneRecTokenizer.from_pretrained(stage_dir(args.output_dir, "tokenize", stage))
         prepared = prepared_data(args, stage)
-        shards = (prepared.folder / PRETRAINING_SESSIONS).with_suffix("")
-        sharded = sessions_of is None and shards.is_dir()
-        if sharded:
+        shards = None if sessions_of else sessions_in_shards(prepared)
+        if shards is not None:
             parts, kept = parted_shards(shards, tokenizer, options)
             user_features = sharded_user_feature_values(shards, kept)
         else:
