@@ -283,3 +283,18 @@ def test_an_unlisted_item_is_named_with_its_row(log, tmp_path):
     place = frame.index[frame["video"] == missing][0]
     with pytest.raises(DataError, match=rf"{place // 250}.parquet.*first at row {place % 250} .*{missing}"):
         prepared(args, tmp_path)
+
+
+def test_the_benchmark_of_engines_in_little(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "recipes" / "benchmarks")
+    import data_engines
+    import large_log
+
+    large_log.write_log(tmp_path / "a", 3000, 30, 20, seed=1)
+    large_log.write_log(tmp_path / "b", 3000, 30, 20, seed=1)
+    frames = [pd.read_parquet(tmp_path / name / "log") for name in "ab"]
+    pd.testing.assert_frame_equal(*frames)
+    assert len(frames[0]) == 3000 and frames[0]["time_ms"].is_monotonic_increasing
+    row = data_engines.measure("duckdb", "distinct", tmp_path / "a" / "log", tmp_path, 1, 1.0, 60)
+    pairs = len(frames[0][["user", "video"]].drop_duplicates())
+    assert row["counts"] == [frames[0]["user"].nunique(), frames[0]["video"].nunique(), pairs]
