@@ -92,6 +92,15 @@ def prepared(options, folder, **changed):
     return PreparedData(data_stage.run_data(Run(options, folder)), options)
 
 
+def judged_runs(prepared: PreparedData) -> list[dict]:
+    """The runs of exposures, the sessions of each numbered from 0."""
+    runs = prepared.later_runs().to_list()
+    for run in runs:
+        numbers = {number: index for index, number in enumerate(dict.fromkeys(run["exposed_sessions"]))}
+        run["exposed_sessions"] = [number if number < 0 else numbers[number] for number in run["exposed_sessions"]]
+    return runs
+
+
 def assert_same(first: PreparedData, second: PreparedData):
     for name in TABLES:
         assert first.read(name).to_list() == second.read(name).to_list(), name
@@ -126,6 +135,8 @@ def test_the_partitions_together_are_the_log_in_memory(log, tmp_path, options):
     assert sorted(rows, key=lambda row: row["user_id"]) == whole.read(USER_HISTORIES).to_list()
     before = [row for part in parts.partitions() for row in part.histories_before_evaluation().to_list()]
     assert sorted(before, key=lambda row: row["user_id"]) == whole.histories_before_evaluation().to_list()
+    runs = [run for part in parts.partitions() for run in judged_runs(part)]
+    assert sorted(runs, key=lambda run: run["user_id"]) == judged_runs(whole)
     assert len(list(whole.partitions())) == 1
 
 
