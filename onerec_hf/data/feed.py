@@ -181,7 +181,7 @@ class Feed:
         for part, source in zip(parts, sources, strict=True):
             check_known_items(part, catalogue, source, items[1])
         joined = parts[0] if len(parts) == 1 else pd.concat(parts, ignore_index=True)
-        require_users(joined["user_id"].nunique(), ", ".join(sources))
+        require_users(joined["user_id"].unique(), ", ".join(sources))
         ordered = order_interactions(joined)
         return cls(name, ordered, catalogue, list(positive_feedback), users=users, **columns)
 

@@ -402,7 +402,7 @@ class SourceLog:
             users["user_id"] = users["user_id"].astype("str")
         with engine(self.folder) as connection:
             users_found = f"SELECT DISTINCT user_id FROM {partition_scan(directory / 'interactions')} LIMIT 2"
-            require_users(len(connection.execute(users_found).fetchall()), source)
+            require_users([user for (user,) in connection.execute(users_found).fetchall()], source)
             whole = whole_log(connection, directory / "interactions")
         feed = Feed(
             self.name,

@@ -313,12 +313,12 @@ def check_known_items(interactions: pd.DataFrame, items: pd.DataFrame, source: s
     refuse(source, "item_id", unknown, interactions["item_id"], problem, remedy)
 
 
-def require_users(num_users: int, source: str) -> None:
-    """Raises DataError where a log has one user only."""
-    if num_users < 2:
+def require_users(ids: Sequence, source: str) -> None:
+    """Raises DataError where these are the ids of one user only."""
+    if len(ids) < 2:
         raise DataError(
-            f"{source}: column 'user_id' holds one user only. Recommending from the behaviour of "
-            "others needs at least two users."
+            f"{source}: column 'user_id' holds one user only (first at row 0: {ids[0]}). Recommending from the "
+            "behaviour of others needs at least two users."
         )
 
 
