@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,6 +284,12 @@ def test_what_cannot_be_read_is_named(log, tmp_path, change, ending, message):
         prepared(log(change(log_frame()), ending, num_partitions=3), tmp_path)
     with pytest.raises(ValueError, match="update_since"):
         log(num_partitions=3, update_since="2024-01-01")
+
+
+def test_what_is_to_be_installed_is_said(log, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(ImportError, match=r"pip install 'onerec_hf\[large\]'"):
+        prepared(log(num_partitions=3), tmp_path)
 
 
 def test_an_unlisted_item_is_named_with_its_row(log, tmp_path):

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -139,8 +140,6 @@ class SourceLog:
         Raises:
             DataError: a column is missing, a file cannot be read, or files do not have the same types.
         """
-        import duckdb
-
         target = self.folder / SHUFFLE / f"task-{task:05d}"
         if target.exists():
             return
@@ -158,7 +157,7 @@ class SourceLog:
                 connection.execute(f"COPY ({selected}) TO {literal(out / 'rows')} ({options})", named)
                 # Spark writes parts without rows.
                 facts = self._facts(connection, out / "rows") if any((out / "rows").glob("*/*")) else None
-            except duckdb.Error as error:
+            except installed_duckdb().Error as error:
                 raise DataError(
                     f"{', '.join(files[:3])}: cannot be parted: {error}. Correct the files or the column mapping; all "
                     "files need the mapped columns, of the same types."
@@ -451,6 +450,15 @@ def sql_struct(values: dict[str, str]) -> str:
     return "{" + ", ".join(f"{quoted(name)}: {literal(value)}" for name, value in values.items()) + "}"
 
 
+def installed_duckdb() -> ModuleType:
+    """DuckDB. Raises ImportError with the remedy where it is not installed."""
+    try:
+        import duckdb
+    except ImportError:
+        raise ImportError("num_partitions needs DuckDB: pip install 'onerec_hf[large]'.") from None
+    return duckdb
+
+
 @contextmanager
 def engine(folder: Path, path: str = "", ordered: bool = False) -> Iterator:
     """A connection to a DuckDB of this process.
@@ -463,12 +471,8 @@ def engine(folder: Path, path: str = "", ordered: bool = False) -> Iterator:
     Raises:
         ImportError: DuckDB is not installed.
     """
-    try:
-        import duckdb
-    except ImportError:
-        raise ImportError("num_partitions needs DuckDB: pip install 'onerec_hf[large]'.") from None
     config = {"memory_limit": ENGINE_MEMORY, "temp_directory": str(folder / ".spill")}
-    with duckdb.connect(config=config) as connection:
+    with installed_duckdb().connect(config=config) as connection:
         connection.execute(f"SET preserve_insertion_order = {ordered}")
         connection.execute("SET partitioned_write_max_open_files = 10000")
         connection.execute("SET enable_progress_bar = false")
