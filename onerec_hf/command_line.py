@@ -29,6 +29,7 @@ OPTIONAL = {
     "trackio": ("--report_to trackio", "-c constraints.txt 'onerec_hf[tracking]'"),
     "tensorboard": ("--report_to tensorboard", "tensorboard"),
     "wandb": ("--report_to wandb", "wandb"),
+    "duckdb": ("num_partitions", "-c constraints.txt 'onerec_hf[large]'"),
     "uvicorn": ("onerec serve", "-c constraints.txt 'onerec_hf[serve]'"),
     "torchao": ("quantized weights", "-c constraints.txt torchao"),
     "deepspeed": ("accelerate_configs/deepspeed_zero2.yaml", "deepspeed"),
