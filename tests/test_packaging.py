@@ -106,7 +106,7 @@ def test_constraints_pin_every_requirement_within_its_range():
 
 
 def test_what_the_plain_installation_lacks_is_not_imported():
-    optional = ("gradio", "hypothesis", "optuna", "peft", "pytest", "starlette", "torchao", "uvicorn")
+    optional = ("duckdb", "gradio", "hypothesis", "optuna", "peft", "pytest", "starlette", "torchao", "uvicorn")
     code = f"""if True:
         import sys
         sys.modules.update(dict.fromkeys({optional}))
