@@ -72,14 +72,12 @@ class ShardedRows(torch.utils.data.Dataset):
         folder: str | Path,
         rows_of: Callable[[Dataset], Dataset],
         filters: pyarrow.dataset.Expression | None = None,
-        columns: Sequence[str] | None = None,
     ) -> "ShardedRows":
         """Shards that are the folder's Parquet files. How many rows they have the files' footers say, or of those that
         are filtered the columns that the filter reads; so `rows_of` must keep a table's rows.
 
         Args:
             filters: which rows are read, by the files' columns.
-            columns: those that are read, by default all.
 
         Raises:
             ValueError: there is no Parquet file in the folder.
@@ -89,8 +87,7 @@ class ShardedRows(torch.utils.data.Dataset):
             raise ValueError(f"{folder} has no Parquet file: shards are named part-00000.parquet, part-00001.parquet.")
         fragments = (pyarrow.dataset.dataset(file) for file in files)
         num_rows = [fragment.count_rows(filter=filters) for fragment in fragments]
-        options = {"filters": filters, "columns": None if columns is None else list(columns)}
-        stream = load_dataset("parquet", data_files=files, split="train", streaming=True, **options)
+        stream = load_dataset("parquet", data_files=files, split="train", streaming=True, filters=filters)
         return cls(stream, rows_of, num_rows)
 
     def then(self, further: Callable[[Dataset], Dataset]) -> "ShardedRows":

@@ -189,7 +189,7 @@ def _read_csv(
     if header is not None:
         require_columns(header, columns, path.name)
         delimiter = delimiter or ","
-    delimiter = delimiter or _delimiter(path, columns)[1]
+    delimiter = delimiter or text_layout(str(path), columns, None, None)[1]
     numbers = [name for name in columns if kinds.get(name, NUMBER) == NUMBER]
     with suppress(pa.ArrowInvalid):
         # The usual case, in which the parser itself makes the numbers, on all cores.
@@ -212,12 +212,6 @@ def text_layout(
         return header, delimiter or ","
     with fsspec.open(path, compression="infer") if "://" in path else opened(Path(path)) as file:
         return _delimiter_of(file.readline(), Path(path), columns, delimiter)
-
-
-def _delimiter(path: Path, columns: list[str]) -> tuple[list[str], str]:
-    """The header of a CSV file, which has all `columns` once, and what parts it."""
-    with opened(path) as file:
-        return _delimiter_of(file.readline(), path, columns)
 
 
 def _delimiter_of(first: bytes, path: Path, columns: list[str], delimiter: str | None = None) -> tuple[list[str], str]:

@@ -149,11 +149,7 @@ def run_data(args: RecipeArguments) -> Path:
             feed = feed.with_earlier_items(load_saved_feed(previous.stage("data") / FEED).items)
         split = split_feed(feed, options)
         save_feed(feed, folder / FEED)
-        tables = {
-            PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, options),
-            EVALUATION_CASES: evaluation_cases(split, feed, options),
-            USER_HISTORIES: user_histories(split.fit, feed, options),
-        }
+        tables = _tables(feed, split, options)
         for name, table in tables.items():
             table.to_parquet(folder / name)
         return _summary(feed, options, _counts(feed, split, tables), split.description)
@@ -166,6 +162,15 @@ def run_data(args: RecipeArguments) -> Path:
     # How many processes did the work changes nothing of what they write.
     described = replace(options, partition_workers=1)
     return run_stage(Stage("data", args.output_dir, described, outside=outside), work)
+
+
+def _tables(feed: Feed, split: FeedSplit, options: DataArguments, until: float | None = None) -> dict[str, Dataset]:
+    """What the stage writes beside the feed, by file; of `until` see [`user_histories`]."""
+    return {
+        PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, options),
+        EVALUATION_CASES: evaluation_cases(split, feed, options),
+        USER_HISTORIES: user_histories(split.fit, feed, options, until),
+    }
 
 
 def _counts(feed: Feed, split: FeedSplit, tables: dict[str, Dataset]) -> dict[str, int]:
@@ -260,12 +265,7 @@ def write_tables(options: DataArguments, folder: Path, index: int) -> None:
         return
     feed = load_saved_feed(folder / FEED, index)
     split = split_feed(feed, options)
-    until = feed.whole.latest_before.get(options.fitted_until)
-    tables = {
-        PRETRAINING_SESSIONS: pretraining_sessions(split.fit, feed, options),
-        EVALUATION_CASES: evaluation_cases(split, feed, options),
-        USER_HISTORIES: user_histories(split.fit, feed, options, until),
-    }
+    tables = _tables(feed, split, options, feed.whole.latest_before.get(options.fitted_until))
     for name, table in tables.items():
         path = folder / part_name(Path(name).stem, index)
         path.parent.mkdir(exist_ok=True)

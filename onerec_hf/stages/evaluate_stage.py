@@ -95,8 +95,8 @@ def run_evaluate(args: RecipeArguments) -> Path:
         model_id, reward_id = args.hub_model_id, args.hub_reward_model_id
         if model_id is not None:
             reward_dir = args.output_dir / "reward" / REWARD_MODEL if reward_id else None
-            private = {"private": args.hub_private_repo}
-            urls = push_run_to_hub(model_id, final_model(args), metrics, reward_id, reward_dir, **private)
+            repositories = (model_id, final_model(args), metrics, reward_id, reward_dir)
+            urls = push_run_to_hub(*repositories, private=args.hub_private_repo)
             print("\n".join(f"Pushed: {url}" for url in urls))
     return folder
 

@@ -142,17 +142,20 @@ def session_parts(
     if shards is None:
         return parted_sessions(index_sessions(prepared.read(PRETRAINING_SESSIONS), tokenizer), options)
     parts, kept = parted_shards(shards, tokenizer, options)
-    trained = pyarrow.dataset.dataset(shards, format="parquet").to_table(filter=kept)
+    trained = _files_of(shards).to_table(filter=kept)
     return {**parts, "train": index_sessions(Dataset(trained), tokenizer)}
+
+
+def _files_of(shards: Path) -> pyarrow.dataset.Dataset:
+    return pyarrow.dataset.dataset(shards, format="parquet")
 
 
 def recent_shards(
     folder: Path, tokenizer: OneRecTokenizer, kept: pyarrow.dataset.Expression | None, days: float
 ) -> ShardedRows:
     """As [`recent_sessions`] of the kept rows of shards, of which their times alone are read before."""
-    times = ShardedRows.from_parquet(folder, lambda rows: rows, kept, ["timestamp"])
-    shards = [number for number, count in enumerate(times.num_rows) if count]
-    latest = [np.fmax.reduce(times.shard(number)["timestamp"].to_numpy(), initial=-np.inf) for number in shards]
+    batches = _files_of(folder).to_batches(columns=["timestamp"], filter=kept)
+    latest = [np.fmax.reduce(batch["timestamp"].to_numpy(zero_copy_only=False), initial=-np.inf) for batch in batches]
     recent = pyarrow.dataset.field("timestamp") >= max(latest, default=-np.inf) - days * 86400
     index = partial(index_sessions, tokenizer=tokenizer)
     return ShardedRows.from_parquet(folder, index, recent if kept is None else kept & recent)
@@ -160,11 +163,11 @@ def recent_shards(
 
 def sharded_user_feature_values(folder: Path, kept: pyarrow.dataset.Expression | None) -> dict[str, list[str]]:
     """As [`user_feature_values`] of the kept rows of shards, of which that column alone is read."""
-    if "user_features" not in pyarrow.dataset.dataset(folder, format="parquet").schema.names:
+    files = _files_of(folder)
+    if "user_features" not in files.schema.names:
         return {}
-    columns = ShardedRows.from_parquet(folder, lambda rows: rows, kept, ["user_features"])
-    shards = [number for number, count in enumerate(columns.num_rows) if count]
-    values = [user_feature_values(Dataset(columns.shard(number))) for number in shards]
+    batches = files.to_batches(columns=["user_features"], filter=kept)
+    values = [user_feature_values(Dataset(pa.Table.from_batches([batch]))) for batch in batches]
     return {name: sorted(set().union(*(found[name] for found in values))) for name in values[0]}
 
 
