@@ -24,7 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, help="processes, each with a model of its own")
     parser.add_argument("--threads", type=int, help="of each worker; by default torch's own number")
     parser.add_argument("--max_batch", type=int, default=32, help="histories at most that are searched for together")
-    parser.add_argument("--wait_ms", type=float, default=5.0, help="time that a free worker waits for more requests")
+    parser.add_argument("--wait_ms", type=float, default=20.0, help="that a free worker waits for as many as before")
     parser.add_argument("--max_queue", type=int, default=256, help="requests at most that wait; others get 503")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds at most to an answer; then 503")
     parser.add_argument("--max_body", type=int, default=2**20, help="bytes of a request at most; others get 413")

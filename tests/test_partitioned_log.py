@@ -132,13 +132,13 @@ def test_the_partitions_together_are_the_log_in_memory(log, tmp_path, options):
         assert [file.name for file in files] == [f"part-{index:05d}.parquet" for index in range(4)]
         assert len({str(pq.read_schema(file).remove_metadata()) for file in files}) == 1
     # One after the other they have the same rows, with what the reward model reads, and no user is in two of them.
-    rows = [row for part in parts.partitions() for row in part.read(USER_HISTORIES).to_list()]
+    rows = [row for part in parts.by_partition() for row in part.read(USER_HISTORIES).to_list()]
     assert sorted(rows, key=lambda row: row["user_id"]) == whole.read(USER_HISTORIES).to_list()
-    before = [row for part in parts.partitions() for row in part.histories_before_evaluation().to_list()]
+    before = [row for part in parts.by_partition() for row in part.histories_before_evaluation().to_list()]
     assert sorted(before, key=lambda row: row["user_id"]) == whole.histories_before_evaluation().to_list()
-    runs = [run for part in parts.partitions() for run in judged_runs(part)]
+    runs = [run for part in parts.by_partition() for run in judged_runs(part)]
     assert sorted(runs, key=lambda run: run["user_id"]) == judged_runs(whole)
-    assert len(list(whole.partitions())) == 1
+    assert len(list(whole.by_partition())) == 1
 
 
 @pytest.mark.parametrize("num_partitions", [1, 26])

@@ -28,6 +28,7 @@ for engine in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(engine, reason=f"the server needs {engine}: pip install -c constraints.txt -e '.[serve]'")
 
 from onerec_hf.serving import Limits, LoadError, ServerOptions, serve  # noqa: E402
+from onerec_hf.serving.app import bound_socket  # noqa: E402
 from onerec_hf.serving.batching import Batcher, Unavailable  # noqa: E402
 from onerec_hf.serving.metrics import Metrics  # noqa: E402
 from onerec_hf.serving.requests import RecommendRequest, RequestError, read_request  # noqa: E402
@@ -230,7 +231,9 @@ def test_reloads_and_dead_workers_lose_no_request_and_the_stop_answers_all(tmp_p
             finally:
                 stop.set()
 
-        (done, failed), counts = while_served(ServerOptions(str(folder), threads=1), asked)
+        # On a busy machine another worker may take longer to start than requests wait by default.
+        limits = Limits(seconds=300)
+        (done, failed), counts = while_served(ServerOptions(str(folder), threads=1, limits=limits), asked)
     assert (done, failed, counts["onerec_worker_restarts_total"]) == (1, 1, 2)
     assert {status for status, *_ in seen} == {200}
     assert [row["items"] for _, (row,), _ in seen if row["items"] not in (first, second)] == []
@@ -259,12 +262,12 @@ def test_a_hanging_worker_is_replaced_and_a_full_queue_says_when_to_come_again(m
 
 
 def test_the_stop_answers_what_has_come_and_takes_no_more(model):
-    held = ServerOptions(model, threads=1, wait_seconds=0.5)
+    held = ServerOptions(model, threads=1)
 
     def ask(address: str):
         clients = ThreadPoolExecutor(4)
         answers = [clients.submit(send, address, {"inputs": [history]}) for history in HISTORIES]
-        time.sleep(0.2)  # they wait for more of their batch
+        time.sleep(0.2)  # one is searched for, and the others wait
         return address, answers
 
     address, answers = while_served(held, ask)
@@ -324,6 +327,60 @@ def test_only_what_one_search_can_answer_goes_together():
     found = asyncio.run(run())
     assert batches == [[0, 2, 6], [1, 4], [3], [5]]
     assert [answer["results"][0]["number"] for answer in found] == [*range(7)]
+
+
+def test_a_worker_waits_for_as_many_as_before_and_no_longer():
+    batches = []
+
+    class FakeWorker:
+        async def answer(self, requests, seconds):
+            batches.append(len(requests))
+            await asyncio.sleep(0)
+            return [{}] * len(requests)
+
+    async def worker(place):
+        return FakeWorker()
+
+    async def run():
+        pool, limits = SimpleNamespace(worker=worker), Limits(seconds=600)
+        batcher = Batcher(pool, Metrics(lambda: 0, list), limits, max_batch=4, wait_seconds=300)
+        serving = asyncio.create_task(batcher.serve(0))
+
+        async def client():
+            for _ in range(3):
+                await batcher.answer(RecommendRequest([{}], {}))
+                await asyncio.sleep(0.01)  # to ask again takes time
+
+        await client()
+        alone = len(batches)
+        others = [asyncio.create_task(client()) for _ in range(3)]
+        while len(batches) < alone + 3:
+            await asyncio.sleep(0.001)
+        for task in [*others, serving]:
+            task.cancel()
+        await asyncio.gather(*others, serving, return_exceptions=True)
+        return alone
+
+    alone = asyncio.run(asyncio.wait_for(run(), 60))
+    assert batches[:alone] == [1, 1, 1]
+    assert batches[alone:][1:] == [3, 3] or batches[alone:][2:] == [3]  # the first of them came to a free worker
+
+
+def test_answers_are_sent_without_delay():
+    async def accepted(listener):
+        found = asyncio.get_running_loop().create_future()
+
+        async def answer(reader, writer):
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(answer, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await found
+
+    with bound_socket("127.0.0.1", 0) as listener:
+        assert asyncio.run(accepted(listener))
 
 
 def test_bodies_are_read_or_refused_by_name():

@@ -775,17 +775,17 @@ def part_name(table: str, index: int) -> str:
     return f"{table}/part-{index:05d}.parquet"
 
 
-def saved_partitions(directory: str | Path) -> int:
-    """How many partitions a saved feed has; 0 where it is whole."""
-    return len(list((Path(directory) / "interactions").glob("part-*.parquet")))
+def saved_partitions(directory: str | Path, table: str = "interactions") -> int:
+    """How many partitions a table of a folder has; 0 where it is whole."""
+    return len(list((Path(directory) / table).glob("part-*.parquet")))
 
 
-def load_saved_feed(directory: str | Path, partition: int | None = None) -> Feed:
+def load_saved_feed(directory: str | Path, partitions: Sequence[int] | None = None) -> Feed:
     """Reads what `save_feed` wrote.
 
     Args:
         directory: of the saved feed.
-        partition: of one that is saved in partitions; by default all of it.
+        partitions: of one that is saved in partitions, those that are read; by default all of them.
 
     Raises:
         DataError: `directory` holds no saved feed, or a damaged one.
@@ -794,7 +794,7 @@ def load_saved_feed(directory: str | Path, partition: int | None = None) -> Feed
     if not (folder / "feed.json").is_file():
         raise DataError(f"{folder}: holds no saved feed (feed.json is missing). Run the stage that writes it first.")
     try:
-        return _saved_feed(folder, partition)
+        return _saved_feed(folder, partitions)
     except (*UNREADABLE, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise DataError(
@@ -803,18 +803,16 @@ def load_saved_feed(directory: str | Path, partition: int | None = None) -> Feed
         ) from error
 
 
-def _saved_feed(folder: Path, partition: int | None) -> Feed:
+def _saved_feed(folder: Path, partitions: Sequence[int] | None) -> Feed:
     fields = json.loads((folder / "feed.json").read_text(encoding="utf-8"))
     whole = fields.pop("whole", None)
     world = SimulatedFeed.load(folder / "world") if (folder / "world").is_dir() else None
-    if partition is not None:
-        interactions = pd.read_parquet(folder / part_name("interactions", partition))
-        fields["whole"] = WholeLog(**whole)
-    elif whole is not None:
-        parts = [folder / part_name("interactions", index) for index in range(saved_partitions(folder))]
-        interactions = by_user(pa.concat_tables(pq.read_table(part) for part in parts)).to_pandas()
-    else:
+    if whole is None:
         interactions = pd.read_parquet(folder / "interactions.parquet")
+    else:
+        interactions = read_partitions(folder, "interactions", partitions).to_pandas()
+        if partitions is not None:
+            fields["whole"] = WholeLog(**whole)
     items = pd.read_parquet(folder / "items.parquet")
     for column in fields["multi_categorical_columns"]:
         items[column] = pd.Series([list(values) for values in items[column]], dtype=object)
@@ -825,6 +823,10 @@ def _saved_feed(folder: Path, partition: int | None) -> Feed:
     return Feed(interactions=interactions, items=items, world=world, users=users, **fields)
 
 
-def by_user(table: pa.Table) -> pa.Table:
-    """The rows of joined partitions as those of a whole log stand: users in the order of their ids."""
-    return table.take(pc.sort_indices(table["user_id"])).combine_chunks()
+def read_partitions(directory: Path, table: str, partitions: Sequence[int] | None = None) -> pa.Table:
+    """The rows of these partitions of a table, by default of all, as they stand in a whole one: users in the order of
+    their ids."""
+    partitions = range(saved_partitions(directory, table)) if partitions is None else partitions
+    parts = [pq.read_table(directory / part_name(table, index)) for index in partitions]
+    joined = pa.concat_tables(parts)
+    return joined.take(pc.sort_indices(joined["user_id"])).combine_chunks() if len(parts) > 1 else joined

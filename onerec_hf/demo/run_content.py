@@ -7,6 +7,7 @@ import pandas as pd
 from ..data import DataArguments
 from ..stages.baselines_stage import BASELINE_STAGE
 from ..stages.data_stage import EVALUATION_CASES, PreparedData
+from ..stages.recipe_arguments import StageArguments
 from ..stages.reward_stage import REWARD_MODEL
 from ..stages.stage_runner import MODEL, SETTINGS, last_model_stage, read_json, stage_dir
 from .content import DemoContent, fit_baselines, load_models
@@ -26,6 +27,7 @@ def content_of_run(run: str | Path) -> DemoContent:
     recommender, scorer = load_models(model, run / "reward" / REWARD_MODEL)
     folder = stage_dir(run, "data", "demo")
     prepared = PreparedData(folder, DataArguments(**read_json(folder / SETTINGS)["arguments"]))
+    prepared = prepared.sampled(StageArguments.sampled_interactions)
     feed, num_items = prepared.feed, recommender.tokenizer.num_items
     image = None if feed.image_column is None else feed.items[feed.image_column]
     items = pd.DataFrame({"name": [feed.item_name(item) for item in range(len(feed.items))], "image": image})

@@ -38,7 +38,7 @@ class ServerOptions:
         hub_arguments: `revision`, `token` and such of each.
         workers: processes with a model of their own.
         threads: of each worker's torch; None: torch's own number.
-        wait_seconds: that a free worker waits for more requests, up to `limits.histories` together.
+        wait_seconds: that a free worker waits for more requests, see [`Batcher`].
     """
 
     model: str
@@ -46,7 +46,7 @@ class ServerOptions:
     hub_arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
     workers: int = 1
     threads: int | None = None
-    wait_seconds: float = 0.005
+    wait_seconds: float = 0.02
     limits: Limits = field(default_factory=Limits)
 
     def open_files(self) -> list[ModelFiles]:
@@ -203,10 +203,21 @@ def serve(options: ServerOptions, host: str, port: int, announce: Callable[[str]
         LoadError: the model cannot be served.
         OSError: the address is taken.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+    with bound_socket(host, port) as listener:
+        asyncio.run(_serve(options, listener, announce))
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Raises OSError if the address is taken."""
+    # asyncio knows by the protocol alone that it may send without delay; an answer's body would come 40 ms late.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, proto=socket.IPPROTO_TCP)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        asyncio.run(_serve(options, listener, announce))
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 async def _serve(options: ServerOptions, listener: socket.socket, announce: Callable[[str], Any]) -> None:

@@ -44,7 +44,8 @@ class Batcher:
 
     Args:
         max_batch: histories searched for together.
-        wait_seconds: that a worker waits for more of them, after a request came and it was free.
+        wait_seconds: that a worker waits for more of them, after a request came and it was free, as long as fewer wait
+            than did when it finished its batch, those of the batch included: who has an answer asks again.
     """
 
     def __init__(self, pool: WorkerPool, metrics: Metrics, limits: Limits, max_batch: int, wait_seconds: float):
@@ -53,6 +54,7 @@ class Batcher:
         self.queue: deque[Waiting] = deque()
         self._arrived = asyncio.Event()
         self._gathering = asyncio.Lock()
+        self._expected = 1
 
     async def answer(self, request: RecommendRequest) -> dict[str, Any]:
         """A worker's answer.
@@ -91,6 +93,7 @@ class Batcher:
                 answers = [{"status": 500, "error": f"{type(error).__name__}: {error}"}] * len(batch)
             self._metrics.batch_seconds.observe(time.monotonic() - start)
             self._metrics.batch_histories.observe(sum(len(request.rows) for request in requests))
+            self._expected = len(batch) + len(self.queue)
             for waiting, answer in zip(batch, answers, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(answer)
@@ -107,8 +110,8 @@ class Batcher:
             self._arrived.set()
 
     async def _next_batch(self) -> list[Waiting]:
-        """Takes the oldest request from the queue, and those that go with it, as soon as they are as many as may be
-        or both it and the worker have waited: those who just had their answers may ask again together."""
+        """Takes the oldest request from the queue, and those that go with it, as soon as they are as many as may be or
+        are expected, or both it and the worker have waited."""
         free = time.monotonic()
         async with self._gathering:
             while True:
@@ -118,7 +121,7 @@ class Batcher:
                     continue
                 batch, full = self._gathered()
                 left = max(batch[0].since, free) + self._wait_seconds - time.monotonic()
-                if full or left <= 0:
+                if full or len(self.queue) >= self._expected or left <= 0:
                     break
                 self._arrived.clear()
                 try:

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
+from accelerate.logging import get_logger
 from datasets import Dataset
 
 from ..data import (
@@ -38,7 +39,7 @@ from ..data import (
     with_user_exposures,
 )
 from ..data.partitioned_log import SourceLog, partition_feed
-from ..data.readers import by_user, part_name, save_feed_tables, saved_partitions
+from ..data.readers import part_name, read_partitions, save_feed_tables, saved_partitions
 from ..data.sessions import joined_descriptions
 from ..staged_files import staged_file
 from .previous_run import PreviousRun
@@ -51,6 +52,8 @@ USER_HISTORIES = "user_histories.parquet"
 EVALUATION_CASES = "evaluation_cases.parquet"
 COUNTS = "counts"  # of each partition, written when its tables are
 
+logger = get_logger(__name__)
+
 
 @dataclass
 class PreparedData:
@@ -59,22 +62,37 @@ class PreparedData:
     Args:
         folder: of the stage.
         args: of the data.
-        partition: the one whose users these are; by default all users.
+        partitions: those whose users these are, of a log in partitions; by default all users.
     """
 
     folder: Path
     args: DataArguments
-    partition: int | None = None
+    partitions: tuple[int, ...] | None = None
+
+    def sampled(self, interactions: int) -> "PreparedData":
+        """The same of so many interactions about, by whole partitions, each of which is a random part of the users;
+        of a log that is not in partitions, and of one that has not more, all of it."""
+        folder = self.folder / FEED
+        parts = [folder / part_name("interactions", index) for index in range(saved_partitions(folder))]
+        rows = np.cumsum([pq.read_metadata(part).num_rows for part in parts])
+        count = int(np.searchsorted(rows, interactions)) + 1
+        if count >= len(parts):
+            return self
+        logger.info(
+            f"{rows[count - 1]:,} of {rows[-1]:,} interactions are read, those of {count} of {len(parts)} partitions "
+            "(sampled_interactions)."
+        )
+        return replace(self, partitions=tuple(range(count)))
 
     @cached_property
     def feed(self) -> Feed:
-        return load_saved_feed(self.folder / FEED, self.partition)
+        return load_saved_feed(self.folder / FEED, self.partitions)
 
-    def partitions(self) -> Iterator["PreparedData"]:
+    def by_partition(self) -> Iterator["PreparedData"]:
         """The same of some users after others: of each partition, or of all of them where the log is in memory."""
         count = saved_partitions(self.folder / FEED)
         for index in range(count) if count else [None]:
-            yield replace(self, partition=index)
+            yield self if index is None else replace(self, partitions=(index,))
 
     def read(self, name: str) -> Dataset:
         """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what
@@ -87,12 +105,9 @@ class PreparedData:
         return Dataset(table)
 
     def _table(self, name: str) -> pa.Table:
-        count, stem = saved_partitions(self.folder / FEED), Path(name).stem
-        if not count:
-            return pq.read_table(self.folder / name)
-        if self.partition is not None:
-            return pq.read_table(self.folder / part_name(stem, self.partition))
-        return by_user(pa.concat_tables(pq.read_table(self.folder / part_name(stem, index)) for index in range(count)))
+        if saved_partitions(self.folder / FEED):
+            return read_partitions(self.folder, Path(name).stem, self.partitions)
+        return pq.read_table(self.folder / name)
 
     def histories_before_evaluation(self) -> Dataset:
         """The users' histories, as `read(USER_HISTORIES)`, with what is not fitted before the evaluated period."""
@@ -229,7 +244,7 @@ def _write_feed(options: DataArguments, folder: Path, map_indices: Callable) -> 
 
 def _joined_summary(options: DataArguments, folder: Path) -> dict:
     parts = [read_json(folder / COUNTS / f"part-{index:05d}.json") for index in range(options.num_partitions)]
-    feed = load_saved_feed(folder / FEED, partition=0)
+    feed = load_saved_feed(folder / FEED, [0])
     split = joined_descriptions(feed.name, [part.pop("split") for part in parts])
     counts = {name: sum(part[name] for part in parts) for name in parts[0]}
     for name, lowered in (
@@ -263,7 +278,7 @@ def write_tables(options: DataArguments, folder: Path, index: int) -> None:
     counted = folder / COUNTS / f"part-{index:05d}.json"
     if counted.exists():
         return
-    feed = load_saved_feed(folder / FEED, index)
+    feed = load_saved_feed(folder / FEED, [index])
     split = split_feed(feed, options)
     tables = _tables(feed, split, options, feed.whole.latest_before.get(options.fitted_until))
     for name, table in tables.items():
@@ -277,11 +292,11 @@ def write_tables(options: DataArguments, folder: Path, index: int) -> None:
 
 def _note_latest(options: DataArguments, folder: Path) -> None:
     """Notes in the feed the last time before each period that the histories end at."""
-    feed, latest = load_saved_feed(folder / FEED, 0), {}
+    feed, latest = load_saved_feed(folder / FEED, [0]), {}
     if feed.whole.latest_before:
         return
     for index in range(options.num_partitions):
-        split = split_feed(load_saved_feed(folder / FEED, index), options)
+        split = split_feed(load_saved_feed(folder / FEED, [index]), options)
         for period, part in ((options.fitted_until, split.fit), (options.evaluation_split, split.history)):
             latest[period] = max(latest.get(period, -np.inf), np.nan_to_num(part["timestamp"].max(), nan=-np.inf))
     latest = {period: float(time) if np.isfinite(time) else None for period, time in latest.items()}
@@ -289,5 +304,6 @@ def _note_latest(options: DataArguments, folder: Path) -> None:
 
 
 def prepared_data(args: RecipeArguments, needed_by: str) -> PreparedData:
-    """The `data` stage's output, which must be complete."""
-    return PreparedData(stage_dir(args.output_dir, "data", needed_by), args.group(DataArguments))
+    """The `data` stage's output, which must be complete, as far as it is read into memory."""
+    prepared = PreparedData(stage_dir(args.output_dir, "data", needed_by), args.group(DataArguments))
+    return prepared.sampled(args.sampled_interactions)

@@ -1,6 +1,7 @@
 """Stage `pretrain`: session-wise next-token prediction to the seed model M_0 (section 3.2, eq 4)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
 
 from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
+from ..data.readers import part_name
 from ..evaluation.policy_inputs import generation_inputs
 from ..item_memory import remember_items
 from ..item_trie import ItemTrie
@@ -137,17 +139,19 @@ def sessions_in_shards(prepared: PreparedData) -> Path | None:
 def session_parts(
     prepared: PreparedData, tokenizer: OneRecTokenizer, options: PretrainArguments
 ) -> dict[str, Dataset]:
-    """The sessions that pretraining is given (`train`) and those that it held out (`test`), in memory."""
+    """The sessions that pretraining is given (`train`) and those that it held out (`test`), in memory: of a log in
+    partitions the former are those of `prepared.partitions`."""
     shards = sessions_in_shards(prepared)
     if shards is None:
         return parted_sessions(index_sessions(prepared.read(PRETRAINING_SESSIONS), tokenizer), options)
     parts, kept = parted_shards(shards, tokenizer, options)
-    trained = _files_of(shards).to_table(filter=kept)
+    trained = _files_of(shards, prepared.partitions).to_table(filter=kept)
     return {**parts, "train": index_sessions(Dataset(trained), tokenizer)}
 
 
-def _files_of(shards: Path) -> pyarrow.dataset.Dataset:
-    return pyarrow.dataset.dataset(shards, format="parquet")
+def _files_of(shards: Path, partitions: Sequence[int] | None = None) -> pyarrow.dataset.Dataset:
+    files = shards if partitions is None else [shards.parent / part_name(shards.name, index) for index in partitions]
+    return pyarrow.dataset.dataset(files, format="parquet")
 
 
 def recent_shards(
@@ -241,7 +245,10 @@ def run_pretrain(
         return results
 
     outside = [] if previous is None else previous.input(last_model_stage(previous.folder))
-    return run_stage(Stage(stage, args.output_dir, options, ["data", "tokenize"], outside), work)
+    described = options
+    if not options.model.get("item_memory"):  # of a sample nothing else is made here
+        described = replace(options, sampled_interactions=PretrainArguments.sampled_interactions)
+    return run_stage(Stage(stage, args.output_dir, described, ["data", "tokenize"], outside), work)
 
 
 def continued_generator(

@@ -189,8 +189,15 @@ class StageArguments:
     """
 
     seed: int = option(0, "Seed of quantization, training, sampling and baselines.")
+    sampled_interactions: int = option(
+        20_000_000,
+        "With num_partitions: interactions, about, that are in memory at once, those of a random part of the users. "
+        "All but the training on sessions and recommend takes no others: a million needs about 0.4 GB.",
+    )
 
     def __post_init__(self):
+        if self.sampled_interactions < 1:
+            raise ValueError(f"sampled_interactions={self.sampled_interactions} is not allowed; at least 1 is needed.")
         for base in type(self).__mro__:
             for name, (owner, decided) in vars(base).get("NESTED", {}).items():
                 values = as_mapping(getattr(self, name), name)

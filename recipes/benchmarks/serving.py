@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,7 +36,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, Recommender
 from onerec_hf.reporting.tables import Table
 
-SINGLE_REPEATS = 15  # of one user's offline search
+SINGLE_USERS = 32  # each searched for alone, offline
 SOAK_CLIENTS = 8
 SOAK_REQUESTS = 48  # different ones, of which every answer is known
 BAD_REQUESTS = [
@@ -181,7 +182,7 @@ def compare(args: argparse.Namespace, model: Path, recommender: Recommender, his
         return len(histories) / seconds_of(lambda: recommender(histories, **options))
 
     recommender(histories[: args.max_batch], **options)
-    single = [seconds_of(lambda: recommender(histories[:1], **options)) for _ in range(SINGLE_REPEATS)]
+    single = [seconds_of(partial(recommender, [history], **options)) for history in histories[:SINGLE_USERS]]
     batches = [offline()]
     server = ServerProcess(model, "--threads", str(args.threads), "--max_batch", str(args.max_batch))
     rows = []
