@@ -1,13 +1,14 @@
 """Session-wise next-token prediction (eq 3 and 4) on transformers' `Seq2SeqTrainer`."""
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .configuration_onerec import OneRecConfig
@@ -17,12 +18,13 @@ from .modeling_onerec import OneRecForConditionalGeneration
 from .renamed_arguments import renamed_arguments
 from .session_rows import (
     catalogue_index_lists,
+    drawn_with,
     index_sessions,
     rows_of,
     training_sessions,
     user_feature_values,
 )
-from .sharded_rows import ShardedRows, ShardSampler
+from .sharded_rows import ShardedRows, ShardSampler, torch_generator
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
 from .training_checkpoints import (
@@ -54,8 +56,7 @@ class SessionCollator:
     """Rows of [`index_sessions`], or of [`share_histories`], to the model's inputs.
 
     Of several semantic IDs one is drawn for each target session at each time, each ID as often as the others in a
-    batch: so a step costs what it does with one ID. The draws come from torch's generator, which the trainer seeds and
-    keeps with its checkpoints.
+    batch: so a step costs what it does with one ID. The draws follow from what the batch holds ([`drawn_with`]).
 
     Args:
         sessions_continue_histories: Whether a session's items are such as histories hold. Then the item head learns to
@@ -101,7 +102,7 @@ class SessionCollator:
             sessions,
             max_items=self.config.session_items,
             catalogue_indices=True,
-            id_numbers=self._drawn_ids(len(sessions)),
+            id_numbers=self._drawn_ids(sessions),
         )
         return {
             **batch,
@@ -110,10 +111,13 @@ class SessionCollator:
             **shared,
         }
 
-    def _drawn_ids(self, count: int) -> np.ndarray | int:
-        """Numbers (count,) of the semantic IDs that the target sessions are written in."""
+    def _drawn_ids(self, sessions: list[list[int]]) -> np.ndarray | int:
+        """Numbers (sessions,) of the semantic IDs that the target sessions are written in."""
         num_ids = self.config.num_semantic_ids
-        return 0 if num_ids == 1 else ((torch.randperm(count) + torch.randint(num_ids, ())) % num_ids).numpy()
+        if num_ids == 1:
+            return 0
+        generator = drawn_with(np.concatenate(sessions))
+        return (generator.permutation(len(sessions)) + generator.integers(num_ids)) % num_ids
 
     def _continued(self, row: dict[str, Any]) -> dict[str, Any]:
         """A shared history with the items of its last session behind it, all but the last, and `next_item`, that one.
@@ -163,6 +167,23 @@ class ExpertBalanceCallback(TrainerCallback):
         for layer, loads in enumerate(self.load["expert_load"].tolist() if self.load else []):
             entries[f"expert_load_layer_{layer}"] = " ".join(f"{load:.2f}" for load in loads)
         return entries
+
+
+class _LengthGroupedByEpoch(LengthGroupedSampler):
+    """Another order in every epoch that follows from the seed and the epoch alone: the same for every process, and for
+    a training that is resumed. The trainer's own follows from torch's generator, which processes share no longer once
+    their batches drew for dropout, and which is restored only after the order was drawn."""
+
+    def __init__(self, sampler: LengthGroupedSampler, trainer: Trainer):
+        # As a list: a data set's column reads its table for every single length that is looked at.
+        super().__init__(sampler.batch_size, lengths=sampler.lengths[:])
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator = torch_generator(np.random.default_rng([seed, epoch]))
+        return super().__iter__()
 
 
 class OneRecPretrainer(Seq2SeqTrainer):
@@ -228,14 +249,10 @@ class OneRecPretrainer(Seq2SeqTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(rows, ShardedRows):
-            together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            by_length = self.args.train_sampling_strategy == "group_by_length"
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return ShardSampler(rows, together, by_length, seed)
+            return ShardSampler.for_training(rows, self.args)
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            # A data set's column reads its table for every single length that the sampler looks at.
-            sampler.lengths = sampler.lengths[:]
+            return _LengthGroupedByEpoch(sampler, self)
         return sampler
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

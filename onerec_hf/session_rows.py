@@ -1,6 +1,7 @@
 """Sessions and histories by catalogue index: the rows that training, the reward model and evaluation read."""
 
 from collections.abc import Callable
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -51,6 +52,12 @@ def index_sessions(sessions: Dataset, tokenizer: OneRecTokenizer) -> Dataset:
     if "history" in columns:
         columns["length"] = pc.list_value_length(columns["history"])
     return Dataset(pa.table(columns))
+
+
+def drawn_with(items: np.ndarray) -> np.random.Generator:
+    """A generator that follows from the items of a batch. Batches are made before they are trained on, so that with
+    torch's own generator a training that is resumed within an epoch would draw otherwise than one that was not."""
+    return np.random.default_rng(crc32(np.ascontiguousarray(items, dtype=np.int64)))
 
 
 def rows_of(data, made: Callable[[Feed], Dataset]):
@@ -109,6 +116,7 @@ def user_feature_values(sessions: Dataset) -> dict[str, list[str]]:
 
 __all__ = [
     "catalogue_index_lists",
+    "drawn_with",
     "generator_data_arguments",
     "index_sessions",
     "rows_of",

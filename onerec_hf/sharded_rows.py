@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 SHARDS_AT_ONCE = 4
@@ -147,6 +148,11 @@ class _Composed(tuple):
         return value
 
 
+def torch_generator(generator: np.random.Generator) -> torch.Generator:
+    """One of torch's, seeded by numpy's."""
+    return torch.Generator().manual_seed(int(generator.integers(2**62)))
+
+
 class ShardSampler(torch.utils.data.Sampler):
     """The numbers of all rows of an epoch: shards in random order, and the rows of every `rows.shards_at_once` of them
     too, those of similar length together as transformers' `LengthGroupedSampler` has them. The order follows from the
@@ -159,6 +165,13 @@ class ShardSampler(torch.utils.data.Sampler):
 
     def __init__(self, rows: ShardedRows, batch_size: int, by_length: bool, seed: int):
         self.rows, self.batch_size, self.by_length, self.seed = rows, batch_size, by_length, seed
+
+    @classmethod
+    def for_training(cls, rows: ShardedRows, args: TrainingArguments) -> "ShardSampler":
+        """As a trainer's arguments have its batches."""
+        together = args.train_batch_size * args.gradient_accumulation_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return cls(rows, together, args.train_sampling_strategy == "group_by_length", seed)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,9 +191,8 @@ class ShardSampler(torch.utils.data.Sampler):
                 open_places = (open_places - len(indices)) % self.batch_size
                 lengths = read.result()
                 if lengths is not None and len(others):
-                    torch_generator = torch.Generator().manual_seed(int(generator.integers(2**62)))
-                    own = lengths[others].tolist()
-                    others = others[get_length_grouped_indices(own, self.batch_size, generator=torch_generator)]
+                    own, drawn = lengths[others].tolist(), torch_generator(generator)
+                    others = others[get_length_grouped_indices(own, self.batch_size, generator=drawn)]
                 ordered = indices[np.r_[closing, others]].tolist()
                 middle = len(ordered) // 2
                 yield from ordered[:middle]

@@ -13,11 +13,23 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from onerec_hf.data import DataArguments, DataError
+from onerec_hf import OneRecTokenizer, index_sessions
+from onerec_hf.data import DataArguments, DataError, exposure_runs
+from onerec_hf.reward import (
+    ItemTotals,
+    OneRecRewardTrainer,
+    create_reward_model,
+    user_half,
+    without_calibration_users,
+)
 from onerec_hf.stages import data_stage
 from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, USER_HISTORIES, PreparedData
+from onerec_hf.stages.reward_stage import sharded_runs
+from onerec_hf.training_checkpoints import train_from_latest
 
 duckdb = pytest.importorskip("duckdb", reason="partitions need DuckDB")
 TABLES = (PRETRAINING_SESSIONS, USER_HISTORIES, EVALUATION_CASES)
@@ -139,6 +151,66 @@ def test_the_partitions_together_are_the_log_in_memory(log, tmp_path, options):
     runs = [run for part in parts.by_partition() for run in judged_runs(part)]
     assert sorted(runs, key=lambda run: run["user_id"]) == judged_runs(whole)
     assert len(list(whole.by_partition())) == 1
+
+
+def test_a_sample_is_what_the_whole_log_says_of_some_users(log, tmp_path):
+    args = log(session_cut="gap", history_timestamps=True, fit_validation=False)
+    whole = prepared(args, tmp_path / "b", num_partitions=4)
+    rows = [len(part.feed.interactions) for part in whole.by_partition()]
+    sample = whole.sampled(rows[0] + 1)
+    users = set(sample.feed.interactions["user_id"])
+    assert sample.partitions == (0, 1) and len(sample.feed.interactions) == rows[0] + rows[1] and len(users) < 23
+    for name in TABLES:
+        of_users = [row for row in whole.read(name).to_list() if row["user_id"] in users]
+        assert of_users and sample.read(name).to_list() == of_users
+    assert judged_runs(sample) == [run for run in judged_runs(whole) if run["user_id"] in users]
+    before = [row for row in whole.histories_before_evaluation().to_list() if row["user_id"] in users]
+    assert sample.histories_before_evaluation().to_list() == before
+    assert sample.feed.items.equals(whole.feed.items)  # the catalogue is whole
+    assert whole.sampled(sum(rows)) is whole and whole.sampled(1).partitions == (0,)
+
+
+def test_reward_models_are_trained_on_the_runs_of_all_partitions(log, tmp_path):
+    data = prepared(log(session_cut="gap", history_feedback=["like"]), tmp_path, num_partitions=4)
+    items = data.feed.items["item_id"].tolist()
+    codes = [[index // 8, index % 8] for index in range(len(items))]
+    tokenizer = OneRecTokenizer.from_semantic_ids(items, codes, codebook_sizes=[8, 8])
+    feed = data.fitted_feed
+    runs = index_sessions(exposure_runs(feed.interactions, feed, data.args), tokenizer)
+    runs, _ = without_calibration_users(runs.select(np.flatnonzero(user_half(runs["user_id"][:], 5) == 1)), seed=6)
+    rows = sharded_runs(data.sampled(1), tokenizer, half=1, half_seed=5, seed=6)
+    found = [rows[number] for number in range(len(rows))]
+    assert rows.stream.num_shards == 4 and len(runs) > 4
+
+    def exposed(rows) -> list:
+        return sorted(
+            (row["user_id"], row["exposed_timestamps"], row["exposed"], row["feedback_totals"]) for row in rows
+        )
+
+    assert exposed(found) == exposed(runs)
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    def train(name: str, rows, stop: TrainerCallback | None = None):
+        sizes = {"hidden_size": 8, "tower_hidden_size": 8, "history_items": 8, "session_items": 3}
+        sizes["objectives"] = [{"name": "ltr", "source": "like", "kind": "binary", "weight": 1.0}]
+        set_seed(0)
+        model = create_reward_model(sizes, feed, tokenizer)
+        options = {"num_train_epochs": 3, "per_device_train_batch_size": 2, "save_steps": 3, "report_to": "none"}
+        args = TrainingArguments(str(tmp_path / name), save_strategy="steps", use_cpu=True, **options)
+        totals = ItemTotals.of_feed(feed, tokenizer)
+        callbacks = [stop] if stop else []
+        trainer = OneRecRewardTrainer(model, args, rows, tokenizer, totals, callbacks=callbacks)
+        train_from_latest(trainer)
+        return trainer.state.global_step, model.state_dict()
+
+    for way, data in {"shards": rows, "memory": runs}.items():
+        steps, once = train(f"{way}, once", data)
+        assert steps == 3 * -(-len(runs) // 2) and train(way, data, Stop())[0] == 3
+        for name, tensor in train(way, data)[1].items():
+            assert torch.equal(tensor, once[name]), (way, name)
 
 
 @pytest.mark.parametrize("num_partitions", [1, 26])

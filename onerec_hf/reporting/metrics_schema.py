@@ -77,6 +77,10 @@ REWARD_FIGURES = {
     "<objective>_estimate_mean": "Mean estimate, in [0, 1].",
     "<objective>_labels": "Number of known labels.",
 }
+SAMPLED = (
+    "Of a log in partitions, what embeddings, reward models, baselines, alignment and evaluation were given where it "
+    "was not all (sampled_interactions)."
+)
 SERVED = {
     "method": "onerec; cascade, of a retriever and the reward model; a baseline, whose first items are served; or "
     "oracle, which builds sessions by the simulated truth.",
@@ -137,6 +141,7 @@ METRICS: dict[str, Any] = {
             "evaluation_users": "Users among them.",
         },
         "evaluation_split": "As in the split.",
+        **dict.fromkeys(("num_sampled_interactions", "num_sampled_users"), SAMPLED),
         "num_evaluated_users": "Users that are ranked for, at most evaluation_users.",
         "num_judged_users": "Users among them whose generated sessions are judged.",
         "exclude_consumed": "Whether items of a user's history are left out, for every method alike.",

@@ -21,7 +21,8 @@ from transformers import Trainer, TrainingArguments
 from ..data import DataArguments, Feed, as_feed, exposure_runs, feedback_columns, signal_names
 from ..evaluation_mode import evaluation_mode
 from ..renamed_arguments import renamed_arguments
-from ..session_rows import index_sessions, rows_of
+from ..session_rows import drawn_with, index_sessions, rows_of
+from ..sharded_rows import ShardedRows, ShardSampler
 from ..tokenization_onerec import OneRecTokenizer
 from ..training_checkpoints import CheckpointCompleteCallback, train_from_latest
 from .configuration_onerec_reward import OneRecRewardConfig
@@ -173,7 +174,7 @@ class RewardCollator:
         totals: Gives the items' totals as of each session. Without them the model's own count, as of the end of its
             fitted period.
         session_items: Sessions are cut of so many items, or fewer at a group's end. By default the number is drawn for
-            each batch, so that little of it is padding, from torch's global generator.
+            each batch, so that little of it is padding, by what the batch holds ([`drawn_with`]).
     """
 
     encoder: ExposureEncoder
@@ -187,8 +188,8 @@ class RewardCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         config = self.encoder.config
-        longest = self.session_items or _drawn_length(config.session_items)
         items = np.concatenate([np.asarray(row["exposed"], dtype=np.int64) for row in rows])
+        longest = self.session_items or _drawn_length(config.session_items, drawn_with(items))
         times = np.concatenate([np.asarray(row["exposed_timestamps"], dtype=np.float64) for row in rows])
         feedback = np.concatenate([np.asarray(row["exposed_feedback"], dtype=np.float64) for row in rows])
         groups = [np.asarray(row["exposed_sessions"]) for row in rows]
@@ -228,8 +229,8 @@ class RewardCollator:
         return batch
 
 
-def _drawn_length(session_items: int) -> int:
-    single, length = torch.rand(2).tolist()
+def _drawn_length(session_items: int, generator: np.random.Generator) -> int:
+    single, length = generator.random(2)
     return 1 if single < SINGLE_SHARE or session_items == 1 else 2 + int(length * (session_items - 1))
 
 
@@ -288,7 +289,7 @@ def predict_rewards(
     return RewardPredictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
-def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
+def label_means(dataset: Dataset | ShardedRows, collator: RewardCollator) -> dict[str, float]:
     """Mean known label of each objective over the sessions that `collator` cuts, NaN for an objective without any.
 
     Raises:
@@ -297,10 +298,11 @@ def label_means(dataset: Dataset, collator: RewardCollator) -> dict[str, float]:
     """
     config = collator.encoder.config
     sums, counts = np.zeros(len(config.objectives)), np.zeros(len(config.objectives))
-    columns = [name for name in dataset.column_names if name.startswith("exposed")]
+    rows = dataset
+    if isinstance(dataset, Dataset):
+        rows = dataset.select_columns([name for name in dataset.column_names if name.startswith("exposed")])
     # A generator of its own, as the loader draws a seed: what is trained after it draws what it would without.
-    own = {"generator": torch.Generator()}
-    for batch in DataLoader(dataset.select_columns(columns), batch_size=512, collate_fn=collator, **own):
+    for batch in DataLoader(rows, batch_size=512, collate_fn=collator, generator=torch.Generator()):
         labels = batch["labels"].numpy().reshape(-1, len(sums))
         sums += np.nansum(labels, axis=0)
         counts += (~np.isnan(labels)).sum(0)
@@ -368,7 +370,7 @@ def train_reward_model(
     model: OneRecRewardModel,
     tokenizer: OneRecTokenizer,
     totals: ItemTotals,
-    runs: Dataset,
+    runs: Dataset | ShardedRows,
     arguments: dict[str, Any],
     **kwargs,
 ) -> list[dict[str, Any]]:
@@ -394,8 +396,8 @@ class OneRecRewardTrainer(Trainer):
     2
 
     Args:
-        train_dataset: Runs; or a [`Feed`], or a log that [`feed_from_log`] reads by its default names, of whose runs a
-            tenth of the users is held out for the calibration.
+        train_dataset: Runs, also as [`ShardedRows`]; or a [`Feed`], or a log that [`feed_from_log`] reads by its
+            default names, of whose runs a tenth of the users is held out for the calibration.
         processing_class: The tokenizer, which is not saved with the checkpoints.
         totals: Of the exposures to fit; of a feed or a log by default its own.
         calibration_dataset: Runs that are not trained on. Without them and without a log the model stays uncalibrated.
@@ -435,6 +437,12 @@ class OneRecRewardTrainer(Trainer):
         if self.calibration_dataset is not None:
             calibrate(self.model, collator.encoder, collator.totals, self.calibration_dataset)
         return output
+
+    def _get_train_sampler(self, train_dataset=None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(rows, ShardedRows):
+            return ShardSampler.for_training(rows, self.args)
+        return super()._get_train_sampler(train_dataset)
 
     def _set_signature_columns_if_needed(self):
         # The columns that the collator reads, not the arguments of the model's forward.

@@ -180,6 +180,7 @@ def run_metrics(
             "num_evaluated_users": len(run.evaluator.cases),
             "num_judged_users": len(run.evaluator.judged),
             "exclude_consumed": args.exclude_consumed,
+            **sampled_users(run),
         },
         "tokenizer": stages["tokenize"]["report"],
         "model": {
@@ -204,6 +205,14 @@ def run_metrics(
             for name, entry in stages["reward"]["models"].items()
         }
     return metrics
+
+
+def sampled_users(run: EvaluatedRun) -> dict[str, int]:
+    """How much of a log in partitions was read, where it was not all of it."""
+    interactions = run.prepared.feed.interactions
+    if run.prepared.partitions is None:
+        return {}
+    return {"num_sampled_interactions": len(interactions), "num_sampled_users": interactions["user_id"].nunique()}
 
 
 def run_results(folder: Path, run: EvaluatedRun) -> dict[str, Any]:

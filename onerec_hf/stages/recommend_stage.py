@@ -21,9 +21,9 @@ from ..reward import REWARD_FEATURES, SessionScorer
 from ..session_generation import Recommender
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
-from .data_stage import EVALUATION_CASES, prepared_data
+from .data_stage import EVALUATION_CASES, PreparedData, prepared_data
 from .recipe_arguments import RecipeArguments, RecommendArguments
-from .stage_runner import MODEL, OutsideInput, Stage, run_stage, stage_dir
+from .stage_runner import MODEL, STAGE_FILE, OutsideInput, Stage, read_json, run_stage, stage_dir
 
 RECOMMENDATIONS = "recommendations.parquet"
 USERS_PER_PART = 256
@@ -80,7 +80,8 @@ def run_recommend(args: RecipeArguments) -> Path:
 
 
 class Histories:
-    """The users to recommend to: of a Parquet file, read part by part, or the evaluated ones of the run.
+    """The users to recommend to: of a Parquet file, read part by part, or the evaluated ones of the run, of a log in
+    partitions one partition after the other.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,12 +91,17 @@ class Histories:
     def __init__(self, args: RecipeArguments, options: RecommendArguments):
         path, count = options.histories, options.evaluation_users
         if path is None:
-            users = prepared_data(args, "recommend").read(EVALUATION_CASES)
-            if count is not None:
-                users = users.shuffle(seed=options.seed).select(range(min(count, len(users))))
-            self.name, self.source = EVALUATION_CASES, users.with_format("arrow")[:].combine_chunks()
-            self.num_users = self.source.num_rows
-            self.columns = _read_columns(self.source.column_names, options)
+            self.name, prepared = EVALUATION_CASES, prepared_data(args, "recommend")
+            partitions = list(prepared.by_partition())
+            if count is None and len(partitions) > 1:
+                self.source, names = partitions, partitions[0].read(EVALUATION_CASES).column_names
+                self.num_users = read_json(prepared.folder / STAGE_FILE)["dataset"]["num_evaluation_users"]
+            else:
+                users = prepared.read(EVALUATION_CASES)
+                if count is not None:
+                    users = users.shuffle(seed=options.seed).select(range(min(count, len(users))))
+                self.source, names, self.num_users = [users], users.column_names, len(users)
+            self.columns = _read_columns(names, options)
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"histories: {path} is not a file; give a Parquet of user_id, history_item_ids.")
@@ -118,8 +124,13 @@ class Histories:
     def parts(self) -> Iterator[pa.RecordBatch]:
         """Record batches of at most `USERS_PER_PART` users, the same ones every time."""
         if isinstance(self.source, pq.ParquetFile):
-            return self.source.iter_batches(USERS_PER_PART, columns=self.columns)
-        return iter(self.source.select(self.columns).to_batches(USERS_PER_PART))
+            yield from self.source.iter_batches(USERS_PER_PART, columns=self.columns)
+            return
+        for users in self.source:
+            if isinstance(users, PreparedData):
+                users = users.read(EVALUATION_CASES)
+            table = users.with_format("arrow")[:].combine_chunks()
+            yield from table.select(self.columns).to_batches(USERS_PER_PART)
 
     def check_items(self, tokenizer: OneRecTokenizer, unknown_items: str) -> None:
         """Looks every item up before any time is spent on generating. A null history is of a new user.

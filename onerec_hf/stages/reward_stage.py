@@ -1,16 +1,18 @@
 """Stage `reward`: the reward model (section 3.3.1, eq 5-7) and an independent judge on the other half of the users."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import set_seed
 
 from ..data import Feed, exposure_runs, feedback_columns
+from ..data.readers import saved_partitions
 from ..reward import (
     ExposureEncoder,
     ItemTotals,
@@ -26,8 +28,9 @@ from ..reward import (
 )
 from ..reward.reward_objectives import require_known_sources
 from ..session_rows import index_sessions
+from ..sharded_rows import ShardedRows
 from ..tokenization_onerec import OneRecTokenizer
-from .data_stage import prepared_data
+from .data_stage import FEED, PreparedData, prepared_data
 from .pretrain_stage import TRAINING_DEFAULTS, training_log
 from .previous_run import PreviousRun
 from .recipe_arguments import RecipeArguments, RewardArguments
@@ -73,11 +76,41 @@ def require_sources(args: RecipeArguments, known: list[str]) -> None:
         require_known_sources(OneRecRewardConfig(**given).objectives, known, name, remedy)
 
 
+@dataclass(frozen=True)
+class _FittedRuns:
+    """Runs of the fitted exposures of one half of the users, without those that are held out for the calibration:
+    called with a row of [`_partition_numbers`], of the users of that partition."""
+
+    prepared: PreparedData
+    tokenizer: OneRecTokenizer
+    half: int
+    half_seed: int
+    seed: int
+
+    def __call__(self, numbers: Dataset) -> Dataset:
+        feed = replace(self.prepared, partitions=(numbers["partition"][0],)).fitted_feed
+        runs = index_sessions(exposure_runs(feed.interactions, feed, self.prepared.args), self.tokenizer)
+        own = runs.select(np.flatnonzero(user_half(runs["user_id"][:], self.half_seed) == self.half))
+        return without_calibration_users(own, self.seed)[0]
+
+
+def _partition_numbers(partitions: list[int]) -> Iterator[dict[str, int]]:
+    for number in partitions:
+        yield {"partition": number}
+
+
+def sharded_runs(prepared: PreparedData, tokenizer: OneRecTokenizer, half: int, half_seed: int, seed: int):
+    """The runs of all partitions that the model of a half of the users is trained on, as [`ShardedRows`]."""
+    numbers = list(range(saved_partitions(prepared.folder / FEED)))
+    shards = IterableDataset.from_generator(_partition_numbers, gen_kwargs={"partitions": numbers})
+    return ShardedRows(shards, _FittedRuns(prepared, tokenizer, half, half_seed, seed))
+
+
 class _Exposures:
     """The fitted interactions, and runs of them and of the evaluated period by catalogue index."""
 
     def __init__(self, args: RecipeArguments, tokenizer: OneRecTokenizer):
-        prepared = prepared_data(args, "reward")
+        self.prepared = prepared = prepared_data(args, "reward")
         self.tokenizer, self.data = tokenizer, prepared.args
         self.embeddings = load_item_content(args.output_dir)
         self.feed = prepared.fitted_feed
@@ -107,6 +140,8 @@ def _train(
     set_seed(seed)
     feed, totals, runs, unseen = exposures.of_half(index)
     train, calibration = without_calibration_users(runs, seed)
+    if exposures.prepared.partitions is not None:  # a sample alone is in memory
+        train = sharded_runs(exposures.prepared, tokenizer, index, options.seed, seed)
     overrides = options.reward_model if name == REWARD_MODEL else options.judge_model
     sizes = {field: getattr(exposures.data, field) for field in ("history_items", "session_items")}
     fields = {**sizes, **DEFAULTS[name], **overrides}
