@@ -97,14 +97,17 @@ transformers.tokenization_utils_base.TOKENIZER_CONFIG_FILE: OneRecTokenizer, the
 tokenizers.Tokenizer.get_vocab_size(with_added_tokens): OneRecTokenizer
 tokenizers.models.WordLevel(vocab, unk_token): OneRecTokenizer
 tokenizers.pre_tokenizers.Split(pattern, behavior, invert): OneRecTokenizer
-transformers.Trainer._get_train_sampler(train_dataset): OneRecPretrainer, lengths as a list, and shards
+transformers.Trainer._get_train_sampler(train_dataset): OneRecPretrainer, an order of the epoch's, and shards; \
+OneRecRewardTrainer, shards
 transformers.Trainer._set_signature_columns_if_needed(): the trainers, what the collators read
 transformers.Trainer._get_num_items_in_batch(batch_samples, device): SessionCollator, <bos> is not counted
 transformers.Trainer.train(resume_from_checkpoint, trial, ignore_keys_for_eval, ...): OneRecRewardTrainer, base rates \
 before and the calibration after it
 transformers.Trainer.log(logs, start_time): OneRecPretrainer, the experts' load
 transformers.TrainerCallback.{on_optimizer_step, on_save}(args, state, control, **kwargs): the trainers' callbacks
-transformers.trainer_pt_utils.LengthGroupedSampler(batch_size, dataset, lengths, ...): OneRecPretrainer
+transformers.trainer_pt_utils.LengthGroupedSampler(batch_size, dataset, lengths, model_input_name, generator): \
+OneRecPretrainer
+transformers.trainer_pt_utils.LengthGroupedSampler.__iter__(): OneRecPretrainer, with a generator of the epoch's
 transformers.trainer_pt_utils.get_length_grouped_indices(lengths, batch_size, ...): ShardSampler, \
 recipes/benchmarks/training.py
 transformers.dynamic_module_utils.get_relative_imports(module_file): model_export, modules are flat siblings
@@ -195,7 +198,8 @@ def test_inner_name_is_still_there(inside, use):
 
 
 def test_instances_hold_what_is_read_of_them():
-    assert LengthGroupedSampler(1, lengths=[2, 1]).lengths == [2, 1], "OneRecPretrainer makes a list of lengths"
+    sampler = LengthGroupedSampler(1, lengths=[2, 1])
+    assert (sampler.batch_size, sampler.lengths) == (1, [2, 1]), "OneRecPretrainer makes another sampler of them"
     assert Dataset(pa.table({"a": [1]}))["a"][:] == [1], "pretraining makes a data set of an Arrow table as it is"
 
 

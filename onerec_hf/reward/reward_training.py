@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
@@ -289,7 +289,7 @@ def predict_rewards(
     return RewardPredictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
-def label_means(dataset: Dataset | ShardedRows, collator: RewardCollator) -> dict[str, float]:
+def label_means(dataset: Dataset | Subset, collator: RewardCollator) -> dict[str, float]:
     """Mean known label of each objective over the sessions that `collator` cuts, NaN for an objective without any.
 
     Raises:
@@ -429,8 +429,10 @@ class OneRecRewardTrainer(Trainer):
         super().__init__(model, args, collator, runs, callbacks=callbacks, **kwargs)
 
     def train(self, *args, **kwargs):
-        collator = self.data_collator
-        rates = label_means(self.train_dataset, replace(collator, session_items=1))
+        collator, rows = self.data_collator, self.train_dataset
+        if isinstance(rows, ShardedRows):  # the beginning of a training needs no more than some shards' rates
+            rows = Subset(rows, range(rows.first[: rows.shards_at_once + 1][-1]))
+        rates = label_means(rows, replace(collator, session_items=1))
         if self.from_base_rates:
             self.model.set_base_rates(rates)
         output = super().train(*args, **kwargs)

@@ -37,18 +37,18 @@ from onerec_hf.pretraining import shared_for_training
 from onerec_hf.stages.pretrain_stage import TRAINING_DEFAULTS
 
 ITEMS, CODEBOOK = 20_000, 256
-HISTORY, SESSION, SESSIONS_PER_USER, SESSIONS_PER_SHARD = 64, 5, 20, 1000
+HISTORY, SESSION, SESSIONS_PER_USER = 64, 5, 20
 WAYS = ("memory", "shards")
 
 
-def write_shards(folder: Path, num_sessions: int) -> None:
-    """Users with consecutive sessions of random items, in files of `SESSIONS_PER_SHARD`."""
+def write_shards(folder: Path, num_sessions: int, sessions_per_shard: int) -> None:
+    """Users with consecutive sessions of random items, in files of `sessions_per_shard`."""
     random = np.random.default_rng(0)
-    ends = np.tile(SESSION * np.arange(1, SESSIONS_PER_USER + 1), SESSIONS_PER_SHARD // SESSIONS_PER_USER)
+    ends = np.tile(SESSION * np.arange(1, SESSIONS_PER_USER + 1), sessions_per_shard // SESSIONS_PER_USER)
     lengths = np.minimum(ends, HISTORY)
     per_user = SESSION * (SESSIONS_PER_USER + 1)
-    user = np.repeat(np.arange(SESSIONS_PER_SHARD // SESSIONS_PER_USER), SESSIONS_PER_USER)
-    for number in range(num_sessions // SESSIONS_PER_SHARD):
+    user = np.repeat(np.arange(sessions_per_shard // SESSIONS_PER_USER), SESSIONS_PER_USER)
+    for number in range(num_sessions // sessions_per_shard):
         items = random.integers(0, ITEMS, (len(user) // SESSIONS_PER_USER) * per_user)
         stop = user * per_user + ends
         history = np.concatenate([items[at - length : at] for at, length in zip(stop, lengths, strict=True)])
@@ -79,7 +79,7 @@ def trainer_on(rows: Dataset | ShardedRows, tokenizer: OneRecTokenizer, args, ou
     torch.manual_seed(0)
     sizes = {"codebook_sizes": [CODEBOOK, CODEBOOK], "history_items": HISTORY, "session_items": SESSION}
     config = OneRecConfig.from_preset(
-        "debug", history_positions="item", encoder_attention=args.encoder_attention, **sizes
+        args.preset, history_positions="item", encoder_attention=args.encoder_attention, **sizes
     )
     options = TRAINING_DEFAULTS | {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     training_args = Seq2SeqTrainingArguments(
@@ -96,7 +96,7 @@ def measure_rates(args) -> dict[str, float]:
     """Targets per CPU second of an epoch, by way."""
     tokenizer, seconds = fixed_tokenizer(), {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), args.sessions)
+        write_shards(Path(folder), args.sessions, args.sessions_per_shard)
         rows = {way: rows_of(way, Path(folder), tokenizer) for way in WAYS}
         for repeat in range(args.repeats + 1):
             for way in WAYS if repeat % 2 else reversed(WAYS):
@@ -132,10 +132,11 @@ def measure_memory(args) -> dict[str, dict[int, float]]:
     found = {way: {} for way in WAYS}
     for num_sessions in args.memory_sessions:
         with tempfile.TemporaryDirectory() as folder:
-            write_shards(Path(folder), num_sessions)
+            write_shards(Path(folder), num_sessions, args.sessions_per_shard)
             for way in WAYS:
                 command = [sys.executable, __file__, "--memory_of", way, folder]
-                command += ["--batch_size", str(args.batch_size), "--encoder_attention", args.encoder_attention]
+                for name in ("batch_size", "preset", "encoder_attention"):
+                    command += [f"--{name}", str(getattr(args, name))]
                 output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
                 found[way][num_sessions] = json.loads(output.splitlines()[-1])
     return found
@@ -143,8 +144,10 @@ def measure_memory(args) -> dict[str, dict[int, float]]:
 
 def main():
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sessions", type=int, default=10_000, help="Of an epoch whose rate is measured.")
-    parser.add_argument("--memory_sessions", type=int, nargs="*", default=[20_000, 200_000])
+    parser.add_argument("--preset", default="debug", help="Of the model; a larger one hides the reading more.")
+    parser.add_argument("--sessions", type=int, default=20_000, help="Of an epoch whose rate is measured.")
+    parser.add_argument("--sessions_per_shard", type=int, default=5_000)
+    parser.add_argument("--memory_sessions", type=int, nargs="*", default=[40_000, 400_000])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--encoder_attention", choices=["bidirectional", "causal"], default="bidirectional")
     parser.add_argument("--repeats", type=int, default=3, help="Measured epochs of each way.")
