@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -77,7 +78,12 @@ def log(tmp_path):
             folder = tmp_path / "source" / "log" / (f"day={number}" if hive else "")
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{number}.{ending}"
-            part.to_parquet(path) if ending == "parquet" else part.to_csv(path, index=False)
+            if ending == "parquet":
+                part.to_parquet(path)
+            else:
+                compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+                with pa.output_stream(path, compression=compression) as file:
+                    file.write(part.to_csv(index=False).encode())
         users = frame["user"].drop_duplicates()
         countries = pd.DataFrame({"user": users, "country": [f"c{index % 3}" for index in range(len(users))]})
         countries.to_csv(tmp_path / "source" / "users.csv", index=False)
@@ -219,10 +225,11 @@ def test_few_and_empty_partitions(log, tmp_path, num_partitions):
     assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=num_partitions))
 
 
-def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path):
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "csv.zst"])
+def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path, ending):
     frame = log_frame().astype({"user": "str"})
     frame.loc[len(frame) - 1, "user"] = "007"  # one user whose id is no integer, in the last file
-    args = log(frame, "csv", session_cut="session_id")
+    args = log(frame, ending, session_cut="session_id")
     frame[:0].to_csv(tmp_path / "source" / "log" / "[1] no 'rows'.csv", index=False)
     assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=5))
 

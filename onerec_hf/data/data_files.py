@@ -307,8 +307,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             with archive.open(names[0]) as file:
                 yield file
     elif suffix == ".zst":
-        with pa.input_stream(path, compression="zstd") as file:
-            yield file
+        with pa.input_stream(path, compression="zstd") as file, io.BufferedReader(file) as lines:
+            yield lines
     else:
         packed = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
         with packed.get(suffix, open)(path, "rb") as file:
