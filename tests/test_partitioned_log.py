@@ -27,8 +27,9 @@ from onerec_hf.reward import (
     user_half,
     without_calibration_users,
 )
-from onerec_hf.stages import data_stage
+from onerec_hf.stages import data_stage, recommend_stage
 from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, USER_HISTORIES, PreparedData
+from onerec_hf.stages.recipe_arguments import RecommendArguments
 from onerec_hf.stages.reward_stage import sharded_runs
 from onerec_hf.training_checkpoints import train_from_latest
 
@@ -217,6 +218,21 @@ def test_reward_models_are_trained_on_the_runs_of_all_partitions(log, tmp_path):
         assert steps == 3 * -(-len(runs) // 2) and train(way, data, Stop())[0] == 3
         for name, tensor in train(way, data)[1].items():
             assert torch.equal(tensor, once[name]), (way, name)
+
+
+def test_users_are_recommended_to_partition_by_partition(log, tmp_path, monkeypatch):
+    data = prepared(log(session_cut="gap"), tmp_path, num_partitions=4)
+    sample = data.sampled(1)
+    monkeypatch.setattr(recommend_stage, "prepared_data", lambda *_: sample)
+    options = RecommendArguments()
+    histories = recommend_stage.Histories(None, options)
+    parts = [part for part in histories.parts()]
+    cases = data.read(EVALUATION_CASES).to_list()
+    assert len(parts) >= 3 and histories.num_users == len(cases) == sum(map(len, parts))
+    found = sorted((row for part in parts for row in part.to_pylist()), key=lambda row: row["user_id"])
+    assert found == [{name: row[name] for name in found[0]} for row in cases]
+    some = recommend_stage.Histories(None, replace(options, evaluation_users=2))
+    assert some.num_users == 2 and sum(map(len, some.parts())) == 2
 
 
 @pytest.mark.parametrize("num_partitions", [1, 26])
