@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -24,23 +26,54 @@ def constraints() -> dict[str, str]:
     return {canonicalize_name(name): version for name, _, version in pins}
 
 
-@pytest.mark.parametrize(
-    ("name", "distributed_type"),
-    [
-        ("cpu", DistributedType.NO),
-        ("multi_gpu_ddp", DistributedType.MULTI_GPU),
-        ("fsdp2", DistributedType.FSDP),
-        ("deepspeed_zero2", DistributedType.DEEPSPEED),
-    ],
-)
-def test_accelerate_configuration_loads(name, distributed_type):
+ACCELERATE_CONFIGS = {
+    "cpu": (DistributedType.NO, 1),
+    "one_gpu": (DistributedType.NO, 1),
+    "multi_gpu_ddp": (DistributedType.MULTI_GPU, 8),
+    "fsdp2": (DistributedType.FSDP, 8),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, 8),
+    "two_machines_fsdp2": (DistributedType.FSDP, 16),
+}
+
+
+@pytest.mark.parametrize("name", ACCELERATE_CONFIGS)
+def test_accelerate_configuration_loads(name):
     config = load_config_from_file(str(ROOT / "recipes" / "accelerate_configs" / f"{name}.yaml"))
-    assert config.distributed_type == distributed_type
-    assert config.use_cpu == (name == "cpu") and config.num_processes == (1 if name == "cpu" else 8)
-    if name == "fsdp2":
+    assert (config.distributed_type, config.num_processes) == ACCELERATE_CONFIGS[name]
+    assert config.use_cpu == (name == "cpu") and config.mixed_precision == ("no" if name == "cpu" else "bf16")
+    assert config.num_machines == (2 if name.startswith("two_machines") else 1)
+    if name.endswith("fsdp2"):
         assert config.fsdp_config["fsdp_version"] == 2
+        # It would fail on the model's buffers: https://github.com/huggingface/accelerate/issues/3898
+        assert not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
     if name == "deepspeed_zero2":
         assert config.deepspeed_config["zero_stage"] == 2
+
+
+def test_every_accelerate_configuration_is_known_and_says_what_it_is_for():
+    files = (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")
+    first_lines = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in files}
+    assert first_lines.keys() == ACCELERATE_CONFIGS.keys()
+    assert all(line.startswith("# ") for line in first_lines.values())
+
+
+def test_one_process_sees_one_gpu():
+    config = str(ROOT / "recipes" / "accelerate_configs" / "one_gpu.yaml")
+    for words, gpu in (([], "0"), (["--gpu_ids", "1"], "1")):
+        words = ["--config_file", config, *words, "recipes/pipeline.py"]
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+        _, environment = prepare_simple_launcher_cmd_env(args)
+        assert environment["CUDA_VISIBLE_DEVICES"] == gpu and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def test_both_machines_are_launched_with_eight_processes_each():
+    config = str(ROOT / "recipes" / "accelerate_configs" / "two_machines_fsdp2.yaml")
+    words = ["--config_file", config, "--machine_rank", "1", "--main_process_ip", "10.0.0.1", "recipes/pipeline.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    environment = prepare_multi_gpu_env(args)
+    assert (args.nproc_per_node, args.nnodes, args.node_rank) == ("8", "2", 1)
+    assert args.rdzv_endpoint == "10.0.0.1:29500"
+    assert environment["FSDP_VERSION"] == "2" and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 @pytest.fixture(scope="module")

@@ -89,9 +89,9 @@ def random_catalogue(num_items: int, codes: int = 256) -> np.ndarray:
     return np.stack([keys // codes**2, keys // codes % codes, keys % codes], axis=1)
 
 
-def encode(tokenizer: OneRecTokenizer, users: int):
+def encode(tokenizer: OneRecTokenizer, users: int, history_items: int = HISTORY_ITEMS):
     generator = np.random.default_rng(users)
-    histories = [generator.integers(0, tokenizer.num_items, HISTORY_ITEMS) for _ in range(users)]
+    histories = [generator.integers(0, tokenizer.num_items, history_items) for _ in range(users)]
     return tokenizer.encode_histories(histories, catalogue_indices=True), torch.from_numpy(np.stack(histories))
 
 
@@ -152,84 +152,86 @@ def count_flops(model: OneRecForConditionalGeneration, run: Callable) -> int:
     return counter.get_total_flops()
 
 
-def same_result(found, sequences: torch.Tensor, scores: torch.Tensor, num_beams: int) -> float:
+def same_result(
+    found, sequences: torch.Tensor, scores: torch.Tensor, num_beams: int, tolerance: float = 1e-4
+) -> float:
     """Largest difference of scores.
 
     Raises:
-        AssertionError: If it exceeds 1e-4, or the sessions differ by more than the order within such a difference.
+        AssertionError: If it exceeds the tolerance, or the sessions differ by more than the order within such a
+            difference.
     """
     users = len(found.scores)
     scores = scores.view(users, num_beams)
     difference = (found.scores - scores).abs().max().item()
-    assert difference <= 1e-4, f"scores differ by {difference}"
+    assert difference <= tolerance, f"scores differ by {difference}"
     theirs = sequences.view(users, num_beams, found.items.shape[2], -1)[..., 1:].flatten(2)
     ours = found.token_ids.flatten(2)
     for user in range(users):
         # The last places may be tied with what just missed the beam.
-        sure = scores[user] > scores[user, -1] + 2e-4
+        sure = scores[user] > scores[user, -1] + 2 * tolerance
         missing = {tuple(row) for row in theirs[user][sure].tolist()} - {tuple(row) for row in ours[user].tolist()}
-        assert not missing, f"user {user}: {len(missing)} sessions of generate are not among the engine's"
+        assert not missing, f"user {user}: {len(missing)} sessions of the other are not among the engine's"
     return difference
+
+
+def ways_to_generate(
+    model: OneRecForConditionalGeneration, trie: ItemTrie, prefixes: Callable, num_items: int, num_beams: int
+) -> dict[str, Callable[[dict], object]]:
+    """The engine and its peers by name; each takes the encoder's inputs, and `prefixes` is of [`prefix_function`]."""
+    # `generate` adds the log-probability of a <bos> that is certain, unless it renormalizes.
+    renormalize = num_items > 1
+    new_tokens = num_items * model.config.tokens_per_item - 1
+
+    def engine(encoded: dict):
+        normalization = "constrained" if renormalize else "vocabulary"
+        counts = {"num_items": num_items, "num_beams": num_beams}
+        return generate_sessions(model, trie, **encoded, **counts, normalization=normalization)
+
+    def stock(encoded: dict, **constraint):
+        return model.generate(
+            **encoded,
+            **constraint,
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            renormalize_logits=renormalize,
+            return_dict_in_generate=True,
+            output_scores=True,  # of which sequences_scores come
+        )
+
+    def by_prefixes(encoded: dict):
+        return stock(encoded, prefix_allowed_tokens_fn=prefixes)
+
+    def by_processor(encoded: dict):
+        processor = ItemTrieLogitsProcessor(trie, model.config.level_offsets)
+        return stock(encoded, logits_processor=LogitsProcessorList([processor]))
+
+    return {"engine": engine, **dict(zip(PEERS, (by_prefixes, by_processor), strict=True))}
 
 
 @torch.no_grad()
 def compare(args, model, tokenizer, num_items: int, rate: float) -> list[dict]:
     trie = ItemTrie.from_tokenizer(tokenizer)
-    prefixes = prefix_function(tokenizer)
-    # `generate` adds the log-probability of a <bos> that is certain, unless it renormalizes.
-    renormalize = num_items > 1
-    normalization = "constrained" if renormalize else "vocabulary"
-    new_tokens = num_items * tokenizer.tokens_per_item - 1
+    ways = ways_to_generate(model, trie, prefix_function(tokenizer), num_items, args.num_beams)
     rows = []
     for users in args.users:
         encoded, _ = encode(tokenizer, users)
-
-        def engine(encoded=encoded, **extra):
-            return generate_sessions(
-                model,
-                trie,
-                **({**encoded, **extra}),
-                num_items=num_items,
-                num_beams=args.num_beams,
-                normalization=normalization,
-            )
-
-        def stock(encoded=encoded, **extra):
-            return model.generate(
-                **encoded,
-                **extra,
-                num_beams=args.num_beams,
-                num_return_sequences=args.num_beams,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                renormalize_logits=renormalize,
-                return_dict_in_generate=True,
-                output_scores=True,  # of which sequences_scores come
-            )
-
-        def by_prefixes(encoded=encoded, stock=stock):
-            return stock(encoded, prefix_allowed_tokens_fn=prefixes)
-
-        def by_processor(encoded=encoded, stock=stock):
-            processor = ItemTrieLogitsProcessor(trie, tokenizer.level_offsets)
-            return stock(encoded, logits_processor=LogitsProcessorList([processor]))
-
+        engine = partial(ways["engine"], encoded)
         found = engine()
         row = {"items": num_items, "users": users, "engine_s": seconds(engine, args.repeats)}
         encoder_outputs = model.get_encoder()(**encoded)
-        hidden = {"input_ids": None, "encoder_outputs": encoder_outputs}
-
-        def decode(engine=engine, hidden=hidden):
-            return engine(**hidden)
-
+        decode = partial(ways["engine"], {**encoded, "input_ids": None, "encoder_outputs": encoder_outputs})
         row["decode_s"] = seconds(decode, args.repeats)
         row["decode_flops"] = count_flops(model, decode)
         row["decode_share_of_machine"] = row["decode_flops"] / row["decode_s"] / rate
         row["share_of_machine"] = count_flops(model, engine) / row["engine_s"] / rate
-        for name, peer in zip(PEERS, (by_prefixes, by_processor), strict=True):
+        for name in PEERS:
             if name not in args.peers:
                 continue
-            peer(encode(tokenizer, 1)[0])
+            peer = partial(ways[name], encoded)
+            ways[name](encode(tokenizer, 1)[0])
             start = time.perf_counter()
             theirs = peer()
             first = time.perf_counter() - start

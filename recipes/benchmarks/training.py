@@ -66,11 +66,18 @@ def peers(dropout: float) -> dict[str, torch.nn.Module]:
     }
 
 
-def random_batch() -> dict[str, torch.Tensor]:
-    """Histories of HISTORY items as tokens and sessions of SESSION items, without padding."""
+def batch_lengths(config: OneRecConfig) -> tuple[int, int]:
+    """Tokens of a whole history and of a whole session."""
+    return config.history_items * config.tokens_per_item - 1, config.session_items * config.tokens_per_item - 1
+
+
+def random_batch(config: OneRecConfig, batch_size: int) -> dict[str, torch.Tensor]:
+    """Whole histories and sessions of random codes as tokens, without padding."""
     generator = torch.Generator().manual_seed(0)
-    histories = torch.randint(5, 5 + sum(CODEBOOKS), (BATCH, HISTORY * 4 - 1), generator=generator)
-    labels = torch.randint(5, 5 + sum(CODEBOOKS), (BATCH, SESSION * 4 - 1), generator=generator)
+    histories, labels = (
+        torch.randint(config.level_offsets[0], config.vocab_size, (batch_size, length), generator=generator)
+        for length in batch_lengths(config)
+    )
     batch = {"input_ids": histories, "attention_mask": torch.ones_like(histories), "labels": labels}
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
@@ -98,30 +105,34 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def step_flops() -> float:
-    """Floating point operations of the matrix products of one step of `onerec()` on `random_batch()`."""
-    history, session = HISTORY * 4 - 1, SESSION * 4 - 1
-    vocab_size = OneRecConfig(codebook_sizes=CODEBOOKS).vocab_size
-    projections, ffn = 4 * HIDDEN**2, 3 * HIDDEN * DENSE
-    encoder_layer = history * (projections + ffn + 2 * history * HIDDEN)
-    cross = session * (projections // 2 + 2 * history * HIDDEN) + history * projections // 2
-    decoder_layer = session * (projections + ffn + EXPERTS * HIDDEN + 2 * session * HIDDEN) + cross
-    forward = 2 * BATCH * (LAYERS * (encoder_layer + decoder_layer) + session * HIDDEN * vocab_size)
+def step_flops(config: OneRecConfig, batch_size: int) -> float:
+    """Floating point operations of the matrix products of one training step on a `random_batch`."""
+    history, session = batch_lengths(config)
+    if config.history_positions == "item":
+        history = config.history_items
+    width = config.hidden_size
+    projections, ffn = 4 * width**2, 3 * width * config.intermediate_size
+    experts = 3 * width * config.moe_intermediate_size * config.num_experts_per_tok + config.num_experts * width
+    encoder_layer = history * (projections + ffn + 2 * history * width)
+    cross = session * (projections // 2 + 2 * history * width) + history * projections // 2
+    decoder_layer = session * (projections + experts + 2 * session * width) + cross
+    layers = config.encoder_layers * encoder_layer + config.decoder_layers * decoder_layer
+    forward = 2 * batch_size * (layers + session * width * config.vocab_size)
     return 3 * forward  # the backward pass has twice the products of the forward one
 
 
-def matrix_products() -> tuple[Callable[[], None], float]:
+def matrix_products(dtype: torch.dtype = torch.float32) -> tuple[Callable[[], None], float]:
     """A large product of matrices and its floating point operations."""
     size = 2048 if DEVICE.type == "cpu" else 8192
-    first, second = torch.randn(size, size, device=DEVICE), torch.randn(size, size, device=DEVICE)
+    first, second = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
     return lambda: torch.mm(first, second), 2.0 * size**3
 
 
 def measure_models(repeats: int, dropout: float) -> dict[str, dict[str, float]]:
     """Step time [s], tokens/s, parameters of every model, and the rates [FLOP/s] of ours and of the machine."""
     torch.manual_seed(0)
-    batch = random_batch()
     models = {"OneRec": onerec(dropout=dropout), **peers(dropout)}
+    batch = random_batch(models["OneRec"].config, BATCH)
     tokens = batch["input_ids"].numel() + batch["labels"].numel()
     product, product_flops = matrix_products()
     work = {name: partial(step_of(model), batch) for name, model in models.items()}
@@ -142,10 +153,11 @@ def measure_models(repeats: int, dropout: float) -> dict[str, dict[str, float]]:
         for name, model in models.items()
     }
     machine = product_flops / medians["matrix product"]
+    flops = step_flops(models["OneRec"].config, BATCH)
     results["OneRec"] |= {
-        "flops_per_second": step_flops() / medians["OneRec"],
+        "flops_per_second": flops / medians["OneRec"],
         "machine_flops_per_second": machine,
-        "share_of_machine": step_flops() / medians["OneRec"] / machine,
+        "share_of_machine": flops / medians["OneRec"] / machine,
         "speed_to_switch": medians["SwitchTransformers"] / medians["OneRec"],
         "speed_to_t5": medians["T5, dense"] / medians["OneRec"],
     }
@@ -228,7 +240,8 @@ def decoder_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def print_profile(positions: str) -> None:
     """Where the time of a training step goes, operator by operator."""
-    step, batch = step_of(onerec(history_positions=positions)), random_batch()
+    model = onerec(history_positions=positions)
+    step, batch = step_of(model), random_batch(model.config, BATCH)
     for _ in range(2):
         step(batch)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
