@@ -34,7 +34,6 @@ from .preferences_stage import PAIRS, draw_pairs
 from .pretrain_stage import (
     TRAINING_DEFAULTS,
     recent_sessions,
-    save_trained_model,
     session_parts,
     training_log,
 )
@@ -202,7 +201,8 @@ class Alignment:
         )
         train_from_latest(trainer)
         if not options.align_lora:
-            save_trained_model(trainer, target)
+            trainer.save_model(str(target))
+            (target / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
         elif PartialState().is_main_process:
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(target)
             self.tokenizer.save_pretrained(target)

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from transformers import Seq2SeqTrainingArguments, Trainer, set_seed
+from transformers import Seq2SeqTrainingArguments, set_seed
 
 from ..configuration_onerec import OneRecConfig
 from ..data import DataArguments
@@ -175,10 +176,14 @@ def sharded_user_feature_values(folder: Path, kept: pyarrow.dataset.Expression |
     return {name: sorted(set().union(*(found[name] for found in values))) for name in values[0]}
 
 
-def save_trained_model(trainer: Trainer, folder: Path) -> None:
-    """Model and tokenizer, without the trainer's arguments, which are a pickle that nothing reads."""
+def whole_model(trainer: OneRecPretrainer, folder: Path) -> OneRecForConditionalGeneration:
+    """The model that was trained, whole on every process: where each holds a shard (FSDP), by a file in `folder`, as
+    what is sharded once can be given to no other trainer, nor be read."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
     trainer.save_model(str(folder))
-    (folder / "training_args.bin").unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
+    return OneRecForConditionalGeneration.from_pretrained(folder).to(PartialState().device)
 
 
 def run_pretrain(
@@ -230,18 +235,23 @@ def run_pretrain(
         positive = data.session_source == "positive"
         changes = args.tracking(stage) | changes
         trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive, **changes)
+        model = whole_model(trainer, folder / CHECKPOINTS / "whole")
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
             last = folder / CHECKPOINTS / "recent"
             changes = args.tracking(f"{stage}/recent") | options.pretrain_recent
             trainer = train_generator(model, tokenizer, recent, options, last, positive, **changes)
+            model = whole_model(trainer, folder / CHECKPOINTS / "whole")
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
         if model.config.item_gate:
             results["item_gate"] = fit_gate(model, tokenizer, parts["test"])
         if model.config.item_memory:  # after the gate, whose held-out users are remembered too
             remember_items(model, prepared.fitted_feed.positive_histories())
-        save_trained_model(trainer, folder / MODEL)
+        if PartialState().is_main_process:
+            model.save_pretrained(folder / MODEL)
+            tokenizer.save_pretrained(folder / MODEL)
+        PartialState().wait_for_everyone()
         return results
 
     outside = [] if previous is None else previous.input(last_model_stage(previous.folder))
