@@ -1,12 +1,16 @@
-"""Checkpoints of a training that may be killed at any moment: which of them are whole."""
+"""Checkpoints of a training that may be killed at any moment: which are whole; and the model that it ends in."""
 
 import importlib
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
-from transformers import Trainer, TrainerCallback
+from accelerate import PartialState
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 CHECKPOINT_COMPLETE = "checkpoint_complete"
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class CheckpointCompleteCallback(TrainerCallback):
@@ -46,4 +50,20 @@ def train_from_latest(trainer: Trainer) -> None:
         importlib.import_module("wandb").finish()
 
 
-__all__ = ["CHECKPOINT_COMPLETE", "CheckpointCompleteCallback", "latest_complete_checkpoint", "train_from_latest"]
+def whole_model(trainer: Trainer, model_class: type[Model], folder: str | Path) -> Model:
+    """The model that was trained, whole on every process: where each holds a shard (FSDP), by a file in `folder`, as
+    what is sharded once can be given to no other trainer, nor be read by one process."""
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
+    trainer.save_model(str(folder))
+    PartialState().wait_for_everyone()
+    return model_class.from_pretrained(folder).to(PartialState().device)
+
+
+__all__ = [
+    "CHECKPOINT_COMPLETE",
+    "CheckpointCompleteCallback",
+    "latest_complete_checkpoint",
+    "train_from_latest",
+    "whole_model",
+]

@@ -290,7 +290,7 @@ class TestTraining:
         model.set_base_rates(rates)
         base = model.towers["vtr"].output.output_bias.flatten().tolist()
         assert base == pytest.approx([math.log(rates["vtr"] / (1 - rates["vtr"]))] * 4)
-        log = train_reward_model(model, tokenizer, totals, runs, arguments)
+        log = train_reward_model(model, tokenizer, totals, runs, arguments).state.log_history
         assert [row["step"] for row in log] == [30, 60, 60]
         predictions = predict_rewards(model, runs, collator, batch_size=7)
         assert len(predictions.users) == len(timed)

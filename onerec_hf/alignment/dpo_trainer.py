@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
@@ -333,6 +334,8 @@ class OneRecDPOTrainer(DPOTrainer):
         self._ntp_rows = len(ntp_dataset) if ntp_dataset is not None else 0
         if args.reference_free or REFERENCE_COLUMNS[0] in train_dataset.column_names:
             args.precompute_ref_log_probs, ref_model = True, None  # constants, or there already
+            if parse_flag_from_env("ACCELERATE_USE_FSDP"):  # then TRL loads one, from where the model came from
+                ref_model = copy.deepcopy(model)
         elif ref_model is None and kwargs.get("peft_config") is None:
             ref_model = copy.deepcopy(model)
         if ref_model is not None:

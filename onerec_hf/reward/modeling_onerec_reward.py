@@ -381,7 +381,8 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
     base_model_prefix = "reward_model"
     main_input_name = "history_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["OneRecRewardItemEncoder", "OneRecRewardTargetAttention", "OneRecRewardSessionLayer"]
+    # Not the encoder of items: FSDP2 shards the embeddings that it holds on their own.
+    _no_split_modules = ["OneRecRewardTargetAttention", "OneRecRewardSessionLayer"]
     _supports_sdpa = True
     # Neither flash nor flex: the target attention's scores have a bias of their own.
     _supports_attention_backend = True

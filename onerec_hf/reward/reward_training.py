@@ -373,12 +373,12 @@ def train_reward_model(
     runs: Dataset | ShardedRows,
     arguments: dict[str, Any],
     **kwargs,
-) -> list[dict[str, Any]]:
-    """Trains on `runs`, or goes on after the latest checkpoint in `output_dir`; gives the log rows. `arguments` are
+) -> "OneRecRewardTrainer":
+    """Trains on `runs`, or goes on after the latest checkpoint in `output_dir`; gives the trainer. `arguments` are
     those of `TrainingArguments`, the others of [`OneRecRewardTrainer`]."""
     trainer = OneRecRewardTrainer(model, TrainingArguments(**arguments), runs, tokenizer, totals, **kwargs)
     train_from_latest(trainer)
-    return trainer.state.log_history
+    return trainer
 
 
 class OneRecRewardTrainer(Trainer):

@@ -26,7 +26,7 @@ from ..session_generation import fit_item_gate
 from ..session_rows import index_sessions, user_feature_values
 from ..sharded_rows import ShardedRows
 from ..tokenization_onerec import OneRecTokenizer
-from ..training_checkpoints import train_from_latest
+from ..training_checkpoints import train_from_latest, whole_model
 from .data_stage import PRETRAINING_SESSIONS, PreparedData, prepared_data
 from .previous_run import PreviousRun
 from .recipe_arguments import PretrainArguments, RecipeArguments, require_held_out
@@ -176,16 +176,6 @@ def sharded_user_feature_values(folder: Path, kept: pyarrow.dataset.Expression |
     return {name: sorted(set().union(*(found[name] for found in values))) for name in values[0]}
 
 
-def whole_model(trainer: OneRecPretrainer, folder: Path) -> OneRecForConditionalGeneration:
-    """The model that was trained, whole on every process: where each holds a shard (FSDP), by a file in `folder`, as
-    what is sharded once can be given to no other trainer, nor be read."""
-    if not trainer.is_fsdp_enabled:
-        return trainer.model
-    trainer.save_model(str(folder))
-    PartialState().wait_for_everyone()
-    return OneRecForConditionalGeneration.from_pretrained(folder).to(PartialState().device)
-
-
 def run_pretrain(
     args: RecipeArguments, stage: str = "pretrain", sessions_of: Callable[[PreparedData], Dataset] | None = None
 ) -> Path:
@@ -235,13 +225,13 @@ def run_pretrain(
         positive = data.session_source == "positive"
         changes = args.tracking(stage) | changes
         trainer = train_generator(model, tokenizer, parts, options, folder / CHECKPOINTS, positive, **changes)
-        model = whole_model(trainer, folder / CHECKPOINTS / "whole")
+        model = whole_model(trainer, OneRecForConditionalGeneration, folder / CHECKPOINTS / "whole")
         results = {"log": training_log(trainer.state.log_history), "num_sessions": len(parts["train"])}
         if recent:
             last = folder / CHECKPOINTS / "recent"
             changes = args.tracking(f"{stage}/recent") | options.pretrain_recent
             trainer = train_generator(model, tokenizer, recent, options, last, positive, **changes)
-            model = whole_model(trainer, folder / CHECKPOINTS / "whole")
+            model = whole_model(trainer, OneRecForConditionalGeneration, folder / CHECKPOINTS / "whole")
             log = training_log(trainer.state.log_history)
             results |= {"recent_log": log, "num_recent_sessions": len(recent["train"])}
         if model.config.item_gate:

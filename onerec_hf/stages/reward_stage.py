@@ -30,6 +30,7 @@ from ..reward.reward_objectives import require_known_sources
 from ..session_rows import index_sessions
 from ..sharded_rows import ShardedRows
 from ..tokenization_onerec import OneRecTokenizer
+from ..training_checkpoints import whole_model
 from .data_stage import FEED, PreparedData, prepared_data
 from .pretrain_stage import TRAINING_DEFAULTS, training_log
 from .previous_run import PreviousRun
@@ -149,15 +150,17 @@ def _train(
     former = previous and OneRecRewardModel.from_pretrained(previous.stage("reward") / name)
     model = create_reward_model(fields, feed, tokenizer, exposures.embeddings, totals, former)
     changes = options.reward_update if former else {}
-    own = {"seed": seed, **tracking, **options.reward, **changes, "output_dir": str(folder / CHECKPOINTS / name)}
+    checkpoints = folder / CHECKPOINTS / name
+    own = {"seed": seed, **tracking, **options.reward, **changes, "output_dir": str(checkpoints)}
     given = {"calibration_dataset": calibration, "from_base_rates": former is None}
     arguments = {**TRAINING_DEFAULTS, **own}
-    log = training_log(train_reward_model(model, tokenizer, totals, train, arguments, **given))
+    trainer = train_reward_model(model, tokenizer, totals, train, arguments, **given)
+    model = whole_model(trainer, OneRecRewardModel, checkpoints / "whole")
     encoder = ExposureEncoder(model.config, tokenizer.item_token_ids)
     if PartialState().is_main_process:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        results = {"num_runs": len(train), "log": log}
+        results = {"num_runs": len(train), "log": training_log(trainer.state.log_history)}
         for what, length in (("sessions", model.config.session_items), ("exposures", 1)):
             # With the items' totals as of the end of the fitted period, as when sessions are scored.
             predictions = predict_rewards(model, unseen, RewardCollator(encoder, session_items=length))
