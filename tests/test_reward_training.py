@@ -266,8 +266,24 @@ class TestTraining:
                 assert batch["labels"][run, place, 0] == pytest.approx(swt)
                 known = totals.before(np.array(items), np.full(len(items), row["exposed_timestamps"][first]))
                 np.testing.assert_array_equal(batch["session_totals"][run, place, : len(items)], known)
-        lengths = {RewardCollator(encoder, totals)(rows)["session_ids"].shape[2] for _ in range(40)}
-        assert lengths == {1, 2, 3}
+        every = runs.to_list()
+        batches = [every[first:] + every[:first] for first in range(min(len(every), 40))]
+        lengths = [RewardCollator(encoder, totals)(batch)["session_ids"].shape[2] for batch in batches]
+        assert set(lengths) == {1, 2, 3}
+        # The same batch is cut alike whenever it is made.
+        assert RewardCollator(encoder, totals)(batches[1])["session_ids"].shape[2] == lengths[1]
+
+    def test_loss_is_a_mean_whatever_is_accumulated(self, feed, totals, tokenizer, runs, tmp_path):
+        losses = []
+        for accumulated in (1, 4):
+            arguments = {"output_dir": tmp_path, "max_steps": 8 // accumulated, "learning_rate": 0.0}
+            arguments |= {"gradient_accumulation_steps": accumulated, "train_sampling_strategy": "sequential"}
+            arguments |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+            arguments |= {"logging_steps": 8 // accumulated}
+            model = self.model(feed, totals, tokenizer, dropout=0.0)
+            log = train_reward_model(model, tokenizer, totals, runs, arguments).state.log_history
+            losses.append(log[0]["loss"])
+        assert losses[1] == pytest.approx(losses[0], rel=0.01)  # an epoch's last step has fewer batches
 
     def test_learns_whom_an_item_suits(self, feed, totals, tokenizer, runs, tmp_path):
         model = self.model(feed, totals, tokenizer, dropout=0.0)

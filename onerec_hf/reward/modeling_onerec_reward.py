@@ -381,6 +381,7 @@ class OneRecRewardPreTrainedModel(PreTrainedModel):
     base_model_prefix = "reward_model"
     main_input_name = "history_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over a batch's own labels, whatever other batches have
     # Not the encoder of items: FSDP2 shards the embeddings that it holds on their own.
     _no_split_modules = ["OneRecRewardTargetAttention", "OneRecRewardSessionLayer"]
     _supports_sdpa = True
