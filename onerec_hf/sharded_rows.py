@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, load_dataset
+from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -62,7 +64,9 @@ class ShardedRows(torch.utils.data.Dataset):
         self.stream, self.rows_of, self.shards_at_once = stream, rows_of, shards_at_once
         self.epoch = 0
         if num_rows is None:
-            num_rows = [len(self._read(shard)) for shard in range(stream.num_shards)]
+            hidden = not PartialState().is_main_process
+            shards = tqdm(range(stream.num_shards), "counting rows", unit="shard", disable=hidden)
+            num_rows = [len(self._read(shard)) for shard in shards]
         self.num_rows = list(num_rows)
         self.first = np.r_[0, np.cumsum(self.num_rows)].astype(np.int64)
         self._keep_latest()
