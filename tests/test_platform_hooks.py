@@ -126,6 +126,7 @@ transformers.hf_argparser.HfArg(help, default, default_factory, ...): arguments 
 datasets.Dataset(arrow_table, info, ...): data/sessions.py, data/exposures.py
 datasets.table.InMemoryTable(table): data/sessions.py
 accelerate.commands.config.config_args.load_config_from_file(config_file): tests/test_packaging.py
+accelerate.utils.parse_flag_from_env(key, default): OneRecDPOTrainer, whether FSDP shards the model
 sklearn.utils.extmath.randomized_svd(M, n_components, n_iter, random_state, ...): item_embeddings
 unittest.TestResult._exc_info_to_string(err, test): recipes/benchmarks/conformance.py
 """
