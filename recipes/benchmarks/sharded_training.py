@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--memory_sessions", type=int, nargs="*", default=[40_000, 400_000])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--encoder_attention", choices=["bidirectional", "causal"], default="bidirectional")
-    parser.add_argument("--repeats", type=int, default=3, help="Measured epochs of each way.")
+    parser.add_argument("--repeats", type=int, default=5, help="Measured epochs of each way.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory_of", nargs=2, metavar=("WAY", "FOLDER"), help="Print one process's memory instead.")
     parser.add_argument("--json", type=Path, help="File to write the figures to.")
