@@ -24,7 +24,7 @@ from .session_rows import (
     training_sessions,
     user_feature_values,
 )
-from .sharded_rows import ShardedRows, ShardSampler, torch_generator
+from .sharded_rows import ShardedRows, ShardSampler, order_seed, torch_generator
 from .shared_histories import share_histories
 from .tokenization_onerec import OneRecTokenizer
 from .training_checkpoints import (
@@ -180,9 +180,8 @@ class _LengthGroupedByEpoch(LengthGroupedSampler):
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[int]:
-        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.generator = torch_generator(np.random.default_rng([seed, epoch]))
+        epoch = int(self.trainer.state.epoch or 0)
+        self.generator = torch_generator(np.random.default_rng([order_seed(self.trainer.args), epoch]))
         return super().__iter__()
 
 

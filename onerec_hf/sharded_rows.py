@@ -152,6 +152,11 @@ class _Composed(tuple):
         return value
 
 
+def order_seed(args: TrainingArguments) -> int:
+    """What decides the order of a training's rows, beside the epoch."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 def torch_generator(generator: np.random.Generator) -> torch.Generator:
     """One of torch's, seeded by numpy's."""
     return torch.Generator().manual_seed(int(generator.integers(2**62)))
@@ -174,8 +179,7 @@ class ShardSampler(torch.utils.data.Sampler):
     def for_training(cls, rows: ShardedRows, args: TrainingArguments) -> "ShardSampler":
         """As a trainer's arguments have its batches."""
         together = args.train_batch_size * args.gradient_accumulation_steps
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return cls(rows, together, args.train_sampling_strategy == "group_by_length", seed)
+        return cls(rows, together, args.train_sampling_strategy == "group_by_length", order_seed(args))
 
     def __len__(self) -> int:
         return len(self.rows)

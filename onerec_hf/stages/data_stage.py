@@ -92,7 +92,7 @@ class PreparedData:
         """The same of some users after others: of each partition, or of all of them where the log is in memory."""
         count = saved_partitions(self.folder / FEED)
         for index in range(count) if count else [None]:
-            yield self if index is None else replace(self, partitions=(index,))
+            yield replace(self, partitions=self.partitions if index is None else (index,))
 
     def read(self, name: str) -> Dataset:
         """One of the tables named in this module, in memory; the users' histories and the evaluated cases with what

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..history_features import HISTORY_FEATURES
@@ -21,7 +22,7 @@ from ..reward import REWARD_FEATURES, SessionScorer
 from ..session_generation import Recommender
 from ..staged_files import staged_file
 from ..tokenization_onerec import OneRecTokenizer
-from .data_stage import EVALUATION_CASES, PreparedData, prepared_data
+from .data_stage import EVALUATION_CASES, prepared_data
 from .recipe_arguments import RecipeArguments, RecommendArguments
 from .stage_runner import MODEL, STAGE_FILE, OutsideInput, Stage, read_json, run_stage, stage_dir
 
@@ -89,19 +90,16 @@ class Histories:
     """
 
     def __init__(self, args: RecipeArguments, options: RecommendArguments):
-        path, count = options.histories, options.evaluation_users
+        self.options, path, count = options, options.histories, options.evaluation_users
         if path is None:
             self.name, prepared = EVALUATION_CASES, prepared_data(args, "recommend")
-            partitions = list(prepared.by_partition())
-            if count is None and len(partitions) > 1:
-                self.source, names = partitions, partitions[0].read(EVALUATION_CASES).column_names
+            if count is None:
+                self.source = prepared
                 self.num_users = read_json(prepared.folder / STAGE_FILE)["dataset"]["num_evaluation_users"]
             else:
                 users = prepared.read(EVALUATION_CASES)
-                if count is not None:
-                    users = users.shuffle(seed=options.seed).select(range(min(count, len(users))))
-                self.source, names, self.num_users = [users], users.column_names, len(users)
-            self.columns = _read_columns(names, options)
+                self.source = users.shuffle(seed=options.seed).select(range(min(count, len(users))))
+                self.num_users = len(self.source)
             return
         if not Path(path).is_file():
             raise FileNotFoundError(f"histories: {path} is not a file; give a Parquet of user_id, history_item_ids.")
@@ -111,7 +109,6 @@ class Histories:
             raise ValueError(f"histories: {path} is no Parquet file, or a damaged one: {error}.") from None
         self.num_users = self.source.metadata.num_rows
         names = self.source.schema_arrow.names
-        self.columns = _read_columns(names, options)
         for column in HISTORY_COLUMNS:
             if column not in names:
                 raise ValueError(
@@ -124,13 +121,15 @@ class Histories:
     def parts(self) -> Iterator[pa.RecordBatch]:
         """Record batches of at most `USERS_PER_PART` users, the same ones every time."""
         if isinstance(self.source, pq.ParquetFile):
-            yield from self.source.iter_batches(USERS_PER_PART, columns=self.columns)
+            columns = _read_columns(self.source.schema_arrow.names, self.options)
+            yield from self.source.iter_batches(USERS_PER_PART, columns=columns)
             return
-        for users in self.source:
-            if isinstance(users, PreparedData):
-                users = users.read(EVALUATION_CASES)
+        drawn = isinstance(self.source, Dataset)
+        # A partition keeps what it has read for as long as it is kept.
+        for users in [self.source] if drawn else (part.read(EVALUATION_CASES) for part in self.source.by_partition()):
+            columns = _read_columns(users.column_names, self.options)
             table = users.with_format("arrow")[:].combine_chunks()
-            yield from table.select(self.columns).to_batches(USERS_PER_PART)
+            yield from table.select(columns).to_batches(USERS_PER_PART)
 
     def check_items(self, tokenizer: OneRecTokenizer, unknown_items: str) -> None:
         """Looks every item up before any time is spent on generating. A null history is of a new user.
@@ -141,7 +140,7 @@ class Histories:
         """
         names = {"history_item_ids": "the history", "exposed_item_ids": "the exposures"}
         for batch in self.parts():
-            for column in (name for name in names if name in self.columns):
+            for column in (name for name in names if name in batch.schema.names):
                 values = batch[column]
                 self._check_type(column, values.type, tokenizer)
                 flat = pc.list_flatten(values)
