@@ -99,7 +99,13 @@ class OneRecConfig(PreTrainedConfig):
             have a BOS token each at the end of the vocabulary. The encoder reads all C L codes of an item, a session
             is written in one ID, and P(item) is the mean of the C probabilities of its codes.
         hidden_size, intermediate_size: Width of the model and of the encoder's dense FFNs.
-        encoder_layers, decoder_layers, num_attention_heads: The paper has N/2 encoder and N/2 decoder layers.
+        encoder_layers, decoder_layers, num_attention_heads: The paper has N/2 encoder and N/2 decoder layers. Without
+            encoder layers, as in OneRec-V2 (arXiv 2508.20900), the decoder reads the embedded behaviours themselves.
+        context_key_value_sets: L_kv of OneRec-V2's lazy decoder, sets of keys and values that the history is projected
+            to once for all decoder layers, of which layer l reads set floor(l L_kv / decoder_layers). 0 (the paper):
+            each decoder layer projects its own.
+        context_key_value_heads: G_kv, heads of each of these sets, each read by as many attention heads; None: as many
+            as there are attention heads.
         num_experts, num_experts_per_tok, moe_intermediate_size: N_MoE, K_MoE and the width of one decoder expert (eq
             2; the paper has 24 and 2).
         history_items, session_items: n = 256 behaviours that the encoder reads at most and m = 5 items of a session.
@@ -162,6 +168,8 @@ class OneRecConfig(PreTrainedConfig):
     encoder_layers: int = 4
     decoder_layers: int = 4
     num_attention_heads: int = 8
+    context_key_value_sets: int = 0
+    context_key_value_heads: int | None = None
     num_experts: int = 24
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 256
@@ -209,6 +217,8 @@ class OneRecConfig(PreTrainedConfig):
         self.user_features = dict(self.user_features or {})
         if self.vocab_size is None:
             self.vocab_size = vocabulary_size(self.codebook_sizes, self.num_semantic_ids)
+        if self.context_key_value_sets and self.context_key_value_heads is None:
+            self.context_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
@@ -236,13 +246,15 @@ class OneRecConfig(PreTrainedConfig):
             )
         sizes = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_experts")
         layers = ("encoder_layers", "decoder_layers")
-        least = {1: (*sizes, *layers, "history_items", "session_items"), 0: ("num_items", "item_content_size")}
+        counts = ("history_items", "session_items")
+        least = {1: (*sizes, "decoder_layers", *counts), 0: ("encoder_layers", "num_items", "item_content_size")}
         require_ranges(self, least, layers, "rms_norm_eps")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
             )
+        self._validate_context()
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
@@ -268,7 +280,29 @@ class OneRecConfig(PreTrainedConfig):
             raise ValueError(
                 "encoder_positions='distance' needs encoder_attention='causal' and history_positions='item'."
             )
+        if self.encoder_positions == "distance" and not self.encoder_layers:
+            raise ValueError(
+                "encoder_positions='distance' is of the attention of encoder layers, of which encoder_layers=0 has "
+                "none: use 'absolute'."
+            )
         self._validate_item_head()
+
+    def _validate_context(self):
+        sets, heads = self.context_key_value_sets, self.context_key_value_heads
+        if not 0 <= sets <= self.decoder_layers:
+            raise ValueError(
+                f"context_key_value_sets must lie between 0 and decoder_layers ({self.decoder_layers}), got {sets}."
+            )
+        if heads is not None and not sets:
+            raise ValueError(
+                f"context_key_value_heads ({heads}) are those of keys and values that the decoder's layers share, "
+                "which there are none of: set context_key_value_sets."
+            )
+        if heads is not None and (heads < 1 or self.num_attention_heads % heads):
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of context_key_value_heads "
+                f"({heads})."
+            )
 
     def _validate_item_head(self):
         if self.item_negatives < 0:
@@ -300,6 +334,11 @@ class OneRecConfig(PreTrainedConfig):
         ):
             raise ValueError(
                 "item_head='encoder' needs encoder_attention='causal', history_positions='item' and num_items."
+            )
+        if self.item_head == "encoder" and not self.encoder_layers:
+            raise ValueError(
+                "item_head='encoder' reads the states of encoder layers, of which encoder_layers=0 has none: use at "
+                "least 1, or item_head='none'."
             )
 
     @property

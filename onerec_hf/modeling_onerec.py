@@ -58,6 +58,8 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if key.shape[1] < query.shape[1]:
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -80,19 +82,34 @@ class HistoryPrefixes(NamedTuple):
     embeddings: torch.Tensor
 
 
-class OneRecAttention(nn.Module):
-    """Multi-head attention: bidirectional (encoder), causal (decoder) or over the encoder's output (cross)."""
+def project_history(projection: nn.Linear, states: torch.Tensor, prefixes: HistoryPrefixes | None) -> torch.Tensor:
+    """A projection of the encoder's output, of what each target reads of it where targets share histories."""
+    projected = projection(states)
+    if prefixes is None:
+        return projected
+    # The projection is linear: histories and recencies are projected apart, once each and not per target.
+    recency = nn.functional.embedding(prefixes.recency, projection(prefixes.embeddings))
+    return projected.index_select(0, prefixes.rows) + recency
 
-    def __init__(self, config: OneRecConfig, layer_idx: int, is_causal: bool = False):
+
+class OneRecAttention(nn.Module):
+    """Multi-head attention: bidirectional (encoder), causal (decoder) or over the encoder's output (cross); `lazy`
+    with keys and values from an [`OneRecContextProcessor`] in place of projections of its own."""
+
+    def __init__(self, config: OneRecConfig, layer_idx: int, is_causal: bool = False, lazy: bool = False):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = is_causal
+        self.lazy = lazy
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if lazy:
+            self.num_key_value_groups = config.num_attention_heads // config.context_key_value_heads
+        else:
+            self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         # A module, so that trainers which turn dropout off by module reach the attention weights too.
         self.dropout = nn.Dropout(config.attention_dropout)
@@ -100,21 +117,14 @@ class OneRecAttention(nn.Module):
     def _project_keys_values(
         self, states: torch.Tensor, prefixes: HistoryPrefixes | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.k_proj(states), self.v_proj(states)
-        if prefixes is not None:
-            # The projections are linear: histories and recencies are projected apart, once each and not per target.
-            keys, values = (
-                projected.index_select(0, prefixes.rows)
-                + nn.functional.embedding(prefixes.recency, projection(prefixes.embeddings))
-                for projected, projection in ((keys, self.k_proj), (values, self.v_proj))
-            )
+        keys, values = (project_history(projection, states, prefixes) for projection in (self.k_proj, self.v_proj))
         shape = (*keys.shape[:-1], -1, self.head_dim)
         return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        key_value_states: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         prefixes: HistoryPrefixes | None = None,
@@ -125,6 +135,8 @@ class OneRecAttention(nn.Module):
             keys, values = self._project_keys_values(hidden_states)
             if past_key_values is not None:
                 keys, values = past_key_values.self_attention_cache.update(keys, values, self.layer_idx)
+        elif self.lazy:
+            keys, values = key_value_states
         elif past_key_values is None:
             keys, values = self._project_keys_values(key_value_states, prefixes)
         elif past_key_values.is_updated.get(self.layer_idx):
@@ -156,6 +168,41 @@ class OneRecAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class OneRecContextProcessor(nn.Module):
+    """Keys and values of the history for all layers of a lazy decoder (OneRec-V2, arXiv 2508.20900): one projection,
+    cut into a key and a value chunk for each of `config.context_key_value_sets`, each with an RMSNorm of its own."""
+
+    def __init__(self, config: OneRecConfig):
+        super().__init__()
+        self.num_sets = config.context_key_value_sets
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width = config.context_key_value_heads * self.head_dim
+        self.proj = nn.Linear(config.hidden_size, 2 * self.num_sets * width, bias=False)
+        self.norms = nn.ModuleList([OneRecRMSNorm(width, config.rms_norm_eps) for _ in range(2 * self.num_sets)])
+
+    def forward(
+        self,
+        states: torch.Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+        prefixes: HistoryPrefixes | None = None,
+    ) -> torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values by set, (sets, 2, batch, heads, positions, head_dim); from a cache, which has a layer for
+        each set, a list of pairs."""
+        if past_key_values is not None and past_key_values.is_updated.get(0):
+            layers = past_key_values.cross_attention_cache.layers[: self.num_sets]
+            return [(layer.keys, layer.values) for layer in layers]
+        chunks = project_history(self.proj, states, prefixes).chunk(len(self.norms), dim=-1)
+        sets = torch.stack([norm(chunk) for norm, chunk in zip(self.norms, chunks, strict=True)])
+        sets = sets.view(self.num_sets, 2, *sets.shape[1:-1], -1, self.head_dim).transpose(-3, -2)
+        if past_key_values is None:
+            return sets
+        cached = []
+        for index, (keys, values) in enumerate(sets):
+            cached.append(past_key_values.cross_attention_cache.update(keys, values, index))
+            past_key_values.is_updated[index] = True
+        return cached
 
 
 class OneRecMLP(nn.Module):
@@ -262,7 +309,7 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: OneRecConfig, layer_idx: int):
         super().__init__()
         self.self_attn = OneRecAttention(config, layer_idx, is_causal=True)
-        self.cross_attn = OneRecAttention(config, layer_idx)
+        self.cross_attn = OneRecAttention(config, layer_idx, lazy=config.context_key_value_sets > 0)
         self.moe = OneRecSparseMoeBlock(config)
         self.self_attn_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.cross_attn_norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -272,7 +319,7 @@ class OneRecDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None = None,
@@ -446,7 +493,8 @@ class OneRecEncoder(OneRecPreTrainedModel):
 
     Positions are learned and counted in items from the latest behaviour, so that the same history gives the same
     output under left and right padding. A causal encoder counts from the oldest instead, as a prefix must not know
-    what follows it, and adds the recency to its output, where the decoder reads it.
+    what follows it, and adds the recency to its output, where the decoder reads it. Without layers its output is the
+    embedded behaviours, each by itself.
     """
 
     _can_record_outputs = {
@@ -466,7 +514,7 @@ class OneRecEncoder(OneRecPreTrainedModel):
         self.embed_recency = nn.Embedding(config.history_items, config.hidden_size)
         if config.encoder_positions == "distance":
             self.distance_mask = OneRecDistanceMask(config)
-        elif config.encoder_attention == "causal":
+        elif config.encoder_attention == "causal" and config.encoder_layers:
             self.embed_positions = nn.Embedding(config.history_items, config.hidden_size)
         if config.history_positions == "item":
             self.item_proj = nn.Linear(len(config.codebook_sizes) * config.hidden_size, config.hidden_size, bias=False)
@@ -637,15 +685,16 @@ class OneRecEncoder(OneRecPreTrainedModel):
         recency = self.embed_recency(self._item_steps(behaviours.flip(1).cumsum(1).flip(1) - 1))
         by_distance = self.config.encoder_positions == "distance"
         hidden_states = inputs_embeds
-        if not by_distance:
-            from_oldest = self._item_steps(behaviours.cumsum(1) - 1)
-            hidden_states = hidden_states + (self.embed_positions(from_oldest) if causal else recency)
+        if not causal:
+            hidden_states = hidden_states + recency
+        elif self.layers and not by_distance:
+            hidden_states = hidden_states + self.embed_positions(self._item_steps(behaviours.cumsum(1) - 1))
         if user_features is not None:
             hidden_states = torch.cat([self.embed_user_features(user_features), hidden_states], dim=1)
         hidden_states = self.dropout(hidden_states)
         if by_distance:
             layer_mask = self.distance_mask(mask)
-        else:
+        elif self.layers:
             make_mask = create_causal_mask if causal else create_bidirectional_mask
             layer_mask = make_mask(
                 config=self.config, inputs_embeds=hidden_states, attention_mask=mask, past_key_values=None
@@ -658,7 +707,9 @@ class OneRecEncoder(OneRecPreTrainedModel):
             if self._shares_item_head:
                 states.insert(0, self.item_norm(hidden_states))
             item_states = torch.stack(states, dim=1)
-        hidden_states = self.dropout(self.norm(hidden_states))
+        hidden_states = self.norm(hidden_states)
+        if self.layers:  # without them these are the embeddings, which have had their dropout
+            hidden_states = self.dropout(hidden_states)
         if causal and recency_in_output:
             hidden_states = hidden_states + recency
         return OneRecEncoderOutput(
@@ -694,11 +745,16 @@ class OneRecDecoder(OneRecPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_positions = nn.Embedding(config.session_items * config.tokens_per_item, config.hidden_size)
+        if config.context_key_value_sets:
+            self.context_processor = OneRecContextProcessor(config)
         self.layers = nn.ModuleList([OneRecDecoderLayer(config, index) for index in range(config.decoder_layers)])
         self.norm = OneRecRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
         self.post_init()
+        if config.context_key_value_sets:
+            # Every process has all keys and values, which fewer heads share, and so it has all queries.
+            self._tp_plan = {name: style for name, style in self._tp_plan.items() if "cross_attn" not in name}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -753,10 +809,12 @@ class OneRecDecoder(OneRecPreTrainedModel):
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=read,
         )
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, encoder_hidden_states, self_mask, cross_mask, past_key_values, prefixes, **kwargs
-            )
+        context = [encoder_hidden_states] * len(self.layers)
+        if self.config.context_key_value_sets:
+            sets = self.context_processor(encoder_hidden_states, past_key_values, prefixes)
+            context = [sets[index * len(sets) // len(self.layers)] for index in range(len(self.layers))]
+        for layer, states in zip(self.layers, context, strict=True):
+            hidden_states = layer(hidden_states, states, self_mask, cross_mask, past_key_values, prefixes, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.dropout(self.norm(hidden_states)),
             past_key_values=past_key_values if use_cache else None,

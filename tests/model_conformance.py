@@ -12,6 +12,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+# OneRec-V2's decoder in miniature, for tests of what holds of every configuration: layers 0 and 1 share a set.
+LAZY_DECODER = {
+    "encoder_layers": 0,
+    "decoder_layers": 3,
+    "context_key_value_sets": 2,
+    "context_key_value_heads": 1,
+}
 
 
 class ModelConformanceTests:

@@ -7,6 +7,7 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_conformance import LAZY_DECODER
 from transformers import Seq2SeqTrainingArguments
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
@@ -57,10 +58,11 @@ def targets_of(shared):
     ]
 
 
+@pytest.mark.parametrize("overrides", [{}, LAZY_DECODER], ids=["encoder", "lazy decoder"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", ["token", "item"])
-def test_one_pass_equals_separate_passes(tokenizer, positions, attention):
-    model = causal_model(tokenizer, positions)
+def test_one_pass_equals_separate_passes(tokenizer, positions, attention, overrides):
+    model = causal_model(tokenizer, positions, **overrides)
     model.set_attn_implementation(attention)
     sessions = index_sessions(feed(users=3, behaviours=7, stride=2, history_items=6), tokenizer)
     collate = SessionCollator(tokenizer, model)
@@ -183,7 +185,8 @@ def test_wrong_use_is_refused(tokenizer):
         model(**SessionCollator(tokenizer, model)(rows))
 
 
-def test_the_trainer_learns_from_shared_histories(tokenizer, tmp_path):
+@pytest.mark.parametrize("overrides", [{}, LAZY_DECODER], ids=["encoder", "lazy decoder"])
+def test_the_trainer_learns_from_shared_histories(tokenizer, tmp_path, overrides):
     generator = np.random.default_rng(0)
     runs = [(start + np.arange(6)) % ITEMS for start in generator.integers(0, ITEMS, 32)]
     rows = [
@@ -193,7 +196,7 @@ def test_the_trainer_learns_from_shared_histories(tokenizer, tmp_path):
     ]
     sessions = index_sessions(Dataset.from_list(rows), tokenizer)
     trainer = OneRecPretrainer(
-        model=causal_model(tokenizer, "item").train(),
+        model=causal_model(tokenizer, "item", **overrides).train(),
         processing_class=tokenizer,
         args=Seq2SeqTrainingArguments(
             output_dir=str(tmp_path),

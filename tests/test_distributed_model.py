@@ -11,6 +11,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from model_conformance import LAZY_DECODER
 from torch.distributed.tensor import DTensor
 
 from onerec_hf import OneRecConfig, OneRecForConditionalGeneration
@@ -93,7 +94,17 @@ def check_expert_parallel(rank: int, folder: str) -> None:
     check_sharded(rank, folder, {"q_proj", "experts.gate_up_proj", "experts.down_proj"}, tp_size=2, ep_size=2)
 
 
-CHECKS = {"balance": check_balance, "tensor_parallel": check_tensor_parallel, "expert_parallel": check_expert_parallel}
+def check_lazy_tensor_parallel(rank: int, folder: str) -> None:
+    """The cross-attention, whose keys and values fewer heads share, is whole on every rank."""
+    check_sharded(rank, f"{folder}/lazy", {"self_attn.q_proj", "experts.down_proj", "lm_head"}, tp_size=2)
+
+
+CHECKS = {
+    "balance": check_balance,
+    "tensor_parallel": check_tensor_parallel,
+    "lazy_tensor_parallel": check_lazy_tensor_parallel,
+    "expert_parallel": check_expert_parallel,
+}
 
 
 def run_checks(rank: int, folder: str, port: int) -> None:
@@ -120,6 +131,7 @@ def run_checks(rank: int, folder: str, port: int) -> None:
 def found(tmp_path_factory) -> list[dict[str, str]]:
     folder = str(tmp_path_factory.mktemp("whole"))
     small_model(encoder_layers=2).save_pretrained(folder)
+    small_model(**LAZY_DECODER).save_pretrained(f"{folder}/lazy")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

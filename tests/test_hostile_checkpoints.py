@@ -168,7 +168,8 @@ def test_damaged_weights_are_named(folder, kind, damage):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("encoder_layers", value) for value in (10**9, 0, -1)),
+        *(("encoder_layers", value) for value in (10**9, -1)),
+        *(("context_key_value_sets", 10**9), ("context_key_value_sets", -1), ("context_key_value_heads", 1)),
         *(("hidden_size", value) for value in ("8", 0, None, 10**12)),
         *(("num_attention_heads", 0), ("num_attention_heads", -2), ("session_items", 0), ("history_items", -1)),
         *(

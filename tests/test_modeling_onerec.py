@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_conformance import ModelConformanceTests
+from model_conformance import LAZY_DECODER, ModelConformanceTests
 from transformers import AutoModelForSeq2SeqLM
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 
@@ -46,10 +46,11 @@ class TestConformance(ModelConformanceTests):
     expert_parameters = ["experts.gate_up_proj", "experts.down_proj"]
     offloaded = "model.decoder"
     history_positions = "token"
+    settings: dict[str, int] = {}
 
     def make_config(self, **overrides):
         settings = {"history_positions": self.history_positions, "history_items": 4, "session_items": 2}
-        return OneRecConfig.from_preset("debug", **(settings | overrides))
+        return OneRecConfig.from_preset("debug", **(settings | self.settings | overrides))
 
     def make_inputs(self, config, batch_size=3):
         generator = torch.Generator().manual_seed(1)
@@ -172,6 +173,10 @@ class TestConformance(ModelConformanceTests):
 
 class TestConformanceOfItemPositions(TestConformance):
     history_positions = "item"
+
+
+class TestConformanceOfLazyDecoder(TestConformance):
+    settings = LAZY_DECODER
 
 
 def test_padding_does_not_change_the_output(model):

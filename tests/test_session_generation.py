@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_conformance import LAZY_DECODER
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList, pipeline
 from transformers.generation import MaxLengthCriteria, TemperatureLogitsWarper
 
@@ -39,11 +40,10 @@ def catalogue(num_items, seed=0, strings=False):
     return OneRecTokenizer.from_semantic_ids(ids, codes, codebooks)
 
 
-def tiny_model(session_items=2, seed=0):
+def tiny_model(session_items=2, seed=0, **overrides):
     torch.manual_seed(seed)
-    config = OneRecConfig.from_preset(
-        "debug", codebook_sizes=list(SIZES), session_items=session_items, history_items=6, initializer_range=0.4
-    )
+    settings = {"codebook_sizes": list(SIZES), "session_items": session_items, "history_items": 6} | overrides
+    config = OneRecConfig.from_preset("debug", initializer_range=0.4, **settings)
     return OneRecForConditionalGeneration(config).eval()
 
 
@@ -104,9 +104,10 @@ def test_enough_beams_give_exactly_the_best_sessions(seed, num_items, exclude, f
     assert legal.tolist() == found.items[0][:count].tolist()
 
 
+@pytest.mark.parametrize("overrides", [{}, LAZY_DECODER], ids=["encoder", "lazy decoder"])
 @pytest.mark.parametrize("normalization", ["vocabulary", "constrained"])
-def test_equals_stock_generate_with_the_logits_processor(normalization):
-    tokenizer, model = catalogue(30), tiny_model(session_items=3)
+def test_equals_stock_generate_with_the_logits_processor(normalization, overrides):
+    tokenizer, model = catalogue(30), tiny_model(session_items=3, **overrides)
     trie = ItemTrie.from_tokenizer(tokenizer)
     encoded = tokenizer.encode_histories([[1, 2, 3], [4], [5, 6, 7, 8]], catalogue_indices=True)
     constraint = {"excluded": torch.tensor([[3, 1, 2], [4, -1, -1], [-1, -1, -1]]), "allowed": torch.arange(30) < 25}

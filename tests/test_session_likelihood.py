@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from model_conformance import LAZY_DECODER
 
 from onerec_hf import ItemTrie, OneRecConfig, OneRecForConditionalGeneration, OneRecTokenizer, generate_sessions
 from onerec_hf.session_generation import session_log_probs
@@ -20,12 +21,11 @@ def tokenizer() -> OneRecTokenizer:
     return OneRecTokenizer.from_semantic_ids(list(range(12)), codes, codebook_sizes=list(SIZES))
 
 
-@pytest.fixture(scope="module")
-def model() -> OneRecForConditionalGeneration:
+@pytest.fixture(scope="module", params=[{}, LAZY_DECODER], ids=["encoder", "lazy decoder"])
+def model(request) -> OneRecForConditionalGeneration:
     torch.manual_seed(0)
-    config = OneRecConfig.from_preset(
-        "debug", codebook_sizes=list(SIZES), session_items=3, history_items=6, initializer_range=0.4
-    )
+    settings = {"codebook_sizes": list(SIZES), "session_items": 3, "history_items": 6} | request.param
+    config = OneRecConfig.from_preset("debug", initializer_range=0.4, **settings)
     return OneRecForConditionalGeneration(config).eval()
 
 
