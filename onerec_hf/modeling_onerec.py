@@ -187,22 +187,22 @@ class OneRecContextProcessor(nn.Module):
         states: torch.Tensor,
         past_key_values: EncoderDecoderCache | None = None,
         prefixes: HistoryPrefixes | None = None,
-    ) -> torch.Tensor | list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values by set, (sets, 2, batch, heads, positions, head_dim); from a cache, which has a layer for
-        each set, a list of pairs."""
+    ) -> list[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each set, (batch, heads, positions, head_dim) both: one tensor, as an argument of
+        checkpointed layers, or a pair in a cache, which has a layer for each set."""
         if past_key_values is not None and past_key_values.is_updated.get(0):
             layers = past_key_values.cross_attention_cache.layers[: self.num_sets]
             return [(layer.keys, layer.values) for layer in layers]
         chunks = project_history(self.proj, states, prefixes).chunk(len(self.norms), dim=-1)
-        sets = torch.stack([norm(chunk) for norm, chunk in zip(self.norms, chunks, strict=True)])
-        sets = sets.view(self.num_sets, 2, *sets.shape[1:-1], -1, self.head_dim).transpose(-3, -2)
+        heads = [
+            norm(chunk).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for norm, chunk in zip(self.norms, chunks, strict=True)
+        ]
+        sets = list(zip(heads[::2], heads[1::2], strict=True))
         if past_key_values is None:
-            return sets
-        cached = []
-        for index, (keys, values) in enumerate(sets):
-            cached.append(past_key_values.cross_attention_cache.update(keys, values, index))
-            past_key_values.is_updated[index] = True
-        return cached
+            return [torch.stack(pair) for pair in sets]
+        past_key_values.is_updated |= dict.fromkeys(range(self.num_sets), True)
+        return [past_key_values.cross_attention_cache.update(*pair, index) for index, pair in enumerate(sets)]
 
 
 class OneRecMLP(nn.Module):
