@@ -33,6 +33,14 @@ WAYS = {
     "item": {"history_positions": "item"},
     "token, causal": {"history_positions": "token", "encoder_attention": "causal"},
     "item, causal": {"history_positions": "item", "encoder_attention": "causal"},
+    "item, lazy decoder": {  # the layers of the preset small, all of them in the decoder
+        "history_positions": "item",
+        "encoder_attention": "causal",
+        "encoder_positions": "absolute",
+        "encoder_layers": 0,
+        "decoder_layers": 4,
+        "context_key_value_sets": 1,
+    },
 }
 WARMUP = 0.05
 RANKED = 10
