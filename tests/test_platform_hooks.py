@@ -138,7 +138,7 @@ transformers.PreTrainedModel._set_gradient_checkpointing = "gradient_checkpointi
 transformers.initialization.copy_ = "_is_hf_initialized": _init_weights of the reward model
 transformers.integrations.use_experts_implementation = config._experts_implementation: recipes/benchmarks/generation.py
 transformers.cache_utils.EncoderDecoderCache = self.self_attention_cache | self.is_updated: OneRecAttention
-transformers.cache_utils.EncoderDecoderCache = self.cross_attention_cache: OneRecAttention
+transformers.cache_utils.EncoderDecoderCache = self.cross_attention_cache: OneRecAttention, OneRecContextProcessor
 transformers.cache_utils.DynamicLayer.update = self.keys | self.values: OneRecAttention, a history's keys and values
 transformers.GenerationMixin.generate = decoding_method( | logits_processor=prepared_logits_processor, | \
 stopping_criteria=prepared_stopping_criteria, | generation_config=generation_config,: generate_with_trie
