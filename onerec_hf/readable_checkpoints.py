@@ -24,6 +24,8 @@ def readable_checkpoint(source: Any, subfolder: str | None = None) -> Iterator[N
         yield
     except Exception as error:
         readable = type(error) is ValueError and str(source) in str(error)
+        # Nothing can be loaded there, whatever the files hold; the library says so.
+        readable |= torch.get_default_device().type == "meta"
         # These say what is missing: a file, a package, memory.
         if readable or isinstance(error, (OSError, ImportError, torch.OutOfMemoryError)):
             if isinstance(error, OSError) and source is not None and not Path(source).exists():

@@ -165,6 +165,11 @@ def test_damaged_weights_are_named(folder, kind, damage):
             loader(folder / kind)
 
 
+def test_a_device_without_memory_is_not_taken_for_damage(saved):
+    with torch.device("meta"), pytest.raises(RuntimeError, match="meta device context"):
+        AutoModelForSeq2SeqLM.from_pretrained(saved / "generator")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -247,7 +247,15 @@ def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path, ending):
     frame.loc[len(frame) - 1, "user"] = "007"  # one user whose id is no integer, in the last file
     args = log(frame, ending, session_cut="session_id")
     frame[:0].to_csv(tmp_path / "source" / "log" / "[1] no 'rows'.csv", index=False)
-    assert_same(prepared(args, tmp_path / "a"), prepared(args, tmp_path / "b", num_partitions=5))
+    near = prepared(args, tmp_path / "a")
+    assert_same(near, prepared(args, tmp_path / "b", num_partitions=5))
+    (tmp_path / "source" / "log" / "[1] no 'rows'.csv").unlink()  # a pattern to a file system that has protocols
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "source"), "/texts", recursive=True)
+    try:
+        assert_same(near, prepared(args, tmp_path / "c", num_partitions=3, data_dir="memory://texts"))
+    finally:
+        memory.rm("/texts", recursive=True)
 
 
 def test_folders_are_columns_and_protocols_are_read(log, tmp_path):

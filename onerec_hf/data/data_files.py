@@ -210,7 +210,7 @@ def text_layout(
     if header is not None:
         require_columns(header, columns, path)
         return header, delimiter or ","
-    with fsspec.open(path, compression="infer") if "://" in path else opened(Path(path)) as file:
+    with opened(path) as file:
         return _delimiter_of(file.readline(), Path(path), columns, delimiter)
 
 
@@ -295,24 +295,26 @@ def _require_closed_quotes(path: Path, delimiter: str) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked by its ending."""
-    suffix = path.suffix.lower()
-    if suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            # What macOS packs beside the files.
-            names = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and name[-1] != "/"]
-            if len(names) != 1:
-                raise DataError(f"{path}: holds {len(names)} files ({', '.join(names[:5])}). Pack one file alone.")
-            with archive.open(names[0]) as file:
+def opened(path: Path | str) -> Iterator[BinaryIO]:
+    """The bytes of a file, local or of a protocol such as `s3://`, unpacked by its ending."""
+    with fsspec.open(path, "rb") if "://" in str(path) else open(path, "rb") as packed:
+        suffix = Path(path).suffix.lower()
+        if suffix == ".zip":
+            with zipfile.ZipFile(packed) as archive:
+                # What macOS packs beside the files.
+                names = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and name[-1] != "/"]
+                if len(names) != 1:
+                    raise DataError(f"{path}: holds {len(names)} files ({', '.join(names[:5])}). Pack one file alone.")
+                with archive.open(names[0]) as file:
+                    yield file
+        elif suffix == ".zst":
+            with pa.input_stream(packed, compression="zstd") as file, io.BufferedReader(file) as lines:
+                yield lines
+        elif suffix in (openers := {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}):
+            with openers[suffix](packed, "rb") as file:
                 yield file
-    elif suffix == ".zst":
-        with pa.input_stream(path, compression="zstd") as file, io.BufferedReader(file) as lines:
-            yield lines
-    else:
-        packed = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-        with packed.get(suffix, open)(path, "rb") as file:
-            yield file
+        else:
+            yield packed
 
 
 def typed_columns(table: pa.Table, kinds: Mapping[str, str]) -> pd.DataFrame:
