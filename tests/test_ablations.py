@@ -1,11 +1,6 @@
 """Ablations and Table 1 in debug size, on one run of the quickstart as far as its reward model."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killed_recipes import kill_when
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
@@ -75,19 +71,10 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_a_killed_command_goes_on_where_it_was_and_a_complete_one_does_nothing(args):
     output_dir = args.output_dir
-    script = [sys.executable, str(ROOT / "recipes" / "ablations.py"), "r_dpo", "0.05", "0.2"]
-    command = [*script, "--config", str(CONFIG), "--output_dir", str(output_dir), *FLAGS]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    words = ["r_dpo", "0.05", "0.2", "--config", str(CONFIG), "--output_dir", str(output_dir), *FLAGS]
     stages = {name: written(output_dir / name) for name in STAGES}
     pairs = output_dir / "ablations" / "r_dpo" / "0.2" / "align.partial" / "round_1" / "pairs.parquet"
-    with open(output_dir.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        deadline = time.monotonic() + 120
-        while not pairs.exists():
-            assert process.poll() is None and time.monotonic() < deadline, output_dir.with_suffix(".log").read_text()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_when(pairs.exists, ROOT / "recipes" / "ablations.py", words, output_dir.with_suffix(".log"))
     cells = output_dir / "ablations" / "r_dpo"
     before, drawn = written(cells / "0.05"), pairs.stat().st_mtime_ns
     assert (cells / "0.05" / "evaluate" / "results.safetensors").exists() and not (cells / "table.md").exists()

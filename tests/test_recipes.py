@@ -5,10 +5,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killed_recipes import kill_when
 from metrics_keys import undescribed
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -34,36 +33,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def command(recipe: str, data_set: str, output_dir: Path, *flags: str) -> list[str]:
+    """A recipe's script and its arguments."""
     config = ROOT / "recipes" / data_set / "debug.yaml"
     script = ROOT / "recipes" / f"{recipe}.py"
     # Tiny models gain nothing from threads, and lose much where others run beside them.
     threads = ("--threads", "1")
-    return [sys.executable, str(script), "--config", str(config), "--output_dir", str(output_dir), *threads, *flags]
+    return [str(script), "--config", str(config), "--output_dir", str(output_dir), *threads, *flags]
 
 
 def run(*args, check=True) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command(*args), capture_output=True, text=True, env=environment)
+    result = subprocess.run([sys.executable, *command(*args)], capture_output=True, text=True, env=environment)
     if check:
         assert result.returncode == 0, result.stderr[-3000:]
     return result
-
-
-def kill_when(path: str, *args) -> None:
-    """Starts a recipe and sends SIGKILL as soon as a file that matches the pattern is there."""
-    output_dir = args[2]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    with open(output_dir.with_suffix(".log"), "a") as log:
-        process = subprocess.Popen(command(*args), stdout=log, stderr=log, env=environment)
-        deadline = time.monotonic() + 120
-        while not list(output_dir.glob(path)):
-            assert process.poll() is None, (
-                f"finished before {path}: {output_dir.with_suffix('.log').read_text()[-3000:]}"
-            )
-            assert time.monotonic() < deadline, f"no {path} within two minutes"
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +66,8 @@ def killed_and_resumed(tmp_path_factory):
         "serve.partial/popularity.safetensors",
         "evaluate.partial/round_1.safetensors",
     ):
-        kill_when(point, *arguments)
+        script, *words = command(*arguments)
+        kill_when(lambda point=point: list(output_dir.glob(point)), script, words, output_dir.with_suffix(".log"))
         if point.startswith("pretrain"):
             # What a kill in the middle of writing a checkpoint would leave.
             half = output_dir / "pretrain.partial" / "checkpoints" / "checkpoint-15"

@@ -11,6 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_conformance import LAZY_DECODER
+from torch._dynamo.utils import counters
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LogitsProcessorList, StoppingCriteriaList, pipeline
 from transformers.generation import MaxLengthCriteria, TemperatureLogitsWarper
 
@@ -142,6 +143,29 @@ def test_equals_stock_generate_with_the_logits_processor(normalization, override
 def hooked(model, tokenizer, encoded, **options):
     trie = ItemTrie.from_tokenizer(tokenizer)
     return model.generate(**encoded, custom_generate=generate_with_trie, trie=trie, **options)
+
+
+def test_a_compiled_decoder_has_few_graphs_and_finds_the_same():
+    tokenizer, model = catalogue(40), tiny_model(session_items=3, decoder_layers=1)
+    trie = ItemTrie.from_tokenizer(tokenizer)
+
+    def search(users, num_items, num_beams):
+        histories = [[(user + place) % 40 for place in range(4)] for user in range(users)]
+        encoded = tokenizer.encode_histories(histories, catalogue_indices=True)
+        return generate_sessions(model, trie, **encoded, num_items=num_items, num_beams=num_beams)
+
+    # However many users, items and beams, there are three graphs: of the first token, of one token and of a code with
+    # the <bos> after it. A single user has three of its own.
+    requests = [(3, 3, 8), (2, 1, 5), (4, 3, 9)]
+    expected = [search(*request) for request in requests]
+    torch.compiler.reset()
+    counters.clear()
+    model.get_decoder().compile(dynamic=True, backend="eager")
+    for request, plain in zip(requests, expected, strict=True):
+        found = search(*request)
+        assert torch.equal(found.items, plain.items)
+        torch.testing.assert_close(found.scores, plain.scores)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 3
 
 
 def test_generate_reaches_every_search():

@@ -14,6 +14,7 @@ class BeamPaths:
     def __init__(self, batch_size: int, num_beams: int, num_tokens: int, device: torch.device):
         # At the first token the beams of a user are still one.
         self.capacity = batch_size * (1 + num_beams * (num_tokens - 1))
+        self.most_beams, self.num_tokens = batch_size * num_beams, num_tokens
         self.rows = torch.empty(0, batch_size, dtype=torch.long, device=device)  # (tokens, beams of all users)
         self.stored = 0
 
@@ -34,14 +35,19 @@ class BeamCacheLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, paths: BeamPaths, scratch: dict[torch.device, torch.Tensor], num_tokens: int):
+    def __init__(self, paths: BeamPaths, scratch: dict[torch.device, torch.Tensor]):
         super().__init__()
-        self.paths, self.scratch, self.num_tokens = paths, scratch, num_tokens
+        self.paths, self.scratch = paths, scratch
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
         width = 2 * key_states.shape[1] * key_states.shape[3]
         self.store = key_states.new_empty(self.paths.capacity, width)
+        # One buffer serves all layers in turn: each is done with it when the next one begins.
+        if self.store.device not in self.scratch:
+            self.scratch[self.store.device] = self.store.new_empty(
+                self.paths.most_beams * self.paths.num_tokens, width
+            )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -54,12 +60,8 @@ class BeamCacheLayer(CacheLayerMixin):
         new = new.view(new_tokens, beams, 2, heads, head_dim)
         new[:, :, 0], new[:, :, 1] = key_states.permute(2, 0, 1, 3), value_states.permute(2, 0, 1, 3)
         self.length = rows.shape[0]
-        # One buffer serves all layers in turn: each is done with it when the next one begins.
-        device, width = self.store.device, self.store.shape[1]
-        if device not in self.scratch or len(self.scratch[device]) < rows.numel():
-            self.scratch[device] = self.store.new_empty(self.num_tokens * beams, width)
-        past = self.scratch[device][: rows.numel()]
-        torch.index_select(self.store, 0, rows.flatten().to(device), out=past)
+        past = self.scratch[self.store.device][: rows.numel()]
+        torch.index_select(self.store, 0, rows.flatten().to(past.device), out=past)
         past = past.view(self.length, beams, 2, heads, head_dim).permute(2, 1, 3, 0, 4)
         return past[0], past[1]
 
@@ -70,11 +72,11 @@ class BeamCacheLayer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        return self.num_tokens
+        return self.paths.num_tokens
 
 
-def beam_cache(paths: BeamPaths, num_layers: int, num_tokens: int) -> EncoderDecoderCache:
+def beam_cache(paths: BeamPaths, num_layers: int) -> EncoderDecoderCache:
     """The cache of a decoder whose beams take `paths`; the history's keys and values are kept once per user."""
     scratch: dict[torch.device, torch.Tensor] = {}
-    layers = [BeamCacheLayer(paths, scratch, num_tokens) for _ in range(num_layers)]
+    layers = [BeamCacheLayer(paths, scratch) for _ in range(num_layers)]
     return EncoderDecoderCache(Cache(layers=layers), DynamicCache())

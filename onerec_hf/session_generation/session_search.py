@@ -138,7 +138,7 @@ class SessionSearch:
         self.decoder_inputs = {
             "encoder_hidden_states": hidden_states,
             "encoder_attention_mask": attention_mask,
-            "past_key_values": beam_cache(self.paths, config.decoder_layers, num_tokens),
+            "past_key_values": beam_cache(self.paths, config.decoder_layers),
             "use_cache": True,
         }
         self.first_row = torch.arange(batch, device=device)[:, None]
