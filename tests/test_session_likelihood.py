@@ -67,13 +67,14 @@ def test_what_does_not_fit_is_named(model, tokenizer, request_of):
 
 
 @torch.no_grad()
-def diverse_beams(model, tokenizer, history, groups, width, penalty, num_items):
-    """Groups of (score, items as code tuples, codes of the item at hand) by search in plain Python."""
+def beams_in_python(model, tokenizer, history, groups, widths, penalty=0.0):
+    """By user's group the scores and items of sessions, by a search in plain Python that keeps `widths[step]` beams of
+    each group; beams in it are (score, items as code tuples, codes of the item at hand)."""
     codes = [tuple(code) for code in tokenizer.codes.tolist()]
     legal = [code for item, code in enumerate(codes) if item not in history]
     encoded = tokenizer.encode_histories([history], max_items=6, catalogue_indices=True)
     beams = [[(0.0, (), ())] for _ in range(groups)]
-    for step in range(num_items * len(SIZES)):
+    for step, width in enumerate(widths):
         level = step % len(SIZES)
         taken = [0] * SIZES[level]
         for group in range(groups):
@@ -115,7 +116,23 @@ def test_diverse_beams_against_a_search_in_plain_python(model, tokenizer, reques
         diversity_penalty=penalty,
     )
     for user, history in enumerate(HISTORIES):
-        groups = diverse_beams(model, tokenizer, history, groups=3, width=2, penalty=penalty, num_items=2)
+        groups = beams_in_python(model, tokenizer, history, 3, [2] * 6, penalty)
         expected = [beam for group in groups for beam in group]
         assert found.items[user].tolist() == [items for _, items in expected]
         torch.testing.assert_close(found.scores[user], torch.tensor([score for score, _ in expected]))
+
+
+def test_widening_beams_against_a_search_in_plain_python(model, tokenizer, request_of):
+    trie = ItemTrie.from_tokenizer(tokenizer)
+    widening = {"num_beams": 10, "search": "widening_beam"}
+    found = generate_sessions(model, trie, **request_of, num_items=3, **widening)
+    for user, history in enumerate(HISTORIES):
+        # 4, 7 and 10 beams for an item, of which half go on to the next one.
+        [expected] = beams_in_python(model, tokenizer, history, 1, [4, 4, 2, 7, 7, 4, 10, 10, 10])
+        assert found.items[user, : len(expected)].tolist() == [items for _, items in expected]
+        torch.testing.assert_close(found.scores[user, : len(expected)], torch.tensor([one for one, _ in expected]))
+    lists = [
+        generate_sessions(model, trie, **request_of, num_items=1, **search)
+        for search in (widening, widening | {"search": "beam"})
+    ]
+    assert torch.equal(lists[0].items, lists[1].items) and torch.equal(lists[0].scores, lists[1].scores)

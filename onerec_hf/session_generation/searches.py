@@ -1,5 +1,6 @@
 """The searches: which of the candidates of a step become the new beams."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -40,17 +41,40 @@ class SessionGuide(Protocol):
 
 
 class BeamSearch:
-    """The best candidates of all beams. A search is called once per step and gives the chosen candidates as indices
-    (batch, new beams) into beams and fan-out taken together."""
+    """The best candidates of all beams. A search is made for one batch, of so many items of so many levels, is called
+    once per level and gives the chosen candidates as indices (batch, new beams) into beams and fan-out taken together.
+    """
 
     reads: tuple[str, ...] = ()  # the options that serve it
 
-    def __init__(self, options: "SearchOptions"):
+    def __init__(self, options: "SearchOptions", num_items: int, num_levels: int):
         self.options = options
 
     def __call__(self, candidates: Candidates) -> torch.LongTensor:
+        return self.best(candidates, self.options.num_beams)
+
+    @staticmethod
+    def best(candidates: Candidates, count: int) -> torch.LongTensor:
         scores = candidates.scores.flatten(1)
-        return scores.topk(min(self.options.num_beams, scores.shape[1])).indices
+        return scores.topk(min(count, scores.shape[1])).indices
+
+
+class WideningBeamSearch(BeamSearch):
+    """Of m items the i-th has i/m of the beams, and half of these go on to the next item: what is likeliest in the end
+    is close to the front at first, and at an item's last code more so than at its first."""
+
+    def __init__(self, options: "SearchOptions", num_items: int, num_levels: int):
+        super().__init__(options, num_items, num_levels)
+        beams = [math.ceil(options.num_beams * item / num_items) for item in range(1, num_items + 1)]
+        going_on = [math.ceil(count / 2) for count in beams[:-1]] + beams[-1:]
+        self.counts = iter(
+            count if level < num_levels - 1 else kept
+            for count, kept in zip(beams, going_on, strict=True)
+            for level in range(num_levels)
+        )
+
+    def __call__(self, candidates: Candidates) -> torch.LongTensor:
+        return self.best(candidates, next(self.counts))
 
 
 class GuidedBeamSearch(BeamSearch):
@@ -59,8 +83,8 @@ class GuidedBeamSearch(BeamSearch):
 
     reads = ("guide", "guidance_weight", "num_item_beams")
 
-    def __init__(self, options: "SearchOptions"):
-        super().__init__(options)
+    def __init__(self, options: "SearchOptions", num_items: int, num_levels: int):
+        super().__init__(options, num_items, num_levels)
         self.sessions, self.between_items = 1, True
 
     def __call__(self, candidates: Candidates) -> torch.LongTensor:
@@ -165,6 +189,7 @@ def _gumbel(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
 
 SEARCHES = {
     "beam": BeamSearch,
+    "widening_beam": WideningBeamSearch,
     "guided_beam": GuidedBeamSearch,
     "diverse_beam": DiverseBeamSearch,
     "sample": Sampling,
@@ -179,7 +204,9 @@ class SearchOptions:
 
     Args:
         num_beams: Beams per user; with `"sample"` sessions drawn.
-        search: `"beam"`; `"diverse_beam"`, groups of beams that avoid each other's codes; `"sample"`, independent
+        search: `"beam"`; `"widening_beam"`, fewer beams for a session's first items, which finds the likeliest session
+            of nearly every user in half the time; `"diverse_beam"`, groups of beams that avoid each other's codes;
+            `"sample"`, independent
             sessions; `"stochastic_beam"`, sessions drawn without replacement. The latter two draw from the codes that
             an available item follows. `"guided_beam"`, in which a value of the session so far takes part.
         temperature: Of the distribution that is drawn from.

@@ -121,7 +121,7 @@ class SessionSearch:
         self.config, self.constraint, self.trie, self.num_items = config, constraint, constraint.trie, num_items
         self.histories, self.num_beams = histories, options.num_beams
         self.code_scores = CodeScores(model, normalization, constraint.trie.id_number)
-        self.choose = SEARCHES[options.search](options)
+        self.choose = SEARCHES[options.search](options, num_items, config.num_levels)
         hidden_states = histories.hidden_states
         self.mixture = ItemMixture.of(histories, constraint, normalization)
         batch, device = len(hidden_states), hidden_states.device

@@ -492,15 +492,15 @@ class RecommendArguments(Guidance, RankingBeams, EvaluatedUsers):
     )
     recommend_search: str = option(
         "beam",
-        "For recommend: beam or diverse_beam, with ranking_beams sessions; or guided_beam, in which the reward model "
-        "takes part, with as many beams.",
+        "For recommend: beam, widening_beam (the likeliest session in half the time) or diverse_beam, with "
+        "ranking_beams sessions; or guided_beam, in which the reward model takes part, with as many beams.",
     )
     unknown_items: str = option("error", "For recommend: error, or skip to leave out items without a semantic ID.")
     top_k: int = option(50, "For recommend: length of the ranked list.")
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_choice("recommend_search", "beam", "diverse_beam", "guided_beam")
+        self.check_choice("recommend_search", "beam", "widening_beam", "diverse_beam", "guided_beam")
         if self.recommend_search == "guided_beam" and self.recommend_reward_model is None:
             raise ValueError("recommend_search: guided_beam needs recommend_reward_model, which guides it.")
         self.check_choice("unknown_items", "error", "skip")

@@ -2,11 +2,11 @@
 
     python recipes/benchmarks/generation.py --json generation.json
 
-Four parts, `--parts` for some of them: `one_item` and `session` time the engine beside `generate` with
-`prefix_allowed_tokens_fn` and beside `generate` with the vectorised `ItemTrieLogitsProcessor`; `catalogue` times it at
-10,000 and 1,000,000 items; `mixture` times ranking with an item head's mixture beside the same beams without it, with
-the memory that it adds. Every figure is a median; a peer that takes more than `--peer_seconds` is run once, after
-a run for one user that warms it up.
+Four parts, `--parts` for some of them: `one_item` and `session` time the engine, also with widening beams, beside
+`generate` with `prefix_allowed_tokens_fn` and beside `generate` with the vectorised `ItemTrieLogitsProcessor`;
+`catalogue` times it at 10,000 and 1,000,000 items; `mixture` times ranking with an item head's mixture beside the same
+beams without it, with the memory that it adds. Every figure is a median; a peer that takes more than `--peer_seconds`
+is run once, after a run for one user that warms it up.
 """
 
 import argparse
@@ -183,10 +183,10 @@ def ways_to_generate(
     renormalize = num_items > 1
     new_tokens = num_items * model.config.tokens_per_item - 1
 
-    def engine(encoded: dict):
+    def engine(encoded: dict, search: str = "beam"):
         normalization = "constrained" if renormalize else "vocabulary"
         counts = {"num_items": num_items, "num_beams": num_beams}
-        return generate_sessions(model, trie, **encoded, **counts, normalization=normalization)
+        return generate_sessions(model, trie, **encoded, **counts, normalization=normalization, search=search)
 
     def stock(encoded: dict, **constraint):
         return model.generate(
@@ -227,6 +227,7 @@ def compare(args, model, tokenizer, num_items: int, rate: float) -> list[dict]:
         row["decode_flops"] = count_flops(model, decode)
         row["decode_share_of_machine"] = row["decode_flops"] / row["decode_s"] / rate
         row["share_of_machine"] = count_flops(model, engine) / row["engine_s"] / rate
+        row["widening_s"] = seconds(partial(engine, search="widening_beam"), args.repeats)
         for name in PEERS:
             if name not in args.peers:
                 continue
@@ -251,7 +252,7 @@ def print_row(row: dict):
         for name in PEERS
     )
     print(
-        f"{row['items']:>5} {row['users']:>5} {row['engine_s']:>9.3f}{peers} "
+        f"{row['items']:>5} {row['users']:>5} {row['engine_s']:>9.3f} {row['widening_s']:>11.3f}{peers} "
         f"{row['decode_share_of_machine']:>8.0%} {row['share_of_machine']:>8.0%}",
         flush=True,
     )
@@ -416,7 +417,7 @@ def main():
         tokenizer = OneRecTokenizer.from_semantic_ids(np.arange(args.num_items), codes, codebook_sizes=CODEBOOK_SIZES)
         print("Shares are of the machine's rate: decoding alone, and with the encoder.")
         peers = "".join(f" {name + ' s':>11} {'ratio':>7} {'|score|':>8}" for name in PEERS)
-        print(f"items users  engine s{peers}   decode    whole")
+        print(f"items users  engine s  widening s{peers}   decode    whole")
     for part, num_items in (("one_item", 1), ("session", SESSION_ITEMS)):
         if part in args.parts:
             figures[part] = compare(args, model, tokenizer, num_items, rate)
