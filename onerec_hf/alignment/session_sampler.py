@@ -91,7 +91,8 @@ class PreferenceSampling:
             raise ValueError(f"r_dpo must lie in (0, 1], got {self.r_dpo}.")
         if self.num_candidates < 2:
             raise ValueError(f"num_candidates must be at least 2 to make a pair, got {self.num_candidates}.")
-        searches = [name for name in SEARCHES if name != GUIDED]
+        # A guided search is beside it, and candidates are many, not the likeliest alone.
+        searches = [name for name in SEARCHES if name not in (GUIDED, "widening_beam")]
         if self.search not in searches:
             raise ValueError(f"search must be one of {', '.join(searches)}, got {self.search!r}.")
         if self.guided_beams is not None and self.guided_beams < 1:
