@@ -205,10 +205,10 @@ class SearchOptions:
     Args:
         num_beams: Beams per user; with `"sample"` sessions drawn.
         search: `"beam"`; `"widening_beam"`, fewer beams for a session's first items, which finds the likeliest session
-            of nearly every user in half the time; `"diverse_beam"`, groups of beams that avoid each other's codes;
-            `"sample"`, independent
-            sessions; `"stochastic_beam"`, sessions drawn without replacement. The latter two draw from the codes that
-            an available item follows. `"guided_beam"`, in which a value of the session so far takes part.
+            of nearly every user in about half the time; `"diverse_beam"`, groups of beams that avoid each other's
+            codes; `"sample"`, independent sessions; `"stochastic_beam"`, sessions drawn without replacement. The
+            latter two draw from the codes that an available item follows. `"guided_beam"`, in which a value of the
+            session so far takes part.
         temperature: Of the distribution that is drawn from.
         top_k, top_p: For `"sample"`: only the likeliest codes are drawn, so many of them (0 keeps all) or as many as
             make up this probability.

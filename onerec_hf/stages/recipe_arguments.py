@@ -492,7 +492,7 @@ class RecommendArguments(Guidance, RankingBeams, EvaluatedUsers):
     )
     recommend_search: str = option(
         "beam",
-        "For recommend: beam, widening_beam (the likeliest session in half the time) or diverse_beam, with "
+        "For recommend: beam, widening_beam (the likeliest session, in about half the time) or diverse_beam, with "
         "ranking_beams sessions; or guided_beam, in which the reward model takes part, with as many beams.",
     )
     unknown_items: str = option("error", "For recommend: error, or skip to leave out items without a semantic ID.")
