@@ -69,6 +69,19 @@ def log_frame(rows=600, users=23, seed=0):
 
 
 @pytest.fixture
+def remote():
+    """Copies a folder to a file system that is not the local one; gives its address there."""
+    memory = fsspec.filesystem("memory")
+
+    def copied(folder: Path) -> str:
+        memory.put(str(folder), "/bucket", recursive=True)
+        return "memory://bucket"
+
+    yield copied
+    memory.rm("/bucket", recursive=True)
+
+
+@pytest.fixture
 def log(tmp_path):
     """Writes a log of several files below a folder; gives the arguments that read it."""
 
@@ -242,7 +255,7 @@ def test_few_and_empty_partitions(log, tmp_path, num_partitions):
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "csv.zst"])
-def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path, ending):
+def test_csv_files_have_the_types_that_all_of_them_say(log, remote, tmp_path, ending):
     frame = log_frame().astype({"user": "str"})
     frame.loc[len(frame) - 1, "user"] = "007"  # one user whose id is no integer, in the last file
     args = log(frame, ending, session_cut="session_id")
@@ -250,26 +263,16 @@ def test_csv_files_have_the_types_that_all_of_them_say(log, tmp_path, ending):
     near = prepared(args, tmp_path / "a")
     assert_same(near, prepared(args, tmp_path / "b", num_partitions=5))
     (tmp_path / "source" / "log" / "[1] no 'rows'.csv").unlink()  # a pattern to a file system that has protocols
-    memory = fsspec.filesystem("memory")
-    memory.put(str(tmp_path / "source"), "/texts", recursive=True)
-    try:
-        assert_same(near, prepared(args, tmp_path / "c", num_partitions=3, data_dir="memory://texts"))
-    finally:
-        memory.rm("/texts", recursive=True)
+    assert_same(near, prepared(args, tmp_path / "c", num_partitions=3, data_dir=remote(tmp_path / "source")))
 
 
-def test_folders_are_columns_and_protocols_are_read(log, tmp_path):
+def test_folders_are_columns_and_protocols_are_read(log, remote, tmp_path):
     mapping = {**MAPPING, "interactions": {**MAPPING["interactions"], "file": "log", "timestamp_unit": "ms"}}
     mapping["interactions"]["feedback"] = {**mapping["interactions"]["feedback"], "day": "day"}
     args = log(hive=True, mapping=mapping)
     near = prepared(args, tmp_path / "a", num_partitions=3)
     assert near.feed.interactions["day"].value_counts().to_dict() == {0.0: 250, 1.0: 250, 2.0: 100}
-    memory = fsspec.filesystem("memory")
-    memory.put(str(tmp_path / "source"), "/bucket", recursive=True)
-    try:
-        assert_same(near, prepared(args, tmp_path / "b", num_partitions=3, data_dir="memory://bucket"))
-    finally:
-        memory.rm("/bucket", recursive=True)
+    assert_same(near, prepared(args, tmp_path / "b", num_partitions=3, data_dir=remote(tmp_path / "source")))
 
 
 def test_data_that_is_read_in_memory_is_parted_too(tmp_path):
