@@ -101,8 +101,9 @@ class Server:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
+            before = None
             try:
-                await self.pool.load()
+                before = await self.pool.load()
             except LoadError as error:
                 self.last_reload = {"outcome": "failed", "reason": str(error)}
                 logger.error("The model is not exchanged, the one before is still served: %s", error)
@@ -110,6 +111,8 @@ class Server:
                 self.last_reload = {"outcome": "done"}
                 logger.warning("The model is exchanged for version %s.", self.pool.about["version"])
             self.metrics.reloads.labels(self.last_reload["outcome"]).inc()
+            if before is not None:  # its batches end first, which is nothing that a reload waits for
+                await before.close()
 
     def _restarted(self) -> None:
         self.metrics.restarts.inc()

@@ -163,8 +163,8 @@ class WorkerPool:
         self._changed = asyncio.Event()  # set when a worker takes a place, and then another event
         self._keepers: list[asyncio.Task] = []
 
-    async def load(self) -> None:
-        """Loads the model as it is now and serves it, in place of the one before, which ends after its batches.
+    async def load(self) -> ServedModel | None:
+        """Loads the model as it is now and serves it; returns the one before, for the caller to close.
 
         Raises:
             LoadError: it cannot be served; the one before still is.
@@ -190,8 +190,7 @@ class WorkerPool:
         self._workers_changed()
         if before is None:
             self._keepers = [asyncio.create_task(self._keep(place)) for place in range(self._num_workers)]
-        else:
-            await before.close()
+        return before
 
     async def _start(self, files: list[ModelFiles]) -> tuple[Worker, dict[str, Any]]:
         model, reward_model = [*(str(each.folder) for each in files), None][:2]
