@@ -192,15 +192,29 @@ def test_sessions_and_runs_of_an_update(folder):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0, 100) | st.just(math.nan), max_size=30), st.floats(0, 0.9), st.integers(0, 5))
-def test_all_that_came_since_is_trained_on_with_a_share_of_before(times, share, seed):
+@given(
+    st.lists(st.floats(0, 100) | st.just(math.nan), max_size=30),
+    st.floats(0, 0.9) | st.just(1.0),
+    st.none() | st.floats(1, 120),
+    st.integers(0, 5),
+)
+def test_all_that_came_since_is_trained_on_with_a_share_of_before(times, share, seconds, seed):
     times = np.array(times)
-    args = DataArguments(update_since="1970-01-01T00:00:50+00:00", replay_share=share, data_seed=seed)
+    days = None if seconds is None else seconds / DAY
+    args = DataArguments(
+        update_since="1970-01-01T00:00:50+00:00", replay_share=share, replay_days=days, data_seed=seed
+    )
     chosen = trained_on(times, args, "UTC")
     new = times >= 50
     assert chosen[new].all()
-    wanted = round(new.sum() * share / (1 - share))
-    assert (chosen & ~new).sum() == min(wanted, (~new).sum())
+    earlier = ~new
+    if days is not None and not np.isnan(times).all():
+        earlier &= times >= np.nanmax(times) - days * DAY
+    elif days is not None:
+        earlier[:] = False
+    wanted = len(times) if share == 1 else round(new.sum() * share / (1 - share))
+    assert (chosen & earlier).sum() == min(wanted, earlier.sum())
+    assert not (chosen & ~new & ~earlier).any()
     assert trained_on(times, replace(args, update_since=None), "UTC").all()
 
 

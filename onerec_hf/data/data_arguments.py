@@ -119,7 +119,12 @@ class DataArguments:
         "ISO date-time: train on the sessions and exposures since then, and on replay_share of the earlier ones. "
         "Default: on all; with previous_run, the start of the period that it was evaluated on.",
     )
-    replay_share: float = option(0.5, "Share of earlier sessions and exposures among those of an update.")
+    replay_share: float = option(
+        0.5, "Share of earlier sessions and exposures among those of an update, drawn anew; 1: all of them."
+    )
+    replay_days: float | None = option(
+        None, "Of the earlier sessions and exposures, those of the latest so many days alone. Default: all."
+    )
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -138,8 +143,10 @@ class DataArguments:
             )
         if not self.session_gap_hours > 0:
             raise ValueError(f"session_gap_hours={self.session_gap_hours} is not allowed; it must be more than 0.")
-        if not 0 <= self.replay_share < 1:
-            raise ValueError(f"replay_share={self.replay_share} is not allowed; it must lie in [0, 1).")
+        if not 0 <= self.replay_share <= 1:
+            raise ValueError(f"replay_share={self.replay_share} is not allowed; it must lie in [0, 1].")
+        if self.replay_days is not None and not self.replay_days > 0:
+            raise ValueError(f"replay_days={self.replay_days} is not allowed; it must be more than 0.")
         if self.min_session_items > self.session_items:
             raise ValueError(
                 f"min_session_items={self.min_session_items} is more than session_items={self.session_items}, the "

@@ -287,18 +287,23 @@ def trained_on(times: np.ndarray, args: DataArguments, timezone: str) -> np.ndar
     """Which of N sessions or runs are trained on, bool (N,): all, or those of an update.
 
     An update has all since `args.update_since`, and of the earlier ones, drawn by `args.data_seed`, as many as make
-    `args.replay_share` of it, where there are so many.
+    `args.replay_share` of it, where there are so many; with `args.replay_days`, of those of so many days before the
+    latest time alone.
 
     Args:
-        times: (N,) of each one's last behaviour [s]; one without a time is an earlier one.
+        times: (N,) of each one's last behaviour [s]; one without a time is an earlier one, of no day.
     """
     if args.update_since is None:
         return np.ones(len(times), dtype=bool)
     chosen = times >= _timestamp(args.update_since, timezone)
-    earlier = np.flatnonzero(~chosen)
-    replayed = round(chosen.sum() * args.replay_share / (1 - args.replay_share))
-    drawn = np.random.default_rng(args.data_seed).choice(earlier, min(replayed, len(earlier)), replace=False)
-    chosen[drawn] = True
+    replayable = ~chosen
+    if args.replay_days is not None:
+        replayable &= times >= np.fmax.reduce(times, initial=-np.inf) - args.replay_days * 86400
+    earlier = np.flatnonzero(replayable)
+    replayed = len(earlier)
+    if args.replay_share < 1:
+        replayed = min(round(chosen.sum() * args.replay_share / (1 - args.replay_share)), len(earlier))
+    chosen[np.random.default_rng(args.data_seed).choice(earlier, replayed, replace=False)] = True
     return chosen
 
 
