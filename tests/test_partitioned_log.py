@@ -388,8 +388,6 @@ def test_default_periods_are_the_quantiles_of_all_times(tmp_path, monkeypatch):
 def test_what_cannot_be_read_is_named(log, tmp_path, change, ending, message):
     with pytest.raises(DataError, match=message):
         prepared(log(change(log_frame()), ending, num_partitions=3), tmp_path)
-    with pytest.raises(ValueError, match="update_since"):
-        log(num_partitions=3, update_since="2024-01-01")
 
 
 def test_what_is_to_be_installed_is_said(log, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from onerec_hf.item_embeddings import in_earlier_space
 from onerec_hf.reward import OneRecRewardModel, create_reward_model
 from onerec_hf.reward.exposure_encoding import ItemFeatures
 from onerec_hf.stages import parse_recipe_arguments, run_data, run_pretrain, run_reward, run_tokenize, run_update
+from onerec_hf.stages.data_stage import EVALUATION_CASES, PRETRAINING_SESSIONS, USER_HISTORIES, PreparedData
 from onerec_hf.stages.stage_runner import read_json
 from onerec_hf.tokenization_onerec import OneRecTokenizer
 
@@ -134,6 +135,26 @@ def test_the_reward_models_go_on_too(runs):
         assert now.config.num_item_values > before.config.num_item_values  # of genres
 
 
+def test_an_update_in_partitions_is_the_one_in_memory(folder, runs):
+    pytest.importorskip("duckdb", reason="partitions need DuckDB")
+    replay = ("--replay_share", "1", "--replay_days", "3")
+    memory, parts = updated(folder, "memory", *replay), updated(folder, "parts", *replay, "--num_partitions", "3")
+    run_data(memory)
+    for stage in (run_tokenize, run_pretrain, run_reward):
+        stage(parts)
+    whole, parted = (PreparedData(args.output_dir / "data", args.group(DataArguments)) for args in (memory, parts))
+    rows = {name: whole.read(name).to_list() for name in (PRETRAINING_SESSIONS, USER_HISTORIES, EVALUATION_CASES)}
+    assert all(rows.values()) and {name: parted.read(name).to_list() for name in rows} == rows
+    assert parted.feed.items.equals(whole.feed.items)
+    tokenizer = OneRecTokenizer.from_pretrained(runs[0] / "tokenize")
+    assert parted.feed.items["item_id"].tolist()[: tokenizer.num_items] == tokenizer.item_ids.tolist()
+    trained = read_json(parts.output_dir / "pretrain" / "stage.json")["num_sessions"]
+    assert 0 < trained <= len(rows[PRETRAINING_SESSIONS])
+    drawn = arguments(folder, "now", "drawn", "--num_partitions", "3", "--update_since", SINCE, "--replay_share", "1")
+    with pytest.raises(ValueError, match="num_partitions=3 does not go with replay_share=0.5, which is drawn"):
+        replace(drawn, replay_share=0.5)
+
+
 def test_what_cannot_go_on_is_refused(folder, runs):
     with pytest.raises(FileNotFoundError, match="previous_run is .*nowhere, which has no complete stage 'data'"):
         updated(folder, "tuesday", "--previous_run", str(folder / "nowhere"))
@@ -207,11 +228,7 @@ def test_all_that_came_since_is_trained_on_with_a_share_of_before(times, share, 
     chosen = trained_on(times, args, "UTC")
     new = times >= 50
     assert chosen[new].all()
-    earlier = ~new
-    if days is not None and not np.isnan(times).all():
-        earlier &= times >= np.nanmax(times) - days * DAY
-    elif days is not None:
-        earlier[:] = False
+    earlier = ~new if days is None else ~new & (times >= 50 - days * DAY)
     wanted = len(times) if share == 1 else round(new.sum() * share / (1 - share))
     assert (chosen & earlier).sum() == min(wanted, earlier.sum())
     assert not (chosen & ~new & ~earlier).any()

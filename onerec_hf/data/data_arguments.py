@@ -123,7 +123,7 @@ class DataArguments:
         0.5, "Share of earlier sessions and exposures among those of an update, drawn anew; 1: all of them."
     )
     replay_days: float | None = option(
-        None, "Of the earlier sessions and exposures, those of the latest so many days alone. Default: all."
+        None, "Of the earlier sessions and exposures, those of so many days before update_since alone. Default: all."
     )
 
     def __post_init__(self):
@@ -136,10 +136,10 @@ class DataArguments:
         for name, least in smallest.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least {least}.")
-        if self.num_partitions is not None and self.update_since is not None:
+        if self.num_partitions is not None and self.update_since is not None and 0 < self.replay_share < 1:
             raise ValueError(
-                f"num_partitions={self.num_partitions} goes without update_since and previous_run: what an update "
-                "replays is drawn from the whole log. Leave num_partitions out."
+                f"num_partitions={self.num_partitions} does not go with replay_share={self.replay_share}, which is "
+                "drawn from the whole log. Set replay_share to 1, with replay_days for all of so many days, or to 0."
             )
         if not self.session_gap_hours > 0:
             raise ValueError(f"session_gap_hours={self.session_gap_hours} is not allowed; it must be more than 0.")

@@ -287,18 +287,16 @@ def trained_on(times: np.ndarray, args: DataArguments, timezone: str) -> np.ndar
     """Which of N sessions or runs are trained on, bool (N,): all, or those of an update.
 
     An update has all since `args.update_since`, and of the earlier ones, drawn by `args.data_seed`, as many as make
-    `args.replay_share` of it, where there are so many; with `args.replay_days`, of those of so many days before the
-    latest time alone.
+    `args.replay_share` of it, where there are so many; with `args.replay_days`, of those of so many days before alone.
 
     Args:
         times: (N,) of each one's last behaviour [s]; one without a time is an earlier one, of no day.
     """
     if args.update_since is None:
         return np.ones(len(times), dtype=bool)
-    chosen = times >= _timestamp(args.update_since, timezone)
-    replayable = ~chosen
-    if args.replay_days is not None:
-        replayable &= times >= np.fmax.reduce(times, initial=-np.inf) - args.replay_days * 86400
+    since = _timestamp(args.update_since, timezone)
+    chosen = times >= since
+    replayable = ~chosen if args.replay_days is None else ~chosen & (times >= since - args.replay_days * 86400)
     earlier = np.flatnonzero(replayable)
     replayed = len(earlier)
     if args.replay_share < 1:

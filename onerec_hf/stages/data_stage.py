@@ -155,13 +155,14 @@ def run_data(args: RecipeArguments) -> Path:
     options, previous = args.group(DataArguments), PreviousRun.of(args)
 
     def work(folder: Path) -> dict | None:
+        earlier_items = None if previous is None else _saved_items(previous.stage("data") / FEED)
         if options.num_partitions is not None:
-            return prepare_in_partitions(options, folder)
+            return prepare_in_partitions(options, folder, earlier_items)
         if not PartialState().is_main_process:
             return None
         feed = load_feed(options)
-        if previous is not None:
-            feed = feed.with_earlier_items(load_saved_feed(previous.stage("data") / FEED).items)
+        if earlier_items is not None:
+            feed = feed.with_earlier_items(earlier_items)
         split = split_feed(feed, options)
         save_feed(feed, folder / FEED)
         tables = _tables(feed, split, options)
@@ -204,11 +205,21 @@ def _summary(feed: Feed, options: DataArguments, counts: dict[str, int], split: 
     return {"dataset": dataset}
 
 
-def prepare_in_partitions(options: DataArguments, folder: Path) -> dict | None:
+def _saved_items(feed: Path) -> pd.DataFrame:
+    """The items of a saved feed; of one in partitions no more than the first is read."""
+    return load_saved_feed(feed, [0] if saved_partitions(feed) else None).items
+
+
+def prepare_in_partitions(
+    options: DataArguments, folder: Path, earlier_items: pd.DataFrame | None = None
+) -> dict | None:
     """The stage's work where the log is not in memory as a whole (see partitioned_log.py).
 
     Every process of a launch takes its share of each step, with `partition_workers` processes of its own. What a
     killed run has written it does not do again.
+
+    Args:
+        earlier_items: that the catalogue begins with.
 
     Raises:
         DataError: as without partitions; no session or no user to evaluate in any partition.
@@ -216,6 +227,9 @@ def prepare_in_partitions(options: DataArguments, folder: Path) -> dict | None:
     state = PartialState()
     with _workers(options.partition_workers) as map_indices:
         _write_feed(options, folder, map_indices)
+        if state.is_main_process and earlier_items is not None:
+            feed = load_saved_feed(folder / FEED, [0])
+            save_feed_tables(feed.with_earlier_items(earlier_items), folder / FEED)
         state.wait_for_everyone()
         _share(map_indices, partial(write_tables, options, folder), range(options.num_partitions))
         state.wait_for_everyone()
@@ -248,7 +262,7 @@ def _joined_summary(options: DataArguments, folder: Path) -> dict:
     split = joined_descriptions(feed.name, [part.pop("split") for part in parts])
     counts = {name: sum(part[name] for part in parts) for name in parts[0]}
     for name, lowered in (
-        ("num_pretraining_sessions", "min_session_items, min_history_items or quality_predicates"),
+        ("num_pretraining_sessions", "min_session_items, min_history_items or quality_predicates, or update_since"),
         ("num_evaluation_users", "min_history_items, or move the period"),
     ):
         if not counts[name]:
