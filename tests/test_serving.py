@@ -239,10 +239,14 @@ def test_reloads_and_dead_workers_lose_no_request_and_the_stop_answers_all(tmp_p
     assert [row["items"] for _, (row,), _ in seen if row["items"] not in (first, second)] == []
 
 
-def test_a_hanging_worker_is_replaced_and_a_full_queue_says_when_to_come_again(model):
+def test_a_slow_body_a_hanging_worker_and_a_full_queue_are_answered_in_time(model):
     limits = Limits(seconds=1.0, waiting=2)
 
     def ask(address: str):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=60) as slow:
+            slow.sendall(b"POST /recommend HTTP/1.1\r\nHost: here\r\nContent-Length: 20\r\n\r\n{")
+            assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
         (worker,) = send(address, None, "/info")[1]["workers"]
         os.kill(worker, signal.SIGSTOP)
         with ThreadPoolExecutor(8) as clients:
