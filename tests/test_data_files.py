@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from onerec_hf import OneRecTokenizer
 from onerec_hf.data import DataError, load_saved_feed, read_hub_dataset, read_table, save_feed
 from onerec_hf.data.data_files import read_columns
+from onerec_hf.data.readers import source_paths
 from onerec_hf.data.schema import CATEGORY, ID, NUMBER, TEXT, canonical_lists
 
 START = 1_700_000_000
@@ -100,6 +101,24 @@ def test_numbers_are_what_their_column_says(tmp_path):
     np.testing.assert_array_equal(found["n"], [1, 2, np.nan])
     assert found["f"].tolist() == [0.5, 1e-3, -np.inf] and found["b"].tolist() == [True, False, None]
     assert found["t"].tolist() == ["1", "2", "3"] and found["w"].tolist()[:2] == ["1", "x"]
+
+
+@pytest.mark.parametrize(
+    ("log", "name"), [("_delta_log/00000.json", "Delta Lake"), ("metadata/v1.metadata.json", "Iceberg")]
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_that_hold_deleted_rows_are_not_read(tmp_path, log, name, remote):
+    write_parts(tmp_path, "clicks", log_frame())
+    assert len(read(tmp_path, "clicks").interactions) == 6
+    (tmp_path / "clicks" / log).parent.mkdir()
+    (tmp_path / "clicks" / log).write_text("{}")
+    with pytest.raises(DataError, match=f"clicks: is a table of {name}.*as plain Parquet"):
+        if remote:
+            source_paths({"file": "clicks"}, f"file://{tmp_path}", "mapping.yaml")
+        else:
+            read(tmp_path, "clicks")
+    # Files that are named are read as they are.
+    assert len(read(tmp_path, "clicks/*.parquet").interactions) == 6
 
 
 BIG = 1_234_567_890_123_456_789

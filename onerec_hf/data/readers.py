@@ -56,7 +56,7 @@ import json
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -299,6 +299,7 @@ def source_paths(section: dict, data_dir: str, column_mapping: str) -> list[str]
     for pattern in section["file"] if isinstance(section["file"], list) else [section["file"]]:
         named = f"{data_dir.rstrip('/')}/{pattern}"
         matches = system.find(named) if system.isdir(named) else sorted(system.glob(named))
+        _require_plain_files(named, matches)
         tables = [path for path in matches if not any(part[:1] in "_." for part in Path(path).parts[1:])]
         if not tables:
             raise DataError(f"{column_mapping}: no file matches '{pattern}' below {data_dir}. Correct 'file'.")
@@ -331,8 +332,21 @@ def mapped_files(section: dict, data_dir: str | Path, column_mapping: str | Path
 
 def _tables_below(folder: Path) -> list[Path]:
     """Spark and Dask write a table as a folder of parts, and beside them files that are none."""
-    below = sorted(path for path in folder.rglob("*") if path.is_file() and is_table(path))
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    _require_plain_files(folder, files)
+    below = [path for path in files if is_table(path)]
     return [path for path in below if not any(part[0] in "_." for part in path.relative_to(folder).parts)]
+
+
+def _require_plain_files(named: str | Path, files: Iterable[str | Path]) -> None:
+    """Raises DataError for a folder of a table format whose files hold rows that are not in the table any more."""
+    for path in map(Path, files):
+        delta, iceberg = "_delta_log" in path.parts, path.name.endswith(".metadata.json")
+        if delta or iceberg:
+            raise DataError(
+                f"{named}: is a table of {'Delta Lake' if delta else 'Iceberg'}, of which some files may hold rows "
+                "that were deleted or replaced since. Write the table out as plain Parquet files and name these."
+            )
 
 
 def _name_below(path: Path, folder: Path) -> str:
