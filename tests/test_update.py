@@ -179,6 +179,7 @@ def test_a_run_for_each_period_goes_on_from_the_one_before(folder, runs, monkeyp
     bounds = [(split["evaluation_start"][:10], (split["evaluation_end"] or "")[:10]) for split in splits]
     assert bounds == [("2023-11-21", "2023-11-22"), ("2023-11-22", "2023-11-23"), ("2023-11-23", "")]
     assert [args.update_since for args in started] == [None, *(split["evaluation_start"] for split in splits[:2])]
+    assert started[0].recent_days and [args.replay_days for args in started[1:]] == [started[0].recent_days] * 2
 
 
 def test_sessions_and_runs_of_an_update(folder):

@@ -123,7 +123,9 @@ class DataArguments:
         0.5, "Share of earlier sessions and exposures among those of an update, drawn anew; 1: all of them."
     )
     replay_days: float | None = option(
-        None, "Of the earlier sessions and exposures, those of so many days before update_since alone. Default: all."
+        None,
+        "Of the earlier sessions and exposures, those of so many days before update_since alone. Default: all; with "
+        "previous_run, those of recent_days where that is given.",
     )
 
     def __post_init__(self):

@@ -592,8 +592,10 @@ class RecipeArguments(
         self.output_dir = Path(self.output_dir).expanduser()
         for group in GROUPS:
             vars(self).update(vars(self.group(group)))
-        if self.previous_run is not None and self.update_since is None:
-            self.update_since = PreviousRun(self.previous_run).evaluation_start
+        if self.previous_run is not None:
+            self.update_since = self.update_since or PreviousRun(self.previous_run).evaluation_start
+            if self.replay_days is None:  # earlier ones would undo what the training ended on
+                self.replay_days = self.recent_days
         if self.num_semantic_ids > 1 and self.align_rounds:
             raise ValueError("Alignment is for one semantic ID per item: with num_semantic_ids set align_rounds to 0.")
         if self.report_to is not None:
