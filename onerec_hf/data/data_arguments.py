@@ -120,7 +120,7 @@ class DataArguments:
         "Default: on all; with previous_run, the start of the period that it was evaluated on.",
     )
     replay_share: float = option(
-        0.5, "Share of earlier sessions and exposures among those of an update, drawn anew; 1: all of them."
+        0.5, "Share of earlier sessions and exposures among those of an update, drawn by data_seed; 1: all of them."
     )
     replay_days: float | None = option(
         None,

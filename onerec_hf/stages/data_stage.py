@@ -155,14 +155,14 @@ def run_data(args: RecipeArguments) -> Path:
     options, previous = args.group(DataArguments), PreviousRun.of(args)
 
     def work(folder: Path) -> dict | None:
-        earlier_items = None if previous is None else _saved_items(previous.stage("data") / FEED)
+        earlier = None if previous is None else previous.stage("data") / FEED
         if options.num_partitions is not None:
-            return prepare_in_partitions(options, folder, earlier_items)
+            return prepare_in_partitions(options, folder, earlier)
         if not PartialState().is_main_process:
             return None
         feed = load_feed(options)
-        if earlier_items is not None:
-            feed = feed.with_earlier_items(earlier_items)
+        if earlier is not None:
+            feed = feed.with_earlier_items(_saved_items(earlier))
         split = split_feed(feed, options)
         save_feed(feed, folder / FEED)
         tables = _tables(feed, split, options)
@@ -210,16 +210,14 @@ def _saved_items(feed: Path) -> pd.DataFrame:
     return load_saved_feed(feed, [0] if saved_partitions(feed) else None).items
 
 
-def prepare_in_partitions(
-    options: DataArguments, folder: Path, earlier_items: pd.DataFrame | None = None
-) -> dict | None:
+def prepare_in_partitions(options: DataArguments, folder: Path, earlier: Path | None = None) -> dict | None:
     """The stage's work where the log is not in memory as a whole (see partitioned_log.py).
 
     Every process of a launch takes its share of each step, with `partition_workers` processes of its own. What a
     killed run has written it does not do again.
 
     Args:
-        earlier_items: that the catalogue begins with.
+        earlier: the saved feed whose catalogue this one's begins with.
 
     Raises:
         DataError: as without partitions; no session or no user to evaluate in any partition.
@@ -227,9 +225,9 @@ def prepare_in_partitions(
     state = PartialState()
     with _workers(options.partition_workers) as map_indices:
         _write_feed(options, folder, map_indices)
-        if state.is_main_process and earlier_items is not None:
+        if state.is_main_process and earlier is not None:
             feed = load_saved_feed(folder / FEED, [0])
-            save_feed_tables(feed.with_earlier_items(earlier_items), folder / FEED)
+            save_feed_tables(feed.with_earlier_items(_saved_items(earlier)), folder / FEED)
         state.wait_for_everyone()
         _share(map_indices, partial(write_tables, options, folder), range(options.num_partitions))
         state.wait_for_everyone()
